@@ -1,0 +1,218 @@
+"""``taskloom merge``: merge safetensors checkpoints by a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from taskloom.cli.mergekit_flags import refuse_mergekit_flags
+from taskloom.merge.errors import MergeError
+
+if TYPE_CHECKING:
+    from taskloom.merge.planner import PlannedMerge
+    from taskloom.merge.preview import Preview
+    from taskloom.merge.report import MergeReport
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _print_json(content: Any) -> None:
+    import json
+
+    click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _shown_default(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _list_methods(as_json: bool) -> None:
+    from taskloom.merge.stages import METHODS, REQUIRED
+
+    if as_json:
+        _print_json(
+            [
+                {
+                    "name": method.name,
+                    "title": method.title,
+                    "source": method.source,
+                    "stages": method.stages,
+                    "base_model": method.base == "required",
+                    "parameters": [
+                        {
+                            "name": parameter.name,
+                            "default": None if parameter.default is REQUIRED else parameter.default,
+                            "required": parameter.default is REQUIRED,
+                            "per_model": parameter.per_model,
+                            "choices": list(parameter.choices),
+                            "has_effect": not parameter.inert,
+                            "help": parameter.help,
+                        }
+                        for parameter in method.parameters
+                    ],
+                }
+                for method in METHODS.values()
+            ]
+        )
+        return
+    width = max(len(name) for name in METHODS) + 2
+    for method in METHODS.values():
+        parameters = ", ".join(
+            f"{parameter.name}={_shown_default(parameter.default)}" for parameter in method.parameters if not parameter.inert
+        )
+        click.echo(f"{method.name:<{width}}{method.stages}")
+        click.echo(f"{'':<{width}}{parameters}")
+
+
+def _print_template(name: str) -> None:
+    from taskloom.merge.recipe import find_method
+    from taskloom.merge.templates import recipe_template
+
+    click.echo(recipe_template(find_method(name)), nl=False)
+
+
+def _print_preview(preview: Preview) -> None:
+    rows = {
+        "method": preview.method,
+        "base": preview.base_model or "-",
+        "models": ", ".join(preview.models),
+        "tensors": f"{preview.tensors_merged} merged ({preview.parameters_merged:,} parameters), {preview.tensors_copied} copied",
+        "read": _size(preview.bytes_in),
+        "write": f"{_size(preview.bytes_out)} in {len(preview.files)} file{'s' if len(preview.files) > 1 else ''}",
+        "memory": f"about {_size(preview.anonymous_memory)} (besides the mapped files)",
+    }
+    for label, value in rows.items():
+        click.echo(f"{label:<9}{value}")
+    for name, size in preview.files.items():
+        click.echo(f"  {name}  {_size(size)}")
+    for note in preview.notes:
+        click.echo(f"note: {note}")
+
+
+def _print_summary(report: MergeReport) -> None:
+    merged = sum(tensor.figures is not None for tensor in report.tensors)
+    click.echo(
+        f"merged {merged} of {len(report.tensors)} tensors in {report.seconds:.1f} s "
+        f"({_size(report.bytes_read)} read, {_size(report.bytes_written)} written)"
+    )
+    for model, density in zip(report.models, report.total.kept_density, strict=False):
+        click.echo(f"  kept {density:7.2%} of {model}")
+    if len(report.models) > 1:
+        click.echo(f"  sign conflicts in {report.total.conflict_rate:.2%} of entries")
+    for note in report.notes:
+        click.echo(f"note: {note}")
+    click.echo(f"report: {Path(report.output) / 'merge_report.json'}")
+
+
+@contextmanager
+def _progress_bar(planned: PlannedMerge, shown: bool) -> Iterator[Callable[[int], None] | None]:
+    """A bar on stderr, only where stderr is a terminal."""
+    if not shown or not click.get_text_stream("stderr").isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    with Progress(
+        TextColumn("merging"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as progress:
+        bar = progress.add_task("merging", total=planned.progress_total)
+        yield lambda done: progress.update(bar, completed=done)
+
+
+def _required(value: Path | None, name: str) -> Path:
+    if value is None:
+        raise click.UsageError(f"missing argument {name}", click.get_current_context())
+    return value
+
+
+def _merge(recipe: Path, out: Path | None, options: dict[str, Any]) -> None:
+    from taskloom.merge.output import check_output
+    from taskloom.merge.run import prepare, run_plan
+
+    loaded, planned = prepare(recipe, seed=options["seed"], shard_size=options["shard_size"], allow_nonfinite=options["allow_nonfinite"])
+    if options["dry_run"]:
+        from taskloom.merge.preview import preview
+
+        if out is not None:
+            check_output(out, planned.cast.models)
+        shown = preview(planned, method=loaded.method.name, base_model=loaded.base_model, threads=options["threads"])
+        if options["as_json"]:
+            _print_json(shown.to_dict())
+        else:
+            _print_preview(shown)
+        return
+    with _progress_bar(planned, shown=not options["quiet"]) as progress:
+        report = run_plan(
+            loaded,
+            planned,
+            _required(out, "OUT"),
+            threads=options["threads"],
+            plot=options["plot"],
+            copy_tokenizer=options["copy_tokenizer"],
+            write_card=options["write_card"],
+            progress=progress,
+        )
+    if options["as_json"]:
+        _print_json(report.to_dict())
+    elif not options["quiet"]:
+        _print_summary(report)
+
+
+@click.command(
+    epilog="mergekit's names are understood too: --out-shard-size, --num-threads (-j), --random-seed, --write-model-card.",
+)
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.option("--list-methods", is_flag=True, help="List the merge methods with their stages and parameters (also with --json).")
+@click.option("--init", metavar="METHOD", help="Print a commented recipe for METHOD.")
+@click.option("--dry-run", is_flag=True, help="Show the plan, reading only headers and writing nothing (also with --json).")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option(
+    "--shard-size", "--out-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Most bytes per file: 5GB, 500M, 1GiB."
+)
+@click.option(
+    "--threads", "--num-threads", "-j", type=click.IntRange(min=0), default=0, help="Threads of the merge; 0 (default) uses all cores."
+)
+@click.option("--seed", "--random-seed", type=click.IntRange(0, 2**64 - 1), help="Seed of random masks; default: the recipe's, else 0.")
+@click.option("--plot", is_flag=True, help="Write figures into OUT/plots (needs matplotlib).")
+@click.option("--copy-tokenizer/--no-copy-tokenizer", default=True, show_default=True, help="Copy the base's tokenizer files.")
+@click.option(
+    "--write-card/--no-write-card", "--write-model-card/--no-write-model-card", default=True, show_default=True, help="Write README.md."
+)
+@click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinities in the models pass instead of stopping.")
+@click.option("--quiet", "-q", is_flag=True, help="No progress bar and no summary.")
+@click.option("--debug", is_flag=True, help="Show a traceback for errors.")
+@refuse_mergekit_flags
+def merge(recipe: Path | None, out: Path | None, list_methods: bool, init: str | None, debug: bool, **options: Any) -> None:
+    """Merge the safetensors checkpoints named in RECIPE (a YAML file, as for mergekit) into the new folder OUT."""
+    try:
+        if list_methods:
+            _list_methods(options["as_json"])
+        elif init is not None:
+            _print_template(init)
+        else:
+            found = _required(recipe, "RECIPE")
+            if not options["dry_run"]:
+                _required(out, "OUT")
+            _merge(found, out, options)
+    except MergeError as error:
+        if debug:
+            raise
+        raise click.ClickException(str(error)) from error

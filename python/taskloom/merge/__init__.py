@@ -1,0 +1,45 @@
+"""Merging of safetensors checkpoints by a recipe, in one streaming pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from taskloom.merge.errors import CheckpointError, MergeError, OutputError, RecipeError
+    from taskloom.merge.recipe import Recipe, load_recipe
+    from taskloom.merge.report import MergeReport
+    from taskloom.merge.run import merge_checkpoints
+
+_MODULES = {
+    "CheckpointError": "errors",
+    "MergeError": "errors",
+    "MergeReport": "report",
+    "OutputError": "errors",
+    "Recipe": "recipe",
+    "RecipeError": "errors",
+    "load_recipe": "recipe",
+    "merge_checkpoints": "run",
+}
+
+__all__ = [
+    "CheckpointError",
+    "MergeError",
+    "MergeReport",
+    "OutputError",
+    "Recipe",
+    "RecipeError",
+    "load_recipe",
+    "merge_checkpoints",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

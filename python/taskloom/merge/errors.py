@@ -1,0 +1,28 @@
+"""What a merge raises when its recipe, its inputs or its output folder are not what they should be."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MergeError(Exception):
+    """A merge that cannot be done as asked; the message says which part, what was expected and what came."""
+
+
+class RecipeError(MergeError):
+    """A recipe that cannot be read or that asks for something that does not exist."""
+
+
+class CheckpointError(MergeError):
+    """A checkpoint that cannot be found, is damaged, or does not fit the others."""
+
+
+class OutputError(MergeError):
+    """An output folder that may not be written."""
+
+
+def near_miss(word: str, known: Iterable[str]) -> str:
+    """A ``did you mean`` clause for ``word``, or the empty string where nothing in ``known`` is close."""
+    close = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,212 @@
+"""Reads and writes the header of a safetensors file, with nothing but the standard library.
+
+Accepts what safetensors 0.8 accepts, except that a tensor name given twice is an error (safetensors keeps the last one in silence).
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from taskloom.merge.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+
+BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+
+FLOATING = ("F32", "BF16", "F16", "F64")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file: safetensors dtype code, shape, and where its bytes are, counted from the file's start."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _DuplicateKeyError(key)
+            seen.add(key)
+    return found
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes that ``shape`` elements of the safetensors ``dtype`` take."""
+    return prod(shape) * BITS[dtype] // 8
+
+
+def _read_prefix(path: Path) -> tuple[bytes, int]:
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise CheckpointError(f"{path}: not a safetensors file: {size} bytes, expected at least 8")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path}: not a safetensors file: header length {length} is above the limit of {MAX_HEADER_BYTES} bytes"
+                )
+            if 8 + length > size:
+                raise CheckpointError(f"{path}: truncated: the header needs {length} bytes, the file has {size - 8} after its length field")
+            return file.read(length), size
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_object)
+    except _DuplicateKeyError as error:
+        raise CheckpointError(f"{path}: header names {error.args[0]!r} twice") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: header is not valid JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: header is a JSON {type(header).__name__}, expected an object")
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+        raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
+    return header
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _parse_entry(path: Path, name: str, info: object, data_start: int) -> TensorEntry:
+    where = f"{path}: tensor {name!r}"
+    if not name.isprintable() and any(0xD800 <= ord(character) < 0xE000 for character in name):
+        raise CheckpointError(f"{where}: the name is not valid Unicode")
+    if not isinstance(info, dict):
+        raise CheckpointError(f"{where}: entry is not an object")
+    missing = [key for key in ("dtype", "shape", "data_offsets") if key not in info]
+    if missing:
+        raise CheckpointError(f"{where}: entry lacks {', '.join(missing)}")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise CheckpointError(f"{where}: unknown dtype {dtype!r}, expected one of {', '.join(BITS)}")
+    if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
+        raise CheckpointError(f"{where}: shape must be a list of whole numbers >= 0, got {shape!r}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
+        raise CheckpointError(f"{where}: data_offsets must be two whole numbers >= 0, got {offsets!r}")
+    begin, end = offsets
+    bits = prod(shape) * BITS[dtype]
+    if bits % 8:
+        raise CheckpointError(f"{where}: {dtype} of shape {shape} does not fill whole bytes")
+    if end - begin != bits // 8:
+        raise CheckpointError(f"{where}: data_offsets {offsets} span {end - begin} bytes, {dtype} of shape {shape} needs {bits // 8}")
+    return TensorEntry(path, data_start + begin, bits // 8, dtype, tuple(shape))
+
+
+def _check_cover(path: Path, entries: dict[str, TensorEntry], data_start: int, size: int) -> None:
+    """Every byte after the header belongs to exactly one tensor."""
+    position, previous = data_start, ""
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if entry.offset + entry.nbytes > size:
+            raise CheckpointError(
+                f"{path}: truncated: tensor {name!r} ends at byte {entry.offset + entry.nbytes}, the file has {size} bytes"
+            )
+        if entry.offset < position:
+            raise CheckpointError(f"{path}: tensors {previous!r} and {name!r} overlap")
+        if entry.offset > position:
+            raise CheckpointError(f"{path}: {entry.offset - position} bytes before tensor {name!r} belong to no tensor")
+        position, previous = entry.offset + entry.nbytes, name
+    if position != size:
+        raise CheckpointError(f"{path}: {size - position} bytes after the last tensor belong to no tensor")
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file, in the order of their bytes.
+
+    Parameters
+    ----------
+    path
+        A ``.safetensors`` file. Only its header is read.
+
+    Returns
+    -------
+    dict[str, TensorEntry]
+        By name, ordered by offset.
+
+    Raises
+    ------
+    CheckpointError
+        If the file cannot be read, or its header breaks a rule of the format: length, JSON, duplicate names, dtypes, shapes,
+        offsets outside the file, sizes that do not fit dtype and shape, overlaps, holes, trailing bytes.
+    """
+    raw, size = _read_prefix(path)
+    data_start = 8 + len(raw)
+    entries = {name: _parse_entry(path, name, info, data_start) for name, info in _parse_json(path, raw).items()}
+    _check_cover(path, entries, data_start, size)
+    return dict(sorted(entries.items(), key=lambda item: item[1].offset))
+
+
+def write_header(tensors: list[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, list[int], int]:
+    """The header of a file that holds ``tensors`` (name, dtype, shape) one after another.
+
+    Returns
+    -------
+    header
+        Length field and JSON, padded with spaces to a multiple of 8 bytes, as safetensors does.
+    offsets
+        Where each tensor's bytes begin, counted from the file's start.
+    size
+        Bytes of the whole file.
+    """
+    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    relative, position = [], 0
+    for name, dtype, shape in tensors:
+        end = position + tensor_bytes(dtype, shape)
+        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        relative.append(position)
+        position = end
+    body = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    body += b" " * (-len(body) % 8)
+    start = 8 + len(body)
+    return struct.pack("<Q", len(body)) + body, [start + offset for offset in relative], start + position

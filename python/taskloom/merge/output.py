@@ -1,0 +1,179 @@
+"""The output folder: which ones are refused, the working folder beside it, and the files that are copied from the base."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from taskloom.merge.checkpoint import Checkpoint
+from taskloom.merge.errors import OutputError
+from taskloom.merge.plan import MergePlan
+
+_LARGEST_COPIED = 256 * 2**20
+
+_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.bpe", "*.py", "LICENSE*", "NOTICE*")
+_NOT_COPIED = (
+    "*.index.json",
+    "adapter_config.json",
+    "trainer_state.json",
+    "*_results.json",
+    "merge_report.json",
+    "requirements.txt",
+    "optimizer*",
+)
+_TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges*",
+    "spiece.model",
+    "sentencepiece*",
+    "*.tiktoken",
+    "*.bpe",
+    "chat_template*",
+    "*.jinja",
+)
+_CONFIG_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+def check_output(out: Path, models: Iterable[Checkpoint]) -> Path:
+    """Refuse an output folder that would lose something; returns its absolute path.
+
+    Raises
+    ------
+    OutputError
+        If OUT is a file or a folder with something in it, or is, holds, or lies inside an input model.
+    """
+    resolved = out.expanduser().resolve()
+    for model in models:
+        path = model.located.path.resolve()
+        if resolved == path or path in resolved.parents or resolved in path.parents:
+            relation = "is" if resolved == path else ("lies inside" if path in resolved.parents else "holds")
+            raise OutputError(f"output {out}: {relation} the input model {model.label!r} ({path}); choose another folder")
+    if resolved.exists() and not resolved.is_dir():
+        raise OutputError(f"output {out}: is a file, expected a folder that does not exist yet or is empty")
+    if resolved.is_dir() and any(resolved.iterdir()):
+        raise OutputError(f"output {out}: is not empty; choose another folder or empty this one")
+    partial = partial_folder(resolved)
+    if partial.exists():
+        raise OutputError(f"output {out}: {partial} is left from a merge that was cut off, or belongs to one that runs now; remove it")
+    return resolved
+
+
+def partial_folder(out: Path) -> Path:
+    """The working folder of a merge into ``out``."""
+    return out.with_name(out.name + ".partial")
+
+
+@contextmanager
+def working_folder(out: Path) -> Iterator[Path]:
+    """A fresh folder beside ``out`` that becomes ``out`` when the block ends, and is removed when it raises."""
+    partial = partial_folder(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+    except OSError as error:
+        raise OutputError(f"output {out}: cannot create {partial}: {error.strerror}") from error
+    try:
+        yield partial
+        # An empty folder at ``out`` is replaced; one that filled up meanwhile makes this fail.
+        os.replace(partial, out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OutputError(f"output {out}: cannot be written: {error}") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _matches(path: Path, patterns: Iterable[str]) -> bool:
+    return any(path.match(pattern) for pattern in patterns)
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A config whose dtype keys, also those of nested ``*_config`` parts, say ``dtype``."""
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("torch_dtype", "dtype") and (value is None or isinstance(value, str)):
+            changed[key] = dtype
+        elif key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):
+            changed[key] = _with_dtype(value, dtype)
+        else:
+            changed[key] = value
+    return changed
+
+
+def _write_config(model: Checkpoint, destination: Path, dtype: str | None) -> None:
+    config = model.config
+    if config is None:
+        return
+    if dtype is not None:
+        name = _CONFIG_DTYPES[dtype]
+        config = _with_dtype(config, name)
+        if "torch_dtype" not in config and "dtype" not in config:
+            config["torch_dtype"] = name
+    write_json(destination / "config.json", config)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON as the Hugging Face tools do: two spaces, UTF-8, a final newline."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _module_folders(folder: Path) -> list[Path]:
+    """The sub-folders of a sentence-transformers model (``1_Pooling`` and the like)."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"\d+_\w+", path.name))
+
+
+def copy_side_files(model: Checkpoint, destination: Path, *, dtype: str | None, copy_tokenizer: bool = True) -> list[str]:
+    """Copy configuration, tokenizer and other small files of a model that are not weights.
+
+    Parameters
+    ----------
+    model
+        The reference model; a single file has nothing to copy.
+    destination
+        The working folder.
+    dtype
+        safetensors code that config.json is to name; None leaves it as it is.
+    copy_tokenizer
+        Whether tokenizer files come along.
+
+    Returns
+    -------
+    list[str]
+        Notes about what was left out or copied without merging.
+    """
+    folder = model.folder
+    notes: list[str] = []
+    if folder is None:
+        return notes
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.name == "config.json" or not _matches(path, _COPIED) or _matches(path, _NOT_COPIED):
+            continue
+        if not copy_tokenizer and _matches(path, _TOKENIZER):
+            continue
+        if path.stat().st_size > _LARGEST_COPIED:
+            notes.append(f"{path.name} of {model.label} is above {_LARGEST_COPIED >> 20} MiB and was not copied")
+            continue
+        shutil.copyfile(path, destination / path.name)
+    _write_config(model, destination, dtype)
+    for module in _module_folders(folder):
+        shutil.copytree(module, destination / module.name)
+        if any(_matches(path, ("*.safetensors", "*.bin")) for path in module.iterdir()):
+            notes.append(f"weights in {module.name} were copied from {model.label}, not merged")
+    return notes
+
+
+def write_index(plan: MergePlan, folder: Path) -> None:
+    """Write ``model.safetensors.index.json`` where the output has more than one file."""
+    if plan.weight_map:
+        content = {"metadata": {"total_size": plan.total_size}, "weight_map": dict(sorted(plan.weight_map.items()))}
+        write_json(folder / "model.safetensors.index.json", content)

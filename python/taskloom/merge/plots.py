@@ -1,0 +1,113 @@
+"""Figures of a merge: kept density and sign conflicts by layer, cosines between task vectors, magnitudes of the deltas."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import defaultdict
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from taskloom.merge.errors import MergeError
+from taskloom.merge.report import MergeReport
+
+if TYPE_CHECKING:
+    from taskloom.merge.execute import TensorStats
+
+_EXPONENT_BIAS = 127
+
+
+def require_matplotlib() -> None:
+    """Raise MergeError where matplotlib is missing, before any work starts."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MergeError("plots need matplotlib, which is not installed: pip install 'taskloom[plot]'")
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _by_layer(report: MergeReport) -> dict[int, list[tuple[int, list[float], float]]]:
+    """Element count, kept densities and conflict rate of each merged tensor, by layer."""
+    layers: dict[int, list[tuple[int, list[float], float]]] = defaultdict(list)
+    for tensor in report.tensors:
+        if tensor.figures is not None and tensor.layer is not None:
+            layers[tensor.layer].append((prod(tensor.shape), tensor.figures.kept_density, tensor.figures.conflict_rate))
+    return dict(sorted(layers.items()))
+
+
+def _mean(pairs: Sequence[tuple[int, float]]) -> float:
+    total = sum(numel for numel, _ in pairs)
+    return sum(numel * value for numel, value in pairs) / total if total else 0.0
+
+
+def _plot_layers(report: MergeReport, path: Path) -> None:
+    layers = _by_layer(report)
+    figure, axes = _figure(8, 4.5)
+    for number, model in enumerate(report.models):
+        axes.plot(
+            list(layers), [_mean([(numel, kept[number]) for numel, kept, _ in rows]) for rows in layers.values()], marker="o", label=model
+        )
+    axes.plot(
+        list(layers),
+        [_mean([(numel, conflict) for numel, _, conflict in rows]) for rows in layers.values()],
+        color="black",
+        linestyle="--",
+        marker="x",
+        label="sign conflicts",
+    )
+    axes.set(xlabel="layer", ylabel="share of entries", ylim=(0, 1.02), title=f"{report.method}: kept density and sign conflicts")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def _plot_cosines(report: MergeReport, path: Path) -> None:
+    size = max(4.0, 1.0 + 0.8 * len(report.models))
+    figure, axes = _figure(size + 1, size)
+    values = [[float("nan") if cell is None else cell for cell in row] for row in report.total.cosines]
+    image = axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
+    ticks = range(len(report.models))
+    axes.set_xticks(ticks, report.models, rotation=45, ha="right")
+    axes.set_yticks(ticks, report.models)
+    for row in ticks:
+        for column in ticks:
+            axes.text(column, row, f"{values[row][column]:.2f}", ha="center", va="center")
+    axes.set_title("cosine between task vectors")
+    figure.colorbar(image)
+    figure.savefig(path, dpi=150)
+
+
+def _plot_magnitudes(report: MergeReport, stats: Sequence[TensorStats], path: Path) -> None:
+    figure, axes = _figure(8, 4.5)
+    for number, model in enumerate(report.models):
+        counts = [0] * 256
+        for tensor in stats:
+            if tensor.magnitude_histogram:
+                counts = [total + count for total, count in zip(counts, tensor.magnitude_histogram[number], strict=True)]
+        used = [exponent for exponent, count in enumerate(counts) if count]
+        if used:
+            span = range(used[0], used[-1] + 1)
+            axes.step([exponent - _EXPONENT_BIAS for exponent in span], [counts[exponent] for exponent in span], where="post", label=model)
+    axes.set(xlabel="binary exponent of |delta|", ylabel="entries", yscale="log", title="magnitudes of the task vectors")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def write_plots(report: MergeReport, stats: Sequence[TensorStats], folder: Path) -> list[Path]:
+    """Write PNG files into ``folder``: ``layers.png``, ``cosines.png``, ``magnitudes.png``.
+
+    The first is left out where no merged tensor belongs to a layer.
+    """
+    folder.mkdir()
+    written = []
+    if _by_layer(report):
+        written.append(folder / "layers.png")
+        _plot_layers(report, written[-1])
+    written += [folder / "cosines.png", folder / "magnitudes.png"]
+    _plot_cosines(report, written[-2])
+    _plot_magnitudes(report, stats, written[-1])
+    return written

@@ -1,0 +1,230 @@
+"""Reads a merge recipe: a YAML file as mergekit users have, or the same as a mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+
+from taskloom.merge.errors import RecipeError, near_miss
+from taskloom.merge.parameters import Setting, compile_setting
+from taskloom.merge.stages import MERGEKIT_ONLY, METHODS, Method
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+
+_REFUSED = {
+    "slices": "layer-wise slices are not supported; list whole models under 'models'",
+    "modules": "per-module merges are not supported; list whole models under 'models'",
+    "tokenizer_source": "vocabularies are not changed: all models must share one, and the base's tokenizer is copied; remove the key",
+    "tokenizer": "vocabularies are not changed: all models must share one, and the base's tokenizer is copied; remove the key",
+    "chat_template": "the base's chat template is copied with its tokenizer; remove the key",
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _ModelDocument(_Strict):
+    model: StrictStr = Field(min_length=1)
+    parameters: dict[StrictStr, Any] | None = None
+
+
+class _Document(_Strict):
+    merge_method: StrictStr
+    models: list[_ModelDocument] = Field(min_length=1)
+    base_model: StrictStr | None = Field(default=None, min_length=1)
+    parameters: dict[StrictStr, Any] | None = None
+    dtype: StrictStr | None = None
+    out_dtype: StrictStr | None = None
+    seed: StrictInt | None = Field(default=None, ge=0, lt=2**64)
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """One entry of ``models``: its name as written and the settings that are its own."""
+
+    label: str
+    settings: dict[str, Setting]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. ``dtype`` and ``out_dtype`` are safetensors codes; ``text`` is the YAML it came from.
+
+    ``notes`` are the settings that were accepted and change nothing; ``folder`` is where the file is (None for a mapping).
+    """
+
+    method: Method
+    models: tuple[ModelInput, ...]
+    base_model: str | None
+    settings: dict[str, Setting]
+    dtype: str | None
+    out_dtype: str | None
+    seed: int | None
+    text: str
+    folder: Path | None
+    notes: tuple[str, ...]
+
+    @property
+    def output_dtype(self) -> str | None:
+        """The dtype of merged tensors; None means that of each base tensor."""
+        return self.out_dtype or self.dtype
+
+
+class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """PyYAML keeps the last of two equal keys in silence; a recipe with two is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
+
+
+def _read(path: Path) -> tuple[Any, str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"recipe {path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {path}: is not UTF-8 text") from error
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader), text
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {path}: is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise RecipeError(f"recipe {path}: is nested too deeply") from error
+
+
+def _plain(value: Any) -> Any:
+    """Python-only spellings (tuples, paths) as YAML would have them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _check_keys(mapping: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
+    for key in mapping:
+        if key in known:
+            continue
+        if key in _REFUSED and where == "recipe":
+            raise RecipeError(f"recipe: key {key!r} is not supported: {_REFUSED[key]}")
+        raise RecipeError(f"{where}: unknown key {key!r}, expected {', '.join(known)}{near_miss(str(key), known)}")
+
+
+def _refuse_type(error: ValidationError) -> NoReturn:
+    first = error.errors()[0]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    if first["type"] == "missing":
+        raise RecipeError(f"recipe: key {place!r} is missing") from None
+    raise RecipeError(f"recipe: {place}: {first['msg'].lower()}, got {first['input']!r}") from None
+
+
+def _parse_document(raw: Any) -> _Document:
+    if not isinstance(raw, Mapping):
+        raise RecipeError(f"recipe: expected a mapping with merge_method and models, got {type(raw).__name__}")
+    _check_keys(raw, tuple(_Document.model_fields), "recipe")
+    if isinstance(raw.get("models"), list):
+        for number, entry in enumerate(raw["models"]):
+            if isinstance(entry, Mapping):
+                _check_keys(entry, tuple(_ModelDocument.model_fields), f"models[{number}]")
+    try:
+        return _Document.model_validate(raw)
+    except ValidationError as error:
+        _refuse_type(error)
+
+
+def find_method(name: str) -> Method:
+    """The row of the method table that ``name`` names; raises RecipeError with the nearest name otherwise."""
+    if name in METHODS:
+        return METHODS[name]
+    if name in MERGEKIT_ONLY:
+        raise RecipeError(f"merge_method {name!r} of mergekit is not offered here; the methods are {', '.join(METHODS)}")
+    raise RecipeError(f"merge_method {name!r} is unknown; the methods are {', '.join(METHODS)}{near_miss(name, METHODS)}")
+
+
+def _dtype(name: str | None, key: str) -> str | None:
+    if name is None:
+        return None
+    plain = name.removeprefix("torch.")
+    if plain not in DTYPES:
+        raise RecipeError(f"recipe: {key}: expected one of {', '.join(DTYPES)}, got {name!r}{near_miss(plain, DTYPES)}")
+    return DTYPES[plain]
+
+
+def _unknown_parameter(method: Method, name: str, where: str) -> RecipeError:
+    names = [parameter.name for parameter in method.parameters]
+    hint = near_miss(name, names)
+    others = [other.name for other in METHODS.values() if other.parameter(name)]
+    if not hint and others:
+        hint = f" ({name!r} belongs to {', '.join(others)})"
+    return RecipeError(f"{where}: {method.name} has no parameter {name!r}, its parameters are {', '.join(names)}{hint}")
+
+
+def _compile(method: Method, raw: Mapping[str, Any] | None, where: str, of_model: bool, notes: list[str]) -> dict[str, Setting]:
+    settings = {}
+    for name, value in (raw or {}).items():
+        parameter = method.parameter(name)
+        if parameter is None:
+            raise _unknown_parameter(method, name, where)
+        if of_model and not parameter.per_model:
+            raise RecipeError(f"{where}: {name!r} holds for the whole merge; put it under the recipe's own 'parameters'")
+        settings[name] = compile_setting(parameter, value, f"{where}.{name}")
+        note = f"{name} has no effect in {method.name}"
+        if parameter.inert and note not in notes:
+            notes.append(note)
+    return settings
+
+
+def load_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
+    """Read and check a recipe.
+
+    Parameters
+    ----------
+    source
+        Path of a YAML file, or the same content as a mapping.
+
+    Raises
+    ------
+    RecipeError
+        If it cannot be read, or a key, method, parameter or value is unknown, missing or out of range.
+    """
+    if isinstance(source, Mapping):
+        raw, folder = _plain(source), None
+        document = _parse_document(raw)
+        text = yaml.safe_dump(raw, sort_keys=False)
+    else:
+        raw, text = _read(Path(source))
+        folder = Path(source).resolve().parent
+        document = _parse_document(raw)
+    method = find_method(document.merge_method)
+    notes: list[str] = []
+    settings = _compile(method, document.parameters, "parameters", False, notes)
+    models = tuple(
+        ModelInput(entry.model, _compile(method, entry.parameters, f"models[{number}].parameters", True, notes))
+        for number, entry in enumerate(document.models)
+    )
+    if method.base == "required" and document.base_model is None:
+        raise RecipeError(f"recipe: key 'base_model' is missing; {method.name} takes differences from it")
+    return Recipe(
+        method=method,
+        models=models,
+        base_model=document.base_model,
+        settings=settings,
+        dtype=_dtype(document.dtype, "dtype"),
+        out_dtype=_dtype(document.out_dtype, "out_dtype"),
+        seed=document.seed,
+        text=text,
+        folder=folder,
+        notes=tuple(notes),
+    )
