@@ -7,7 +7,7 @@ namespace taskloom {
 
 enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2, f64 = 3 };
 
-inline int64_t element_size(DType dtype) {
+static inline int64_t element_size(DType dtype) {
   switch (dtype) {
     case DType::f32: return 4;
     case DType::f64: return 8;

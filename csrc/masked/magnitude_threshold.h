@@ -20,7 +20,7 @@ struct Delta {
   DType base_dtype;
 };
 
-inline bool is_wide(const Delta& delta) { return delta.tuned_dtype == DType::f64 || (delta.base != nullptr && delta.base_dtype == DType::f64); }
+static inline bool is_wide(const Delta& delta) { return delta.tuned_dtype == DType::f64 || (delta.base != nullptr && delta.base_dtype == DType::f64); }
 
 // The entries of rank < k: those whose magnitude bits exceed `bits`, and of those that equal it the ones with index < tie_end.
 struct Cut {
@@ -29,8 +29,8 @@ struct Cut {
 };
 
 // No bits of an absolute value exceed these, in either width's comparison.
-inline Cut cut_none(bool wide) { return {wide ? INT64_MAX : INT32_MAX, 0}; }
-inline Cut cut_all() { return {0, INT64_MAX}; }
+static inline Cut cut_none(bool wide) { return {wide ? INT64_MAX : INT32_MAX, 0}; }
+static inline Cut cut_all() { return {0, INT64_MAX}; }
 
 // A cut with what it was found from: the number of entries above the threshold and how many equal to it belong to it.
 struct Threshold {
@@ -62,7 +62,7 @@ struct ThresholdLoops {
   void (*row_ranks)(bool wide, const void* bits, int64_t n, int32_t* ranks, void* scratch);
 };
 
-inline int64_t row_rank_scratch(bool wide, int64_t n) { return 2 * n * (wide ? 16 : 8); }
+static inline int64_t row_rank_scratch(bool wide, int64_t n) { return 2 * n * (wide ? 16 : 8); }
 
 TASKLOOM_LOOPS(ThresholdLoops, threshold_loops)
 
