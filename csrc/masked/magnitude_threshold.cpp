@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <functional>
 
 namespace taskloom {
 namespace {
@@ -55,7 +55,7 @@ Threshold trivial(bool wide, int64_t numel, int64_t rank) {
 
 // All entries of ranks strictly between 0 and numel, by a partial sort of a copy.
 template <class Bits>
-Threshold from_copy(bool wide, const Bits* magnitudes, int64_t numel, int64_t rank, std::vector<Bits>& copy) {
+Threshold from_copy(const Bits* magnitudes, int64_t numel, int64_t rank, std::vector<Bits>& copy) {
   copy.assign(magnitudes, magnitudes + numel);
   std::nth_element(copy.begin(), copy.begin() + (rank - 1), copy.end(), std::greater<Bits>());
   const Bits bits = copy[static_cast<size_t>(rank - 1)];
@@ -70,7 +70,6 @@ Threshold from_copy(bool wide, const Bits* magnitudes, int64_t numel, int64_t ra
   for (int64_t i = 0;; ++i) {
     if (magnitudes[i] == bits && --left == 0) {
       found.cut.tie_end = i + 1;
-      (void)wide;
       return found;
     }
   }
@@ -83,7 +82,7 @@ void small_thresholds(const Delta& delta, int64_t numel, const int64_t* ranks, i
   threshold_loops().magnitudes(wide, delta, 0, numel, magnitudes);
   thread_local std::vector<Bits> copy;
   for (int i = 0; i < cuts; ++i) {
-    if (ranks[i] > 0 && ranks[i] < numel) out[i] = from_copy(wide, magnitudes, numel, ranks[i], copy);
+    if (ranks[i] > 0 && ranks[i] < numel) out[i] = from_copy(magnitudes, numel, ranks[i], copy);
   }
 }
 
@@ -262,34 +261,43 @@ void large_thresholds(const Delta* deltas, int64_t numel, std::vector<Wanted>& w
 
 }  // namespace
 
-std::vector<Threshold> magnitude_thresholds(const Delta* deltas, int tasks, int64_t numel, const int64_t* ranks, int cuts,
+std::vector<Threshold> magnitude_thresholds(const Delta* deltas, int tasks, int64_t numel, const int64_t* ranks, int cuts, bool wide,
                                             const ParallelFor& parallel) {
   std::vector<Threshold> found(static_cast<size_t>(tasks * cuts));
-  std::vector<Wanted> narrow, wide;
+  std::vector<Wanted> wanted;
   for (int task = 0; task < tasks; ++task) {
     for (int cut = 0; cut < cuts; ++cut) {
       const int64_t rank = ranks[task * cuts + cut];
       if (rank <= 0 || rank >= numel) {
-        found[static_cast<size_t>(task * cuts + cut)] = trivial(is_wide(deltas[task]), numel, rank);
+        found[static_cast<size_t>(task * cuts + cut)] = trivial(wide, numel, rank);
       } else {
-        (is_wide(deltas[task]) ? wide : narrow).push_back({task, cut, rank, {}});
+        wanted.push_back({task, cut, rank, {}});
       }
     }
   }
+  if (wanted.empty()) return found;
   if (numel > small) {
-    if (!narrow.empty()) large_thresholds<int32_t>(deltas, numel, narrow, cuts, found.data(), parallel);
-    if (!wide.empty()) large_thresholds<int64_t>(deltas, numel, wide, cuts, found.data(), parallel);
+    if (wide) {
+      large_thresholds<int64_t>(deltas, numel, wanted, cuts, found.data(), parallel);
+    } else {
+      large_thresholds<int32_t>(deltas, numel, wanted, cuts, found.data(), parallel);
+    }
     return found;
   }
   parallel(tasks, [&](int64_t task) {
     Threshold* out = found.data() + task * cuts;
-    if (is_wide(deltas[task])) {
+    if (wide) {
       small_thresholds<int64_t>(deltas[task], numel, ranks + task * cuts, cuts, out);
     } else {
       small_thresholds<int32_t>(deltas[task], numel, ranks + task * cuts, cuts, out);
     }
   });
   return found;
+}
+
+Threshold exact_magnitude_threshold(const Delta& delta, int64_t numel, int64_t rank, bool wide, const ParallelFor& parallel) {
+  if (rank < numel) return magnitude_thresholds(&delta, 1, numel, &rank, 1, wide, parallel).front();
+  return exact_threshold(wide, delta, numel, rank, parallel);
 }
 
 void add_magnitude_histogram(const Delta& delta, bool wide, int64_t numel, int shift, int64_t prefix, int64_t* counts, const ParallelFor& parallel) {

@@ -67,8 +67,12 @@ static inline int64_t row_rank_scratch(bool wide, int64_t n) { return 2 * n * (w
 TASKLOOM_LOOPS(ThresholdLoops, threshold_loops)
 
 // Thresholds of ranks[task * cuts + i] (0 <= rank <= numel) of `tasks` deltas of one tensor, found together so that a shared base is read
-// once per chunk.
-std::vector<Threshold> magnitude_thresholds(const Delta* deltas, int tasks, int64_t numel, const int64_t* ranks, int cuts, const ParallelFor& parallel);
+// once per chunk. `wide` compares in float64: for all deltas of a merge in which any tensor is float64.
+std::vector<Threshold> magnitude_thresholds(const Delta* deltas, int tasks, int64_t numel, const int64_t* ranks, int cuts, bool wide,
+                                            const ParallelFor& parallel);
+
+// The same for one rank 1 <= rank <= numel, a threshold always being found.
+Threshold exact_magnitude_threshold(const Delta& delta, int64_t numel, int64_t rank, bool wide, const ParallelFor& parallel);
 
 struct DeltaSegment {
   Delta delta;

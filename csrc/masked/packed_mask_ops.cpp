@@ -1,0 +1,55 @@
+// pack_mask, unpack_mask: stable-ABI wrappers.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "common/checks.h"
+#include "masked/packed_mask.h"
+
+namespace taskloom {
+namespace {
+
+constexpr int64_t chunk = 1 << 18;
+
+Tensor pack_mask_cpu(const Tensor& mask) {
+  check_dtype(mask, ScalarType::Bool, "mask", "bool");
+  const Tensor flat = torch::stable::contiguous(mask);
+  const int64_t numel = flat.numel();
+  Tensor packed = torch::stable::empty({(numel + 7) / 8}, ScalarType::Byte);
+  const auto* from = static_cast<const uint8_t*>(flat.const_data_ptr());
+  auto* to = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  torch_parallel()(chunk_count(numel, chunk), [&](int64_t index) {
+    const int64_t begin = index * chunk;
+    packed_mask_loops().pack(from + begin, std::min(chunk, numel - begin), to + begin / 8);
+  });
+  return packed;
+}
+
+Tensor unpack_mask_cpu(const Tensor& packed, std::vector<int64_t> shape) {
+  check_dtype(packed, ScalarType::Byte, "packed", "uint8");
+  int64_t numel = 1;
+  for (const int64_t size : shape) {
+    STD_TORCH_CHECK(size >= 0, "shape: sizes must not be negative, got ", size);
+    numel *= size;
+  }
+  STD_TORCH_CHECK(packed.numel() == (numel + 7) / 8, "packed: expected ", (numel + 7) / 8, " bytes for ", numel, " entries, got ", packed.numel());
+  const Tensor flat = torch::stable::contiguous(packed);
+  Tensor mask = torch::stable::empty(shape, ScalarType::Bool);
+  const auto* from = static_cast<const uint8_t*>(flat.const_data_ptr());
+  auto* to = static_cast<uint8_t*>(mask.mutable_data_ptr());
+  torch_parallel()(chunk_count(numel, chunk), [&](int64_t index) {
+    const int64_t begin = index * chunk;
+    packed_mask_loops().unpack(from + begin / 8, std::min(chunk, numel - begin), to + begin);
+  });
+  return mask;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(taskloom, CPU, m) {
+  m.impl("pack_mask", TORCH_BOX(&pack_mask_cpu));
+  m.impl("unpack_mask", TORCH_BOX(&unpack_mask_cpu));
+}
+
+}  // namespace taskloom

@@ -1,0 +1,184 @@
+// Reads the plan's dataclasses (python/taskloom/merge/plan.py) into the executor's structures, by the same field names.
+#include "merge/binding.h"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <chrono>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <thread>
+
+#include "merge/executor.h"
+
+namespace py = pybind11;
+
+namespace taskloom {
+namespace {
+
+template <class Enum>
+Enum named(const py::handle& value, const std::map<std::string, Enum>& names, const char* field) {
+  const auto found = names.find(value.cast<std::string>());
+  if (found == names.end()) throw std::invalid_argument(std::string(field) + ": unknown value '" + value.cast<std::string>() + "'");
+  return found->second;
+}
+
+const std::map<std::string, DType> dtypes{{"F32", DType::f32}, {"F16", DType::f16}, {"BF16", DType::bf16}, {"F64", DType::f64}};
+
+bool is_floating(const py::handle& place) { return dtypes.count(place.attr("dtype").cast<std::string>()) > 0; }
+
+Place place_of(const py::handle& place) {
+  Place read;
+  read.file = place.attr("file").cast<int>();
+  read.offset = place.attr("offset").cast<int64_t>();
+  if (is_floating(place)) read.dtype = named(place.attr("dtype"), dtypes, "dtype");
+  return read;
+}
+
+template <class T>
+T entry(const std::vector<T>& values, size_t index, T otherwise) {
+  return index < values.size() ? values[index] : otherwise;
+}
+
+JobStages stages_of(const py::handle& stages, uint64_t seed, uint64_t key) {
+  JobStages read;
+  SparseMerge& merge = read.merge;
+  const auto scope = stages.attr("scope").cast<std::string>();
+  merge.select = named<Select>(
+      stages.attr("select"),
+      {{"all", Select::all}, {"magnitude", Select::magnitude}, {"dropout", Select::dropout}, {"rank_dropout", Select::rank_dropout}}, "select");
+  if (merge.select == Select::magnitude && scope == "row") merge.select = Select::row_magnitude;
+  read.model_scope = merge.select == Select::magnitude && scope == "model";
+  merge.rescale = named<Rescale>(stages.attr("rescale"), {{"none", Rescale::none}, {"density", Rescale::density}, {"l1", Rescale::l1}}, "rescale");
+  merge.elect = named<Elect>(stages.attr("elect"), {{"none", Elect::none}, {"sign_sum", Elect::sign_sum}, {"sign_count", Elect::sign_count}}, "elect");
+  merge.vote = named<Vote>(stages.attr("vote"), {{"none", Vote::none}, {"selected", Vote::selected}, {"tall", Vote::tall}}, "vote");
+  merge.combine = named<Combine>(
+      stages.attr("combine"),
+      {{"sum", Combine::sum}, {"weighted_mean", Combine::weighted_mean}, {"disjoint_mean", Combine::disjoint_mean}}, "combine");
+  merge.consensus_k = stages.attr("consensus_k").cast<int>();
+  merge.scale = stages.attr("scale").cast<double>();
+  merge.seed = seed;
+  merge.statistics = true;
+  read.zero_majority = stages.attr("zero_sign").cast<std::string>() == "majority";
+  read.slerp = stages.attr("interpolation").cast<std::string>() == "slerp";
+  read.t = stages.attr("t").cast<double>();
+  const auto weight = stages.attr("weight").cast<std::vector<double>>();
+  const auto rank_begin = stages.attr("rank_begin").cast<std::vector<int64_t>>();
+  const auto rank_end = stages.attr("rank_end").cast<std::vector<int64_t>>();
+  const auto density = stages.attr("density").cast<std::vector<double>>();
+  const auto epsilon = stages.attr("epsilon").cast<std::vector<double>>();
+  const auto lambda = stages.attr("tall_mask_lambda").cast<std::vector<double>>();
+  for (size_t t = 0; t < weight.size(); ++t) {
+    MergeTask task;
+    task.weight = weight[t];
+    task.rank_begin = entry<int64_t>(rank_begin, t, 0);
+    task.rank_end = entry<int64_t>(rank_end, t, 0);
+    task.density = entry(density, t, 1.0);
+    task.epsilon = entry(epsilon, t, 0.0);
+    task.tall_mask_lambda = entry(lambda, t, 1.0);
+    task.key = key + t * 0x9E3779B97F4A7C15ull;
+    merge.tasks.push_back(task);
+  }
+  return read;
+}
+
+MergeJob job_of(const py::handle& job, const py::handle& element_bits, uint64_t seed) {
+  MergeJob read;
+  read.name = job.attr("name").cast<std::string>();
+  const auto shape = job.attr("shape").cast<std::vector<int64_t>>();
+  read.numel = 1;
+  for (const int64_t size : shape) read.numel *= size;
+  read.floating = is_floating(job.attr("target"));
+  read.target = place_of(job.attr("target"));
+  if (!job.attr("base").is_none()) {
+    read.base = place_of(job.attr("base"));
+    if (is_floating(job.attr("base")) != read.floating) throw std::invalid_argument("tensor '" + read.name + "': a copy cannot change its kind");
+  }
+  read.bytes = read.numel * element_bits[job.attr("target").attr("dtype")].cast<int64_t>() / 8;
+  for (const py::handle place : job.attr("tuned")) read.tuned.push_back(place_of(place));
+  if (!job.attr("stages").is_none()) {
+    read.stages = stages_of(job.attr("stages"), seed, job.attr("key").cast<uint64_t>());
+    if (read.stages->merge.tasks.size() != read.tuned.size()) throw std::invalid_argument("tensor '" + read.name + "': one weight per tuned tensor");
+    read.stages->merge.row_length = shape.empty() ? 1 : shape.back();
+    if (read.numel == 0) read.stages->merge.row_length = 0;
+  } else if (!read.base) {
+    throw std::invalid_argument("tensor '" + read.name + "': a copy needs a base");
+  }
+  return read;
+}
+
+py::dict result_of(const JobResult& result, size_t tasks) {
+  py::dict read;
+  py::list dots;
+  const std::vector<double>& upper = result.statistics.dots;
+  for (size_t row = 0; row < tasks; ++row) {
+    py::list line;
+    for (size_t column = 0; column < tasks; ++column) {
+      const size_t low = std::min(row, column), high = std::max(row, column);
+      const size_t index = low * tasks - low * (low + 1) / 2 + high;
+      line.append(index < upper.size() ? upper[index] : 0.0);
+    }
+    dots.append(line);
+  }
+  read["kept"] = result.statistics.kept;
+  read["conflicts"] = result.statistics.conflicts;
+  read["dots"] = dots;
+  read["seconds"] = result.seconds;
+  read["magnitude_histogram"] = result.histogram;
+  return read;
+}
+
+// Inputs are paths, or 0 for the process's own memory (offsets are addresses); outputs are (path, header, size), or 0.
+py::list execute_merge(const py::list& inputs, const py::list& outputs, const py::object& plan, const py::dict& element_bits, int threads,
+                       bool magnitude_histogram, const py::object& progress) {
+  MergeRun run;
+  for (const py::handle input : inputs) {
+    if (py::isinstance<py::int_>(input)) {
+      run.inputs.emplace_back(input.cast<uintptr_t>());
+    } else {
+      run.inputs.emplace_back(input.cast<std::string>());
+    }
+  }
+  for (const py::handle output : outputs) {
+    if (py::isinstance<py::int_>(output)) {
+      run.outputs.emplace_back(output.cast<uintptr_t>());
+    } else {
+      const auto [path, header, size] = output.cast<std::tuple<std::string, py::bytes, int64_t>>();
+      run.outputs.emplace_back(path, std::string(header), size);
+    }
+  }
+  run.models = plan.attr("models").cast<std::vector<std::string>>();
+  run.allow_nonfinite = plan.attr("allow_nonfinite").cast<bool>();
+  run.magnitude_histogram = magnitude_histogram;
+  run.threads = threads > 0 ? threads : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  for (const py::handle job : plan.attr("jobs")) run.jobs.push_back(job_of(job, element_bits, plan.attr("seed").cast<uint64_t>()));
+  auto last = std::chrono::steady_clock::now();
+  run.progress = [&](int64_t done) {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - last < std::chrono::milliseconds(100)) return;
+    last = now;
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (!progress.is_none()) progress(done);
+  };
+  std::vector<JobResult> results;
+  {
+    const py::gil_scoped_release release;
+    results = execute(run);
+  }
+  py::list read;
+  for (size_t i = 0; i < results.size(); ++i) {
+    read.append(run.jobs[i].stages ? py::object(result_of(results[i], run.jobs[i].tuned.size())) : py::object(py::none()));
+  }
+  return read;
+}
+
+}  // namespace
+
+void bind_merge(py::module_& m) {
+  m.def("execute_merge", &execute_merge, py::arg("inputs"), py::arg("outputs"), py::arg("plan"), py::arg("element_bits"), py::arg("threads"),
+        py::arg("magnitude_histogram"), py::arg("progress"), "Carry out a taskloom.merge.plan.MergePlan; one result per job, None for copies.");
+}
+
+}  // namespace taskloom

@@ -1,0 +1,294 @@
+#include "merge/executor.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <map>
+#include <stdexcept>
+
+#include "merge/thread_pool.h"
+
+namespace taskloom {
+namespace {
+
+// Tensors below this share the threads among them; larger ones are each spread over all threads.
+constexpr int64_t large = 1 << 20;
+constexpr int64_t copy_piece = 1 << 22;
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+class Executor {
+ public:
+  explicit Executor(MergeRun& run)
+      : run_(run),
+        pool_(run.threads, [this] {
+          if (run_.progress) run_.progress(done_.load(std::memory_order_relaxed));
+        }),
+        results_(run.jobs.size()),
+        prepared_(run.jobs.size()) {}
+
+  std::vector<JobResult> execute() {
+    find_model_cuts();
+    find_majority_signs();
+    std::vector<size_t> few;
+    size_t previous = run_.jobs.size();
+    for (size_t i = 0; i < run_.jobs.size(); ++i) {
+      if (run_.jobs[i].numel < large) {
+        few.push_back(i);
+        continue;
+      }
+      advise(run_.jobs[i], true);
+      if (previous < run_.jobs.size()) finish_large(previous);
+      previous = i;
+    }
+    if (previous < run_.jobs.size()) finish_large(previous);
+    pool_.parallel()(static_cast<int64_t>(few.size()), [&](int64_t i) { carry_out(few[static_cast<size_t>(i)]); });
+    for (OutputFile& output : run_.outputs) output.close();
+    if (run_.progress) run_.progress(done_);
+    return std::move(results_);
+  }
+
+ private:
+  const void* data(const Place& place, int64_t numel) const {
+    return run_.inputs[static_cast<size_t>(place.file)].at(place.offset, numel * element_size(place.dtype));
+  }
+
+  void advise(const MergeJob& job, bool ahead) const {
+    auto range = [&](const Place& place) {
+      const InputFile& file = run_.inputs[static_cast<size_t>(place.file)];
+      const int64_t bytes = job.stages ? job.numel * element_size(place.dtype) : job.bytes;
+      ahead ? file.will_need(place.offset, bytes) : file.done_with(place.offset, bytes);
+    };
+    if (job.base) range(*job.base);
+    for (const Place& place : job.tuned) range(place);
+  }
+
+  void finish_large(size_t index) {
+    carry_out(index);
+    advise(run_.jobs[index], false);
+  }
+
+  // The job's merge with its tensors in place, thresholds not yet found.
+  SparseMerge bound(const MergeJob& job) const {
+    SparseMerge merge = job.stages->merge;
+    merge.numel = job.numel;
+    merge.out_dtype = job.target.dtype;
+    merge.base = job.base ? data(*job.base, job.numel) : nullptr;
+    merge.base_dtype = job.base ? job.base->dtype : DType::f32;
+    for (size_t t = 0; t < merge.tasks.size(); ++t) {
+      merge.tasks[t].tuned = data(job.tuned[t], job.numel);
+      merge.tasks[t].dtype = job.tuned[t].dtype;
+    }
+    return merge;
+  }
+
+  static std::vector<Delta> deltas_of(const SparseMerge& merge) {
+    std::vector<Delta> deltas;
+    for (const MergeTask& task : merge.tasks) deltas.push_back({task.tuned, merge.base, task.dtype, merge.base_dtype});
+    // Every delta of a tensor is taken in one width, so a float64 task makes the others' comparisons float64 too.
+    return deltas;
+  }
+
+  void find_model_cuts() {
+    std::vector<size_t> members;
+    for (size_t i = 0; i < run_.jobs.size(); ++i) {
+      const MergeJob& job = run_.jobs[i];
+      if (job.stages && job.stages->model_scope) {
+        prepared_[i] = bound(job);
+        members.push_back(i);
+      }
+    }
+    if (members.empty()) return;
+    const bool wide = prepared_[members.front()]->wide();
+    for (const size_t i : members) {
+      if (prepared_[i]->wide() != wide) {
+        throw std::runtime_error("scope: model cannot rank float64 tensors together with others: '" + run_.jobs[members.front()].name + "' and '" +
+                                 run_.jobs[i].name + "'");
+      }
+    }
+    for (size_t t = 0; t < run_.models.size(); ++t) {
+      std::vector<DeltaSegment> segments;
+      for (const size_t i : members) segments.push_back({deltas_of(*prepared_[i])[t], prepared_[i]->numel});
+      const MergeTask& task = prepared_[members.front()]->tasks[t];
+      std::vector<int64_t> tie_ends;
+      const std::vector<Threshold> found = joint_magnitude_thresholds(segments, {task.rank_end, task.rank_begin}, &tie_ends, pool_.parallel());
+      for (size_t s = 0; s < members.size(); ++s) {
+        MergeTask& own = prepared_[members[s]]->tasks[t];
+        own.outer = {found[0].cut.bits, tie_ends[s]};
+        own.inner = {found[1].cut.bits, tie_ends[members.size() + s]};
+      }
+    }
+  }
+
+  void find_cuts(SparseMerge* merge) {
+    std::vector<int64_t> ranks;
+    for (const MergeTask& task : merge->tasks) {
+      ranks.push_back(task.rank_end);
+      ranks.push_back(task.rank_begin);
+    }
+    const std::vector<Delta> deltas = deltas_of(*merge);
+    const std::vector<Threshold> found =
+        magnitude_thresholds(deltas.data(), static_cast<int>(deltas.size()), merge->numel, ranks.data(), 2, merge->wide(), pool_.parallel());
+    for (size_t t = 0; t < merge->tasks.size(); ++t) {
+      merge->tasks[t].outer = found[2 * t].cut;
+      merge->tasks[t].inner = found[2 * t + 1].cut;
+    }
+  }
+
+  const SparseMerge& prepare(size_t index) {
+    const MergeJob& job = run_.jobs[index];
+    std::optional<SparseMerge>& slot = prepared_[index];
+    if (!slot) {
+      slot = bound(job);
+      if (slot->select == Select::magnitude) find_cuts(&*slot);
+    }
+    set_rescale_factors(&*slot, pool_.parallel());
+    return *slot;
+  }
+
+  // Where elections of exactly zero follow the majority sign of the whole model, that sign is counted first.
+  void find_majority_signs() {
+    int64_t sum = 0;
+    std::vector<size_t> members;
+    for (size_t i = 0; i < run_.jobs.size(); ++i) {
+      const MergeJob& job = run_.jobs[i];
+      if (job.stages && job.stages->zero_majority && job.stages->merge.elect != Elect::none) {
+        sum += elected_sign_sum(prepare(i), pool_.parallel());
+        members.push_back(i);
+      }
+    }
+    for (const size_t i : members) prepared_[i]->zero_sign = sum < 0 ? -1 : 1;
+  }
+
+  struct Sink {
+    Executor* executor;
+    const MergeJob* job;
+    double done_per_byte;
+  };
+
+  static void write_chunk(void* context, int64_t offset, const void* chunk, int64_t bytes) {
+    const auto* sink = static_cast<const Sink*>(context);
+    const Place& target = sink->job->target;
+    sink->executor->run_.outputs[static_cast<size_t>(target.file)].write(target.offset + offset, chunk, bytes);
+    sink->executor->done_ += static_cast<int64_t>(static_cast<double>(bytes) * sink->done_per_byte);
+  }
+
+  int64_t job_bytes(const MergeJob& job) const {
+    int64_t bytes = job.stages || job.floating ? job.numel * element_size(job.target.dtype) : job.bytes;
+    if (job.base) bytes += job.stages || job.floating ? job.numel * element_size(job.base->dtype) : job.bytes;
+    for (const Place& place : job.tuned) bytes += job.numel * element_size(place.dtype);
+    return bytes;
+  }
+
+  void carry_out(size_t index) {
+    const MergeJob& job = run_.jobs[index];
+    const auto start = std::chrono::steady_clock::now();
+    const int64_t total = job_bytes(job);
+    const int64_t before = total;
+    const int64_t out_bytes = std::max<int64_t>(1, job.floating ? job.numel * element_size(job.target.dtype) : job.bytes);
+    Sink sink{this, &job, static_cast<double>(before) / static_cast<double>(out_bytes)};
+    MergeOutput output;
+    output.data = run_.outputs[static_cast<size_t>(job.target.file)].memory(job.target.offset);
+    output.write = &write_chunk;
+    output.context = &sink;
+    if (!job.stages) {
+      copy(job, output);
+    } else if (job.numel > 0) {
+      merge(index, output);
+    }
+    results_[index].seconds = seconds_since(start);
+  }
+
+  void copy(const MergeJob& job, const MergeOutput& output) {
+    if (job.floating && job.base->dtype != job.target.dtype) {
+      convert_tensor(job.base->dtype, data(*job.base, job.numel), job.numel, job.target.dtype, output, pool_.parallel());
+      return;
+    }
+    const char* from = run_.inputs[static_cast<size_t>(job.base->file)].at(job.base->offset, job.bytes);
+    pool_.parallel()(chunk_count(job.bytes, copy_piece), [&](int64_t piece) {
+      const int64_t offset = piece * copy_piece;
+      const int64_t bytes = std::min(copy_piece, job.bytes - offset);
+      if (output.data != nullptr) {
+        std::copy_n(from + offset, bytes, static_cast<char*>(output.data) + offset);
+      } else {
+        output.write(output.context, offset, from + offset, bytes);
+      }
+    });
+  }
+
+  void merge(size_t index, const MergeOutput& output) {
+    const MergeJob& job = run_.jobs[index];
+    if (job.stages->slerp) {
+      const SparseMerge both = bound(job);
+      const SparseMerge line = slerp_merge(both, job.stages->t, pool_.parallel());
+      results_[index].statistics = sparse_merge(line, output, pool_.parallel());
+      results_[index].statistics.kept = {job.numel};
+      results_[index].statistics.dots = {0};
+      check_finite(job, results_[index].statistics);
+      return;
+    }
+    const SparseMerge& ready = prepare(index);
+    JobResult& result = results_[index];
+    result.statistics = sparse_merge(ready, output, pool_.parallel());
+    check_finite(job, result.statistics);
+    if (run_.magnitude_histogram) result.histogram = histograms(ready);
+    prepared_[index].reset();
+  }
+
+  std::vector<std::vector<int64_t>> histograms(const SparseMerge& merge) {
+    std::vector<std::vector<int64_t>> all;
+    const bool wide = merge.wide();
+    for (const Delta& delta : deltas_of(merge)) {
+      std::vector<int64_t> digits(histogram_bins), exponents(256);
+      add_magnitude_histogram(delta, wide, merge.numel, wide ? 48 : 16, 0, digits.data(), pool_.parallel());
+      for (int64_t digit = 0; digit < histogram_bins / 2; ++digit) {
+        const int64_t exponent = wide ? std::clamp<int64_t>((digit >> 4) - 1023 + 127, 0, 255) : digit >> 7;
+        exponents[static_cast<size_t>(exponent)] += digits[static_cast<size_t>(digit)];
+      }
+      all.push_back(std::move(exponents));
+    }
+    return all;
+  }
+
+  int64_t first_nonfinite(const Place& place, int64_t numel) const {
+    constexpr int64_t piece = 4096;
+    std::vector<double> values(piece);
+    for (int64_t begin = 0; begin < numel; begin += piece) {
+      const int64_t n = std::min(piece, numel - begin);
+      sparse_merge_loops().convert(place.dtype, data(place, numel), begin, n, DType::f64, values.data());
+      for (int64_t i = 0; i < n; ++i) {
+        if (!std::isfinite(values[static_cast<size_t>(i)])) return begin + i;
+      }
+    }
+    return -1;
+  }
+
+  void check_finite(const MergeJob& job, const MergeStatistics& statistics) const {
+    if (!statistics.nonfinite || run_.allow_nonfinite) return;
+    auto check = [&](const Place& place, const std::string& model) {
+      const int64_t index = first_nonfinite(place, job.numel);
+      if (index >= 0) {
+        throw std::runtime_error("tensor '" + job.name + "' of " + model + " holds NaN or infinity, first at element " + std::to_string(index) +
+                                 "; --allow-nonfinite merges it all the same");
+      }
+    };
+    if (job.base) check(*job.base, "the base model");
+    for (size_t t = 0; t < job.tuned.size(); ++t) check(job.tuned[t], "model '" + run_.models[t] + "'");
+    throw std::runtime_error("tensor '" + job.name + "': the difference of a model and the base overflows");
+  }
+
+  MergeRun& run_;
+  std::atomic<int64_t> done_{0};
+  ThreadPool pool_;
+  std::vector<JobResult> results_;
+  std::vector<std::optional<SparseMerge>> prepared_;
+};
+
+}  // namespace
+
+std::vector<JobResult> execute(MergeRun& run) { return Executor(run).execute(); }
+
+}  // namespace taskloom

@@ -1,0 +1,60 @@
+// The streaming merge: a planned list of tensors, read from mapped files (or memory), merged by the loops of sparse_merge and written in
+// place. Needs no torch and no Python; python/taskloom/merge/plan.py explains the fields.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "masked/sparse_merge.h"
+#include "merge/files.h"
+
+namespace taskloom {
+
+struct Place {
+  int file = 0;
+  int64_t offset = 0;
+  DType dtype = DType::f32;
+};
+
+struct JobStages {
+  SparseMerge merge;  // with everything but pointers, sizes and thresholds
+  bool model_scope = false;
+  bool zero_majority = false;
+  bool slerp = false;
+  double t = 0;
+};
+
+struct MergeJob {
+  std::string name;
+  int64_t numel = 0;
+  int64_t bytes = 0;  // of a plain copy
+  bool floating = true;
+  Place target;
+  std::optional<Place> base;
+  std::vector<Place> tuned;
+  std::optional<JobStages> stages;
+};
+
+struct JobResult {
+  MergeStatistics statistics;
+  std::vector<std::vector<int64_t>> histogram;  // per task, by exponent of |delta| in float32
+  double seconds = 0;
+};
+
+struct MergeRun {
+  std::vector<InputFile> inputs;
+  std::vector<OutputFile> outputs;
+  std::vector<MergeJob> jobs;
+  std::vector<std::string> models;
+  bool allow_nonfinite = false;
+  bool magnitude_histogram = false;
+  int threads = 1;
+  std::function<void(int64_t done_bytes)> progress;  // called from the calling thread, after each of its chunks
+};
+
+std::vector<JobResult> execute(MergeRun& run);
+
+}  // namespace taskloom

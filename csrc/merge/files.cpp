@@ -1,0 +1,101 @@
+#include "merge/files.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <stdexcept>
+#include <utility>
+
+namespace taskloom {
+namespace {
+
+[[noreturn]] void fail(const std::string& action, const std::string& path) {
+  throw std::runtime_error(action + " " + path + ": " + std::strerror(errno));
+}
+
+}  // namespace
+
+InputFile::InputFile(const std::string& path) : path_(path) {
+  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (descriptor < 0) fail("cannot open", path);
+  struct stat status {};
+  if (::fstat(descriptor, &status) != 0) {
+    ::close(descriptor);
+    fail("cannot read the size of", path);
+  }
+  size_ = status.st_size;
+  void* mapped = size_ == 0 ? MAP_FAILED : ::mmap(nullptr, static_cast<size_t>(size_), PROT_READ, MAP_SHARED, descriptor, 0);
+  ::close(descriptor);
+  if (mapped == MAP_FAILED) {
+    size_ = 0;
+    fail("cannot map", path);
+  }
+  data_ = static_cast<const char*>(mapped);
+}
+
+InputFile::InputFile(InputFile&& other) noexcept
+    : path_(std::move(other.path_)), data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+
+InputFile::~InputFile() {
+  if (size_ > 0) ::munmap(const_cast<char*>(data_), static_cast<size_t>(size_));
+}
+
+const char* InputFile::at(int64_t offset, int64_t bytes) const {
+  if (!path_.empty() && (offset < 0 || bytes < 0 || offset > size_ || bytes > size_ - offset)) {
+    throw std::runtime_error(path_ + " is shorter than its header says: it changed after it was read");
+  }
+  return data_ + offset;
+}
+
+void InputFile::advise(int64_t offset, int64_t bytes, bool ahead) const {
+  if (path_.empty() || bytes <= 0) return;
+  const int64_t page = ::sysconf(_SC_PAGESIZE);
+  const int64_t begin = offset / page * page;
+  // Only a hint: a kernel that refuses it changes nothing but speed.
+  (void)::madvise(const_cast<char*>(data_) + begin, static_cast<size_t>(offset + bytes - begin), ahead ? MADV_WILLNEED : MADV_DONTNEED);
+}
+
+OutputFile::OutputFile(const std::string& path, const std::string& header, int64_t size) : path_(path) {
+  descriptor_ = ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  if (descriptor_ < 0) fail("cannot create", path);
+  if (::ftruncate(descriptor_, size) != 0) {
+    const int cause = errno;
+    ::close(std::exchange(descriptor_, -1));
+    errno = cause;
+    fail("cannot set the size of", path);
+  }
+  write(0, header.data(), static_cast<int64_t>(header.size()));
+}
+
+OutputFile::OutputFile(OutputFile&& other) noexcept
+    : path_(std::move(other.path_)), descriptor_(std::exchange(other.descriptor_, -1)), memory_(std::exchange(other.memory_, nullptr)) {}
+
+OutputFile::~OutputFile() {
+  if (descriptor_ >= 0) ::close(descriptor_);
+}
+
+void OutputFile::write(int64_t offset, const void* data, int64_t bytes) const {
+  if (in_memory()) {
+    std::memcpy(memory_ + offset, data, static_cast<size_t>(bytes));
+    return;
+  }
+  const char* from = static_cast<const char*>(data);
+  while (bytes > 0) {
+    const ssize_t written = ::pwrite(descriptor_, from, static_cast<size_t>(bytes), offset);
+    if (written < 0 && errno == EINTR) continue;
+    if (written <= 0) fail("cannot write", path_);
+    from += written;
+    offset += written;
+    bytes -= written;
+  }
+}
+
+void OutputFile::close() {
+  if (descriptor_ >= 0 && ::close(std::exchange(descriptor_, -1)) != 0) fail("cannot finish writing", path_);
+}
+
+}  // namespace taskloom

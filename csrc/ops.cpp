@@ -1,0 +1,9 @@
+// Every op's schema: the table of contents of the compiled side. Implementations are registered in csrc/FAMILY/NAME_ops.cpp.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(taskloom, m) {
+  // masked
+  m.def("pack_mask(Tensor mask) -> Tensor");
+  m.def("unpack_mask(Tensor packed, int[] shape) -> Tensor");
+  m.def("magnitude_threshold(Tensor tuned, Tensor? base, int[] ranks) -> (Tensor, Tensor)");
+}
