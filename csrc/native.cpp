@@ -36,8 +36,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Taskloom's compiled host side: build facts, CPU level, merge executor.";
   m.def("build_info", &build_info, "Versions and options that this build was made with.");
-  m.def(
-      "cpu_level", [] { return std::string(taskloom::cpu_level_name(taskloom::cpu_level())); }, "Name of the CPU level in force.");
+  m.def("cpu_level", [] { return std::string(taskloom::cpu_level_name(taskloom::cpu_level())); }, "Name of the CPU level in force.");
   m.def(
       "detected_cpu_level", [] { return std::string(taskloom::cpu_level_name(taskloom::detected_cpu_level())); },
       "Name of the highest CPU level that this machine reaches.");

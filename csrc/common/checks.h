@@ -16,18 +16,25 @@ using torch::stable::Tensor;
 
 inline DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Double: return DType::f64;
-    default: break;
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Double:
+      return DType::f64;
+    default:
+      break;
   }
-  STD_TORCH_CHECK(false, name, ": expected a float32, float16, bfloat16 or float64 tensor, got ScalarType ", static_cast<int>(tensor.scalar_type()));
+  STD_TORCH_CHECK(false, name, ": expected a float32, float16, bfloat16 or float64 tensor, got ScalarType ",
+                  static_cast<int>(tensor.scalar_type()));
   return DType::f32;
 }
 
 inline void check_dtype(const Tensor& tensor, ScalarType expected, const char* name, const char* type) {
-  STD_TORCH_CHECK(tensor.scalar_type() == expected, name, ": expected a ", type, " tensor, got ScalarType ", static_cast<int>(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.scalar_type() == expected, name, ": expected a ", type, " tensor, got ScalarType ",
+                  static_cast<int>(tensor.scalar_type()));
 }
 
 // torch's own threads, one index per task.

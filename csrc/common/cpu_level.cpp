@@ -25,7 +25,8 @@ CpuLevel parse(const std::string& name) {
 CpuLevel checked(const std::string& name) {
   const CpuLevel level = parse(name);
   if (level > detected_cpu_level()) {
-    throw std::runtime_error("TASKLOOM_CPU_LEVEL: " + name + " was asked for, but this CPU reaches only " + cpu_level_name(detected_cpu_level()));
+    throw std::runtime_error("TASKLOOM_CPU_LEVEL: " + name + " was asked for, but this CPU reaches only " +
+                             cpu_level_name(detected_cpu_level()));
   }
   return level;
 }
@@ -52,10 +53,14 @@ CpuLevel detected_cpu_level() {
 
 const char* cpu_level_name(CpuLevel level) {
   switch (level) {
-    case CpuLevel::v2: return "v2";
-    case CpuLevel::v3: return "v3";
-    case CpuLevel::v4: return "v4";
-    default: return "baseline";
+    case CpuLevel::v2:
+      return "v2";
+    case CpuLevel::v3:
+      return "v3";
+    case CpuLevel::v4:
+      return "v4";
+    default:
+      return "baseline";
   }
 }
 

@@ -16,26 +16,29 @@ void force_cpu_level(const char* name);
 
 // Declares the table of loops of every level and the function that picks one: TASKLOOM_LOOPS(MaskedLoops, masked_loops).
 #ifdef TASKLOOM_HAS_LEVEL_v4
-#define TASKLOOM_LOOPS(Table, name)                          \
-  extern "C" const Table* taskloom_##name##_v2();            \
-  extern "C" const Table* taskloom_##name##_v3();            \
-  extern "C" const Table* taskloom_##name##_v4();            \
-  inline const Table& name() {                               \
-    switch (cpu_level()) {                                   \
-      case CpuLevel::v4: return *taskloom_##name##_v4();     \
-      case CpuLevel::v3: return *taskloom_##name##_v3();     \
-      default: return *taskloom_##name##_v2();               \
-    }                                                        \
+#define TASKLOOM_LOOPS(Table, name)               \
+  extern "C" const Table* taskloom_##name##_v2(); \
+  extern "C" const Table* taskloom_##name##_v3(); \
+  extern "C" const Table* taskloom_##name##_v4(); \
+  inline const Table& name() {                    \
+    switch (cpu_level()) {                        \
+      case CpuLevel::v4:                          \
+        return *taskloom_##name##_v4();           \
+      case CpuLevel::v3:                          \
+        return *taskloom_##name##_v3();           \
+      default:                                    \
+        return *taskloom_##name##_v2();           \
+    }                                             \
   }
 #else
-#define TASKLOOM_LOOPS(Table, name)                          \
-  extern "C" const Table* taskloom_##name##_baseline();      \
+#define TASKLOOM_LOOPS(Table, name)                     \
+  extern "C" const Table* taskloom_##name##_baseline(); \
   inline const Table& name() { return *taskloom_##name##_baseline(); }
 #endif
 
 // In a NAME_loops.cpp: the exported accessor of this level's table.
 #define TASKLOOM_PASTE_(a, b) a##b
 #define TASKLOOM_PASTE(a, b) TASKLOOM_PASTE_(a, b)
-#define TASKLOOM_EXPORT_LOOPS(Table, name, table)                                     \
-  extern "C" const Table* TASKLOOM_PASTE(taskloom_##name##_, TASKLOOM_LEVEL)();       \
+#define TASKLOOM_EXPORT_LOOPS(Table, name, table)                               \
+  extern "C" const Table* TASKLOOM_PASTE(taskloom_##name##_, TASKLOOM_LEVEL)(); \
   extern "C" const Table* TASKLOOM_PASTE(taskloom_##name##_, TASKLOOM_LEVEL)() { return &table; }

@@ -9,9 +9,12 @@ enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2, f64 = 3 };
 
 static inline int64_t element_size(DType dtype) {
   switch (dtype) {
-    case DType::f32: return 4;
-    case DType::f64: return 8;
-    default: return 2;
+    case DType::f32:
+      return 4;
+    case DType::f64:
+      return 8;
+    default:
+      return 2;
   }
 }
 

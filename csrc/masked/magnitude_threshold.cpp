@@ -168,7 +168,8 @@ Threshold exact_threshold(bool wide, const Delta& delta, int64_t numel, int64_t 
   });
   if (found.equal_kept == found.equal) return found;
   const std::vector<int64_t> equal = equal_per_chunk(wide, delta, numel, found.cut.bits, parallel);
-  found.cut.tie_end = locate_tie(wide, delta, numel, found.cut.bits, found.equal_kept, [&](int64_t c) { return equal[static_cast<size_t>(c)]; });
+  found.cut.tie_end =
+      locate_tie(wide, delta, numel, found.cut.bits, found.equal_kept, [&](int64_t c) { return equal[static_cast<size_t>(c)]; });
   return found;
 }
 
@@ -214,7 +215,8 @@ bool resolve(const Wanted& wanted, const Delta& delta, int64_t numel, int64_t ch
 }
 
 template <class Bits>
-void large_thresholds(const Delta* deltas, int64_t numel, std::vector<Wanted>& wanted, int cuts, Threshold* out, const ParallelFor& parallel) {
+void large_thresholds(const Delta* deltas, int64_t numel, std::vector<Wanted>& wanted, int cuts, Threshold* out,
+                      const ParallelFor& parallel) {
   constexpr bool wide = sizeof(Bits) == 8;
   const int64_t count = static_cast<int64_t>(wanted.size());
   parallel(count, [&](int64_t i) {
@@ -241,7 +243,8 @@ void large_thresholds(const Delta* deltas, int64_t numel, std::vector<Wanted>& w
       for (int64_t i = first; i < last; ++i) {
         const BracketCount& bracket = brackets[static_cast<size_t>(i - first)];
         const Bits* between = static_cast<const Bits*>(bracket.between_bits);
-        counts[static_cast<size_t>(c * count + i)] = {bracket.above, bracket.equal_high, bracket.equal_low, {between, between + bracket.between}};
+        counts[static_cast<size_t>(c * count + i)] = {
+            bracket.above, bracket.equal_high, bracket.equal_low, {between, between + bracket.between}};
       }
       first = last;
     }
@@ -250,12 +253,14 @@ void large_thresholds(const Delta* deltas, int64_t numel, std::vector<Wanted>& w
   parallel(count, [&](int64_t i) {
     const Wanted& item = wanted[static_cast<size_t>(i)];
     missed[static_cast<size_t>(i)] = !resolve<Bits>(
-        item, deltas[item.task], numel, chunks, [&](int64_t c) -> const ChunkCount<Bits>& { return counts[static_cast<size_t>(c * count + i)]; },
+        item, deltas[item.task], numel, chunks,
+        [&](int64_t c) -> const ChunkCount<Bits>& { return counts[static_cast<size_t>(c * count + i)]; },
         &out[item.task * cuts + item.cut]);
   });
   for (int64_t i = 0; i < count; ++i) {
     const Wanted& item = wanted[static_cast<size_t>(i)];
-    if (missed[static_cast<size_t>(i)]) out[item.task * cuts + item.cut] = exact_threshold(wide, deltas[item.task], numel, item.rank, parallel);
+    if (missed[static_cast<size_t>(i)])
+      out[item.task * cuts + item.cut] = exact_threshold(wide, deltas[item.task], numel, item.rank, parallel);
   }
 }
 
@@ -300,7 +305,8 @@ Threshold exact_magnitude_threshold(const Delta& delta, int64_t numel, int64_t r
   return exact_threshold(wide, delta, numel, rank, parallel);
 }
 
-void add_magnitude_histogram(const Delta& delta, bool wide, int64_t numel, int shift, int64_t prefix, int64_t* counts, const ParallelFor& parallel) {
+void add_magnitude_histogram(const Delta& delta, bool wide, int64_t numel, int shift, int64_t prefix, int64_t* counts,
+                             const ParallelFor& parallel) {
   // A fixed number of private histograms, whatever the threads: integers, so the order of the additions does not show.
   const int64_t chunks = chunk_count(numel, chunk);
   const int64_t parts = std::min<int64_t>(chunks, 16);
@@ -355,7 +361,8 @@ std::vector<Threshold> joint_magnitude_thresholds(const std::vector<DeltaSegment
       if (here <= left) {
         ends[s] = INT64_MAX;
       } else {
-        ends[s] = locate_tie(wide, segment.delta, segment.numel, threshold.cut.bits, left, [&](int64_t c) { return equal[static_cast<size_t>(c)]; });
+        ends[s] = locate_tie(wide, segment.delta, segment.numel, threshold.cut.bits, left,
+                             [&](int64_t c) { return equal[static_cast<size_t>(c)]; });
       }
       left -= std::min(left, here);
     }

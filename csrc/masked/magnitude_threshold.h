@@ -20,7 +20,9 @@ struct Delta {
   DType base_dtype;
 };
 
-static inline bool is_wide(const Delta& delta) { return delta.tuned_dtype == DType::f64 || (delta.base != nullptr && delta.base_dtype == DType::f64); }
+static inline bool is_wide(const Delta& delta) {
+  return delta.tuned_dtype == DType::f64 || (delta.base != nullptr && delta.base_dtype == DType::f64);
+}
 
 // The entries of rank < k: those whose magnitude bits exceed `bits`, and of those that equal it the ones with index < tie_end.
 struct Cut {
@@ -44,9 +46,9 @@ constexpr int64_t histogram_bins = 1 << 16;
 
 // What one pass over a chunk finds around a bracket low <= x <= high of magnitudes.
 struct BracketCount {
-  int64_t low, high;                             // in
+  int64_t low, high;                              // in
   int64_t above, equal_high, equal_low, between;  // out
-  void* between_bits;                            // out: bits strictly between, in order; room for a whole chunk and one vector
+  void* between_bits;                             // out: bits strictly between, in order; room for a whole chunk and one vector
 };
 
 struct ThresholdLoops {
@@ -85,6 +87,7 @@ std::vector<Threshold> joint_magnitude_thresholds(const std::vector<DeltaSegment
                                                   std::vector<int64_t>* tie_ends, const ParallelFor& parallel);
 
 // Adds the histogram of one 16-bit digit of the magnitudes to counts[65536]; see ThresholdLoops::histogram.
-void add_magnitude_histogram(const Delta& delta, bool wide, int64_t numel, int shift, int64_t prefix, int64_t* counts, const ParallelFor& parallel);
+void add_magnitude_histogram(const Delta& delta, bool wide, int64_t numel, int shift, int64_t prefix, int64_t* counts,
+                             const ParallelFor& parallel);
 
 }  // namespace taskloom

@@ -33,7 +33,8 @@ Tensor unpack_mask_cpu(const Tensor& packed, std::vector<int64_t> shape) {
     STD_TORCH_CHECK(size >= 0, "shape: sizes must not be negative, got ", size);
     numel *= size;
   }
-  STD_TORCH_CHECK(packed.numel() == (numel + 7) / 8, "packed: expected ", (numel + 7) / 8, " bytes for ", numel, " entries, got ", packed.numel());
+  STD_TORCH_CHECK(packed.numel() == (numel + 7) / 8, "packed: expected ", (numel + 7) / 8, " bytes for ", numel, " entries, got ",
+                  packed.numel());
   const Tensor flat = torch::stable::contiguous(packed);
   Tensor mask = torch::stable::empty(shape, ScalarType::Bool);
   const auto* from = static_cast<const uint8_t*>(flat.const_data_ptr());

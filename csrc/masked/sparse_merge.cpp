@@ -32,9 +32,24 @@ char* thread_buffer(int which, int64_t bytes) {
 MergeView view_of(const SparseMerge& merge) {
   const int count = static_cast<int>(merge.tasks.size());
   const int dot_stride = count <= 8 ? 1 : count * count / 64 + 1;
-  return {merge.base,    merge.base_dtype, merge.out_dtype, merge.numel,   merge.by_row() ? merge.row_length : 0, merge.tasks.data(), count,
-          merge.select,  merge.rescale,    merge.elect,     merge.zero_sign, merge.vote, merge.consensus_k, merge.combine, merge.scale,
-          merge.seed,    merge.statistics, dot_stride};
+  return {merge.base,
+          merge.base_dtype,
+          merge.out_dtype,
+          merge.numel,
+          merge.by_row() ? merge.row_length : 0,
+          merge.tasks.data(),
+          count,
+          merge.select,
+          merge.rescale,
+          merge.elect,
+          merge.zero_sign,
+          merge.vote,
+          merge.consensus_k,
+          merge.combine,
+          merge.scale,
+          merge.seed,
+          merge.statistics,
+          dot_stride};
 }
 
 int64_t chunk_length(const SparseMerge& merge) {
@@ -110,7 +125,9 @@ void set_rescale_factors(SparseMerge* merge, const ParallelFor& parallel) {
   }
 }
 
-int64_t elected_sign_sum(const SparseMerge& merge, const ParallelFor& parallel) { return run(merge, MergePass::signs, {}, parallel).sign_sum; }
+int64_t elected_sign_sum(const SparseMerge& merge, const ParallelFor& parallel) {
+  return run(merge, MergePass::signs, {}, parallel).sign_sum;
+}
 
 MergeStatistics sparse_merge(const SparseMerge& merge, const MergeOutput& output, const ParallelFor& parallel) {
   Totals totals = run(merge, MergePass::merge, output, parallel);
@@ -150,7 +167,8 @@ SparseMerge slerp_merge(const SparseMerge& merge, double t, const ParallelFor& p
   return line;
 }
 
-void convert_tensor(DType from_dtype, const void* from, int64_t numel, DType to_dtype, const MergeOutput& output, const ParallelFor& parallel) {
+void convert_tensor(DType from_dtype, const void* from, int64_t numel, DType to_dtype, const MergeOutput& output,
+                    const ParallelFor& parallel) {
   const int64_t size = element_size(to_dtype);
   parallel(chunk_count(numel, chunk), [&](int64_t index) {
     const int64_t begin = index * chunk;

@@ -99,7 +99,8 @@ enum class MergePass : int32_t { merge, norms, signs };
 struct SparseMergeLoops {
   int64_t (*scratch_bytes)(bool wide, const MergeView& merge, int64_t rows_group);
   // Entries begin .. begin + n (whole rows where selection is by row) into `out`, which starts at entry `begin`.
-  void (*chunk)(bool wide, MergePass pass, const MergeView& merge, int64_t begin, int64_t n, void* scratch, void* out, ChunkStatistics* statistics);
+  void (*chunk)(bool wide, MergePass pass, const MergeView& merge, int64_t begin, int64_t n, void* scratch, void* out,
+                ChunkStatistics* statistics);
   // Inner products <a,a>, <a,b>, <b,b> of two plain tensors over begin .. begin + n, in double.
   void (*inner_products)(const MergeTask& a, const MergeTask& b, int64_t begin, int64_t n, double* sums);
   void (*convert)(DType from_dtype, const void* from, int64_t begin, int64_t n, DType to_dtype, void* to);
@@ -121,6 +122,7 @@ int64_t elected_sign_sum(const SparseMerge& merge, const ParallelFor& parallel);
 MergeStatistics sparse_merge(const SparseMerge& merge, const MergeOutput& output, const ParallelFor& parallel);
 // Turns a merge of base and one tuned tensor into their spherical interpolation at t: a weighted sum of two tensors' values.
 SparseMerge slerp_merge(const SparseMerge& merge, double t, const ParallelFor& parallel);
-void convert_tensor(DType from_dtype, const void* from, int64_t numel, DType to_dtype, const MergeOutput& output, const ParallelFor& parallel);
+void convert_tensor(DType from_dtype, const void* from, int64_t numel, DType to_dtype, const MergeOutput& output,
+                    const ParallelFor& parallel);
 
 }  // namespace taskloom

@@ -18,11 +18,11 @@ template <class Acc>
 struct Scratch {
   Acc *base, *combined, *weight_sum, *elected, *sum;
   Bits<Acc>* keep;
-  Acc *delta, *part;   // [tasks][block]
-  Acc* multiplier;     // [tasks][group], of selection by row: 0 where dropped
+  Acc *delta, *part;  // [tasks][block]
+  Acc* multiplier;    // [tasks][group], of selection by row: 0 where dropped
   int32_t* votes;
-  int32_t* selected;   // [tasks][block], only with a vote of the selected
-  uint32_t* words;     // of one block
+  int32_t* selected;  // [tasks][block], only with a vote of the selected
+  uint32_t* words;    // of one block
   void *row_bits, *row_scratch;
   int32_t* ranks;
 };
@@ -111,7 +111,8 @@ inline void random_words(uint64_t seed, uint64_t key, int64_t begin, int64_t n, 
 inline int64_t keep_limit(double probability) { return static_cast<int64_t>(__builtin_nearbyint(probability * 4294967296.0)); }
 
 template <class Acc>
-inline void load_delta(const MergeView& merge, const MergeTask& task, const Acc* __restrict__ base, int64_t begin, int64_t n, Acc* __restrict__ delta) {
+inline void load_delta(const MergeView& merge, const MergeTask& task, const Acc* __restrict__ base, int64_t begin, int64_t n,
+                       Acc* __restrict__ delta) {
   load_block(task.dtype, task.tuned, begin, n, delta);
   if (merge.base != nullptr) {
     for (int64_t i = 0; i < n; ++i) delta[i] -= base[i];
@@ -131,7 +132,8 @@ inline void row_magnitudes(const MergeView& merge, const MergeTask& task, int64_
 }
 
 template <class Acc>
-inline void keep_row_band(const MergeView& merge, const MergeTask& task, const ThresholdLoops& loops, const Scratch<Acc>& s, Acc* multiplier) {
+inline void keep_row_band(const MergeView& merge, const MergeTask& task, const ThresholdLoops& loops, const Scratch<Acc>& s,
+                          Acc* multiplier) {
   constexpr bool wide = sizeof(Acc) == 8;
   const Bits<Acc>* bits = static_cast<const Bits<Acc>*>(s.row_bits);
   const int64_t n = merge.row_length;
@@ -146,8 +148,8 @@ inline void keep_row_band(const MergeView& merge, const MergeTask& task, const T
 
 // DELLA: the keep probability grows linearly with the ascending rank in the row, in float32.
 template <class Acc>
-inline void keep_row_by_rank(const MergeView& merge, const MergeTask& task, const ThresholdLoops& loops, int64_t begin, const Scratch<Acc>& s,
-                             Acc* multiplier) {
+inline void keep_row_by_rank(const MergeView& merge, const MergeTask& task, const ThresholdLoops& loops, int64_t begin,
+                             const Scratch<Acc>& s, Acc* multiplier) {
   const int64_t n = merge.row_length;
   random_words(merge.seed, task.key, begin, n, s.words);
   const bool single = n == 1 || task.epsilon == 0;
@@ -169,7 +171,8 @@ inline void keep_row_by_rank(const MergeView& merge, const MergeTask& task, cons
 }
 
 template <class Acc>
-inline void fill_multipliers(const MergeView& merge, int64_t begin, int64_t n, int64_t stride, const ThresholdLoops& loops, const Scratch<Acc>& s) {
+inline void fill_multipliers(const MergeView& merge, int64_t begin, int64_t n, int64_t stride, const ThresholdLoops& loops,
+                             const Scratch<Acc>& s) {
   for (int t = 0; t < merge.count; ++t) {
     for (int64_t row = 0; row < n; row += merge.row_length) {
       Acc* multiplier = s.multiplier + t * stride + row;
@@ -185,8 +188,8 @@ inline void fill_multipliers(const MergeView& merge, int64_t begin, int64_t n, i
 
 // Sets keep[] (-1 or 0) for one task's block; false where everything is kept and keep[] is not set.
 template <class Acc>
-inline bool select_block(const MergeView& merge, const MergeTask& task, const Acc* __restrict__ delta, int64_t at, int64_t n, const Acc* multiplier,
-                         uint32_t* words, Bits<Acc>* __restrict__ keep) {
+inline bool select_block(const MergeView& merge, const MergeTask& task, const Acc* __restrict__ delta, int64_t at, int64_t n,
+                         const Acc* multiplier, uint32_t* words, Bits<Acc>* __restrict__ keep) {
   using B = Bits<Acc>;
   switch (merge.select) {
     case Select::all:
@@ -249,8 +252,8 @@ inline double absolute_sum(const Acc* values, int64_t n) {
 
 // Loads one block of every task and leaves delta[t] and part[t] = weight * (factor * selected delta).
 template <class Acc>
-inline void prepare_block(const MergeView& merge, MergePass pass, int64_t at, int64_t n, int64_t in_group, int64_t stride, const Scratch<Acc>& s,
-                          ChunkStatistics* statistics) {
+inline void prepare_block(const MergeView& merge, MergePass pass, int64_t at, int64_t n, int64_t in_group, int64_t stride,
+                          const Scratch<Acc>& s, ChunkStatistics* statistics) {
   using B = Bits<Acc>;
   const int64_t padded = (n + lanes - 1) / lanes * lanes;
   if (merge.base != nullptr) load_block(merge.base_dtype, merge.base, at, n, s.base);
@@ -433,7 +436,8 @@ void chunk_of(MergePass pass, const MergeView& merge, int64_t begin, int64_t n, 
   }
 }
 
-void chunk(bool wide, MergePass pass, const MergeView& merge, int64_t begin, int64_t n, void* scratch, void* out, ChunkStatistics* statistics) {
+void chunk(bool wide, MergePass pass, const MergeView& merge, int64_t begin, int64_t n, void* scratch, void* out,
+           ChunkStatistics* statistics) {
   if (wide) {
     chunk_of<double>(pass, merge, begin, n, scratch, out, statistics);
   } else {

@@ -47,15 +47,18 @@ JobStages stages_of(const py::handle& stages, uint64_t seed, uint64_t key) {
   const auto scope = stages.attr("scope").cast<std::string>();
   merge.select = named<Select>(
       stages.attr("select"),
-      {{"all", Select::all}, {"magnitude", Select::magnitude}, {"dropout", Select::dropout}, {"rank_dropout", Select::rank_dropout}}, "select");
+      {{"all", Select::all}, {"magnitude", Select::magnitude}, {"dropout", Select::dropout}, {"rank_dropout", Select::rank_dropout}},
+      "select");
   if (merge.select == Select::magnitude && scope == "row") merge.select = Select::row_magnitude;
   read.model_scope = merge.select == Select::magnitude && scope == "model";
-  merge.rescale = named<Rescale>(stages.attr("rescale"), {{"none", Rescale::none}, {"density", Rescale::density}, {"l1", Rescale::l1}}, "rescale");
-  merge.elect = named<Elect>(stages.attr("elect"), {{"none", Elect::none}, {"sign_sum", Elect::sign_sum}, {"sign_count", Elect::sign_count}}, "elect");
+  merge.rescale =
+      named<Rescale>(stages.attr("rescale"), {{"none", Rescale::none}, {"density", Rescale::density}, {"l1", Rescale::l1}}, "rescale");
+  merge.elect = named<Elect>(stages.attr("elect"),
+                             {{"none", Elect::none}, {"sign_sum", Elect::sign_sum}, {"sign_count", Elect::sign_count}}, "elect");
   merge.vote = named<Vote>(stages.attr("vote"), {{"none", Vote::none}, {"selected", Vote::selected}, {"tall", Vote::tall}}, "vote");
   merge.combine = named<Combine>(
-      stages.attr("combine"),
-      {{"sum", Combine::sum}, {"weighted_mean", Combine::weighted_mean}, {"disjoint_mean", Combine::disjoint_mean}}, "combine");
+      stages.attr("combine"), {{"sum", Combine::sum}, {"weighted_mean", Combine::weighted_mean}, {"disjoint_mean", Combine::disjoint_mean}},
+      "combine");
   merge.consensus_k = stages.attr("consensus_k").cast<int>();
   merge.scale = stages.attr("scale").cast<double>();
   merge.seed = seed;
@@ -93,13 +96,15 @@ MergeJob job_of(const py::handle& job, const py::handle& element_bits, uint64_t 
   read.target = place_of(job.attr("target"));
   if (!job.attr("base").is_none()) {
     read.base = place_of(job.attr("base"));
-    if (is_floating(job.attr("base")) != read.floating) throw std::invalid_argument("tensor '" + read.name + "': a copy cannot change its kind");
+    if (is_floating(job.attr("base")) != read.floating)
+      throw std::invalid_argument("tensor '" + read.name + "': a copy cannot change its kind");
   }
   read.bytes = read.numel * element_bits[job.attr("target").attr("dtype")].cast<int64_t>() / 8;
   for (const py::handle place : job.attr("tuned")) read.tuned.push_back(place_of(place));
   if (!job.attr("stages").is_none()) {
     read.stages = stages_of(job.attr("stages"), seed, job.attr("key").cast<uint64_t>());
-    if (read.stages->merge.tasks.size() != read.tuned.size()) throw std::invalid_argument("tensor '" + read.name + "': one weight per tuned tensor");
+    if (read.stages->merge.tasks.size() != read.tuned.size())
+      throw std::invalid_argument("tensor '" + read.name + "': one weight per tuned tensor");
     read.stages->merge.row_length = shape.empty() ? 1 : shape.back();
     if (read.numel == 0) read.stages->merge.row_length = 0;
   } else if (!read.base) {
@@ -177,8 +182,9 @@ py::list execute_merge(const py::list& inputs, const py::list& outputs, const py
 }  // namespace
 
 void bind_merge(py::module_& m) {
-  m.def("execute_merge", &execute_merge, py::arg("inputs"), py::arg("outputs"), py::arg("plan"), py::arg("element_bits"), py::arg("threads"),
-        py::arg("magnitude_histogram"), py::arg("progress"), "Carry out a taskloom.merge.plan.MergePlan; one result per job, None for copies.");
+  m.def("execute_merge", &execute_merge, py::arg("inputs"), py::arg("outputs"), py::arg("plan"), py::arg("element_bits"),
+        py::arg("threads"), py::arg("magnitude_histogram"), py::arg("progress"),
+        "Carry out a taskloom.merge.plan.MergePlan; one result per job, None for copies.");
 }
 
 }  // namespace taskloom

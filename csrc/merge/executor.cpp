@@ -24,9 +24,10 @@ class Executor {
  public:
   explicit Executor(MergeRun& run)
       : run_(run),
-        pool_(run.threads, [this] {
-          if (run_.progress) run_.progress(done_.load(std::memory_order_relaxed));
-        }),
+        pool_(run.threads,
+              [this] {
+                if (run_.progress) run_.progress(done_.load(std::memory_order_relaxed));
+              }),
         results_(run.jobs.size()),
         prepared_(run.jobs.size()) {}
 
@@ -105,8 +106,8 @@ class Executor {
     const bool wide = prepared_[members.front()]->wide();
     for (const size_t i : members) {
       if (prepared_[i]->wide() != wide) {
-        throw std::runtime_error("scope: model cannot rank float64 tensors together with others: '" + run_.jobs[members.front()].name + "' and '" +
-                                 run_.jobs[i].name + "'");
+        throw std::runtime_error("scope: model cannot rank float64 tensors together with others: '" + run_.jobs[members.front()].name +
+                                 "' and '" + run_.jobs[i].name + "'");
       }
     }
     for (size_t t = 0; t < run_.models.size(); ++t) {
@@ -114,7 +115,8 @@ class Executor {
       for (const size_t i : members) segments.push_back({deltas_of(*prepared_[i])[t], prepared_[i]->numel});
       const MergeTask& task = prepared_[members.front()]->tasks[t];
       std::vector<int64_t> tie_ends;
-      const std::vector<Threshold> found = joint_magnitude_thresholds(segments, {task.rank_end, task.rank_begin}, &tie_ends, pool_.parallel());
+      const std::vector<Threshold> found =
+          joint_magnitude_thresholds(segments, {task.rank_end, task.rank_begin}, &tie_ends, pool_.parallel());
       for (size_t s = 0; s < members.size(); ++s) {
         MergeTask& own = prepared_[members[s]]->tasks[t];
         own.outer = {found[0].cut.bits, tie_ends[s]};
@@ -130,8 +132,8 @@ class Executor {
       ranks.push_back(task.rank_begin);
     }
     const std::vector<Delta> deltas = deltas_of(*merge);
-    const std::vector<Threshold> found =
-        magnitude_thresholds(deltas.data(), static_cast<int>(deltas.size()), merge->numel, ranks.data(), 2, merge->wide(), pool_.parallel());
+    const std::vector<Threshold> found = magnitude_thresholds(deltas.data(), static_cast<int>(deltas.size()), merge->numel, ranks.data(), 2,
+                                                              merge->wide(), pool_.parallel());
     for (size_t t = 0; t < merge->tasks.size(); ++t) {
       merge->tasks[t].outer = found[2 * t].cut;
       merge->tasks[t].inner = found[2 * t + 1].cut;
@@ -271,8 +273,8 @@ class Executor {
     auto check = [&](const Place& place, const std::string& model) {
       const int64_t index = first_nonfinite(place, job.numel);
       if (index >= 0) {
-        throw std::runtime_error("tensor '" + job.name + "' of " + model + " holds NaN or infinity, first at element " + std::to_string(index) +
-                                 "; --allow-nonfinite merges it all the same");
+        throw std::runtime_error("tensor '" + job.name + "' of " + model + " holds NaN or infinity, first at element " +
+                                 std::to_string(index) + "; --allow-nonfinite merges it all the same");
       }
     };
     if (job.base) check(*job.base, "the base model");

@@ -22,7 +22,7 @@ namespace {
 InputFile::InputFile(const std::string& path) : path_(path) {
   const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (descriptor < 0) fail("cannot open", path);
-  struct stat status {};
+  struct stat status{};
   if (::fstat(descriptor, &status) != 0) {
     ::close(descriptor);
     fail("cannot read the size of", path);

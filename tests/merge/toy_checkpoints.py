@@ -29,7 +29,9 @@ def toy_tensors(seed: int = 0, layers: int = 3, width: int = 8) -> dict[str, np.
     return floats | {"model.position_ids": np.arange(16, dtype=np.int64)}
 
 
-def save_model(folder: Path, tensors: Tensors | None = None, config: Mapping[str, Any] | None = None, file: str = "model.safetensors") -> Path:
+def save_model(
+    folder: Path, tensors: Tensors | None = None, config: Mapping[str, Any] | None = None, file: str = "model.safetensors"
+) -> Path:
     """A model folder with one safetensors file and a config.json (``config={}`` writes an empty one, None writes none)."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(dict(tensors if tensors is not None else toy_tensors()), folder / file)
@@ -107,7 +109,9 @@ def copying_executor(
         numel = int(np.prod(job.shape))
         if job.stages is not None:
             dots = [[4.0 if row == column else 1.0 for column in range(tasks)] for row in range(tasks)]
-            histogram = [[numel if exponent == 120 else 0 for exponent in range(256)] for _ in range(tasks)] if magnitude_histogram else None
+            histogram = (
+                [[numel if exponent == 120 else 0 for exponent in range(256)] for _ in range(tasks)] if magnitude_histogram else None
+            )
             stats.append(FakeTensorStats(job.name, numel, [numel // 2] * tasks, numel // 4, dots, 0.001, histogram))
         if progress:
             progress(done)

@@ -1,0 +1,25 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: test lint clean
+
+.venv/.requirements: requirements/dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -r requirements/dev.txt
+	touch $@
+
+.venv/.built: .venv/.requirements pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --no-deps -e . -Ccmake.define.TASKLOOM_WERROR=ON
+	touch $@
+
+test: .venv/.built
+	$(BIN)/python -m pytest
+
+lint: .venv/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+
+clean:
+	rm -rf build dist .venv/.built

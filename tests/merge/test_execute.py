@@ -1,0 +1,107 @@
+"""The executor against the same merge in plain numpy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from taskloom.merge import merge_checkpoints
+from taskloom.merge.errors import MergeError
+
+SHAPES = {"layers.0.weight": (301, 700), "layers.1.weight": (64, 33), "norm.weight": (17,), "scalar": ()}
+
+
+def _models(folder: Path, dtype: Any = np.float32) -> list[dict[str, Any]]:
+    random = np.random.default_rng(0)
+    base = {name: np.asarray(random.standard_normal(shape)).astype(dtype) for name, shape in SHAPES.items()}
+    models = [base]
+    models += [{k: (v + 0.1 * np.asarray(random.standard_normal(v.shape))).astype(dtype) for k, v in base.items()} for _ in range(3)]
+    for number, tensors in enumerate(models):
+        path = folder / f"m{number}"
+        path.mkdir()
+        save_file(tensors, path / "model.safetensors")
+    return models
+
+
+def _merge(folder: Path, method: str, threads: int = 0, **parameters: Any) -> dict[str, Any]:
+    own = {key: parameters.pop(key) for key in ("weight", "density") if key in parameters}
+    recipe = {
+        "merge_method": method,
+        "base_model": str(folder / "m0"),
+        "models": [{"model": str(folder / f"m{t}"), "parameters": own} for t in (1, 2, 3)],
+        "parameters": parameters,
+    }
+    out = folder / f"out_{method}_{threads}"
+    merge_checkpoints(recipe, out, threads=threads)
+    return load_file(out / "model.safetensors")
+
+
+def _top(delta: np.ndarray[Any, Any], density: float) -> np.ndarray[Any, Any]:
+    flat = np.abs(delta).ravel()
+    keep = np.zeros(flat.size, bool)
+    keep[np.argsort(-flat, kind="stable")[: max(1, int(density * flat.size))]] = True
+    return np.where(keep.reshape(delta.shape), delta, np.float32(0))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+def test_task_arithmetic_is_the_weighted_sum(tmp_path: Path, dtype: Any) -> None:
+    base, *tuned = _models(tmp_path, dtype)
+    merged = _merge(tmp_path, "task_arithmetic", weight=0.4)
+    for name, got in merged.items():
+        origin = base[name].astype(np.float64)
+        expected = origin + sum(0.4 * (model[name].astype(np.float64) - origin) for model in tuned)
+        assert got.dtype == dtype
+        np.testing.assert_allclose(got.astype(np.float64), expected, rtol=2e-3 if dtype == np.float16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_ties_keeps_the_top_and_averages_what_agrees(tmp_path: Path, threads: int) -> None:
+    base, *tuned = _models(tmp_path)
+    merged = _merge(tmp_path, "ties", threads=threads, weight=1.0, density=0.2)
+    for name, got in merged.items():
+        deltas = [_top(model[name] - base[name], 0.2) for model in tuned]
+        total = sum(deltas)
+        sign = np.where(total >= 0, 1, -1)
+        agree = [(delta * sign) > 0 for delta in deltas]
+        count = np.maximum(sum(mask.astype(np.float32) for mask in agree), 1)
+        expected = base[name] + sum(np.where(mask, delta, 0) for mask, delta in zip(agree, deltas, strict=True)) / count
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_breadcrumbs_removes_outliers_and_keeps_the_density(tmp_path: Path) -> None:
+    base, *tuned = _models(tmp_path)
+    merged = _merge(tmp_path, "breadcrumbs", weight=1.0, density=0.5, gamma=0.1)
+    name = "layers.0.weight"
+    total = 0.0
+    for model in tuned:
+        delta = (model[name] - base[name]).ravel()
+        order = np.argsort(-np.abs(delta), kind="stable")
+        kept = np.zeros_like(delta)
+        top = int(0.1 * delta.size)
+        ranks = order[top : top + int(0.5 * delta.size)]
+        kept[ranks] = delta[ranks]
+        total = total + kept
+    np.testing.assert_allclose(merged[name].ravel(), base[name].ravel() + total, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dare_ties", "della", "breadcrumbs_ties", "consensus_ta", "consensus_ties"])
+def test_threads_do_not_change_a_bit(tmp_path: Path, method: str) -> None:
+    _models(tmp_path)
+    settings = {} if method == "consensus_ta" else {"density": 0.4}
+    one, two = (_merge(tmp_path, method, threads=threads, weight=1.0, **settings) for threads in (1, 2))
+    for name, values in one.items():
+        assert np.isfinite(values).all()
+        assert values.tobytes() == two[name].tobytes()
+
+
+def test_a_nan_is_refused_by_name(tmp_path: Path) -> None:
+    models = _models(tmp_path)
+    models[2]["norm.weight"][3] = np.nan
+    save_file(models[2], tmp_path / "m2" / "model.safetensors")
+    with pytest.raises(MergeError, match=r"norm\.weight.*m2.*element 3"):
+        _merge(tmp_path, "task_arithmetic", weight=1.0)
+    assert not (tmp_path / "out_task_arithmetic_0").exists()
