@@ -17,9 +17,9 @@ SHAPES = {"layers.0.weight": (301, 700), "layers.1.weight": (64, 33), "norm.weig
 
 def _models(folder: Path, dtype: Any = np.float32) -> list[dict[str, Any]]:
     random = np.random.default_rng(0)
-    base = {name: np.asarray(random.standard_normal(shape)).astype(dtype) for name, shape in SHAPES.items()}
+    base = {name: np.asarray(random.standard_normal(shape), dtype=dtype) for name, shape in SHAPES.items()}
     models = [base]
-    models += [{k: (v + 0.1 * np.asarray(random.standard_normal(v.shape))).astype(dtype) for k, v in base.items()} for _ in range(3)]
+    models += [{k: np.asarray(v + 0.1 * random.standard_normal(v.shape), dtype=dtype) for k, v in base.items()} for _ in range(3)]
     for number, tensors in enumerate(models):
         path = folder / f"m{number}"
         path.mkdir()
