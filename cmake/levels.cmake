@@ -20,7 +20,7 @@ macro(taskloom_level_loops target keyword pattern)
   foreach(level IN LISTS TASKLOOM_LEVELS)
     add_library(${target}_${level} OBJECT ${loop_sources})
     target_link_libraries(${target}_${level} PRIVATE taskloom_flags)
-    target_compile_definitions(${target}_${level} PRIVATE TASKLOOM_LEVEL=${level} ${TASKLOOM_LEVEL_DEFINITIONS})
+    target_compile_definitions(${target}_${level} PRIVATE TASKLOOM_LEVEL=${level})
     # Exceptions and RTTI would bring in weak symbols; -fno-math-errno lets sqrt become an instruction.
     target_compile_options(${target}_${level} PRIVATE
       -O3 ${TASKLOOM_LEVEL_FLAGS_${level}} -fno-exceptions -fno-rtti -fno-math-errno -fno-trapping-math)
