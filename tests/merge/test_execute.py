@@ -105,3 +105,42 @@ def test_a_nan_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(MergeError, match=r"norm\.weight.*m2.*element 3"):
         _merge(tmp_path, "task_arithmetic", weight=1.0)
     assert not (tmp_path / "out_task_arithmetic_0").exists()
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "della", "consensus_ties"])
+def test_cpu_levels_agree_to_the_bit(tmp_path: Path, method: str) -> None:
+    from taskloom import _native
+
+    _models(tmp_path)
+    levels = [level for level in _native.build_info()["levels"] if level <= _native.detected_cpu_level()]
+    merged = []
+    try:
+        for number, level in enumerate(levels):
+            _native.force_cpu_level(level)
+            merged.append(_merge(tmp_path, method, threads=number + 1, weight=1.0, density=0.4))
+    finally:
+        _native.force_cpu_level("")
+    for other in merged[1:]:
+        for name, values in merged[0].items():
+            assert values.tobytes() == other[name].tobytes()
+
+
+def test_slerp_follows_the_arc(tmp_path: Path) -> None:
+    base, tuned, *_ = _models(tmp_path)
+    recipe = {
+        "merge_method": "slerp",
+        "base_model": str(tmp_path / "m0"),
+        "models": [{"model": str(tmp_path / "m0")}, {"model": str(tmp_path / "m1")}],
+        "parameters": {"t": 0.3},
+    }
+    merge_checkpoints(recipe, tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name, got in merged.items():
+        first, second = base[name].astype(np.float64), tuned[name].astype(np.float64)
+        cosine = np.sum(first * second) / np.sqrt(np.sum(first**2) * np.sum(second**2))
+        if abs(cosine) > 0.9995:
+            expected = 0.7 * first + 0.3 * second
+        else:
+            angle = np.arccos(cosine)
+            expected = (np.sin(0.7 * angle) * first + np.sin(0.3 * angle) * second) / np.sin(angle)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
