@@ -4,6 +4,6 @@
 STABLE_TORCH_LIBRARY(taskloom, m) {
   // masked
   m.def("pack_mask(Tensor mask) -> Tensor");
-  m.def("unpack_mask(Tensor packed, int[] shape) -> Tensor");
+  m.def("unpack_mask(Tensor packed, SymInt[] shape) -> Tensor");
   m.def("magnitude_threshold(Tensor tuned, Tensor? base, int[] ranks) -> (Tensor, Tensor)");
 }

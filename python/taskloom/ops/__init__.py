@@ -1,0 +1,14 @@
+"""Drop-in torch ops in four families. Importing this package loads the op libraries and registers every op."""
+
+from __future__ import annotations
+
+from taskloom.ops._backends import Explanation, backend, explain
+from taskloom.ops.masked import pack_mask, unpack_mask
+
+__all__ = [
+    "Explanation",
+    "backend",
+    "explain",
+    "pack_mask",
+    "unpack_mask",
+]

@@ -1,0 +1,47 @@
+"""Kernels for task-specific weights: sparse masked updates, low-rank merges, channel routing, expert gating; and a checkpoint merger.
+
+Importing this module costs nothing: what it offers is imported on first use, and torch only with the first op.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from taskloom import merge as merge
+    from taskloom import ops as ops
+    from taskloom.ops import (
+        Explanation,
+        backend,
+        explain,
+        pack_mask,
+        unpack_mask,
+    )
+
+_SUBPACKAGES = ("merge", "methods", "nn", "ops", "reference", "triton_kernels")
+
+__all__ = [
+    "Explanation",
+    "backend",
+    "explain",
+    "pack_mask",
+    "unpack_mask",
+]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"taskloom.{name}")
+    if name in __all__:
+        return getattr(importlib.import_module("taskloom.ops"), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("taskloom")
+    raise AttributeError(f"module 'taskloom' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBPACKAGES, "__version__"})

@@ -1,0 +1,186 @@
+"""Chooses which implementation of an op runs: native, Triton or the reference; and says why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from taskloom.ops._library import CUDA, native_devices
+
+Backend = Literal["native", "triton", "reference"]
+Transforms = Literal["reference", "refuse"]
+
+BACKENDS = ("auto", "native", "triton", "reference")
+_ORDER: tuple[Backend, ...] = ("native", "triton", "reference")
+
+
+@dataclass(frozen=True)
+class Op:
+    """What the choice of a backend depends on for one op: its kernels' devices, and what it does under a torch.func transform.
+
+    ``transforms`` is ``reference`` where the reference is differentiable and serves under forward AD and torch.func transforms, and
+    ``refuse`` where a derivative would mean nothing.
+    """
+
+    name: str
+    native: frozenset[str]
+    transforms: Transforms
+
+
+OPS: dict[str, Op] = {}
+
+
+def register_op(name: str, *, transforms: Transforms) -> None:
+    """Make an op of the loaded libraries known to :func:`choose`."""
+    OPS[name] = Op(name, native_devices(name), transforms)
+
+
+def _checked(name: str, where: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{where}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+class _Requested:
+    # A plain attribute, because torch.compile guards on it and so compiles anew when the backend changes.
+    name = _checked(os.environ.get("TASKLOOM_BACKEND") or "auto", "TASKLOOM_BACKEND")
+
+
+_requested = _Requested()
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run ops on one backend inside the block, for the whole process.
+
+    Parameters
+    ----------
+    name
+        ``"auto"``: native where a kernel for the device was built, then Triton on GPUs, then the reference. ``"native"``,
+        ``"triton"``, ``"reference"``: that one or an error. The variable TASKLOOM_BACKEND sets what holds outside of any block
+        (default ``"auto"``).
+
+    Raises
+    ------
+    ValueError
+        If there is no backend of that name.
+    """
+    before = _requested.name
+    _requested.name = _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _requested.name = before
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def active_transform() -> str | None:
+    """The innermost torch.func transform or forward AD that is active, by the name that users know; None outside of any."""
+    interpreter: Any = torch._C._functorch.peek_interpreter_stack()
+    if interpreter is not None:
+        return f"torch.func's {interpreter.key().name.lower()} transform"
+    return "forward-mode AD" if forward_ad._current_level >= 0 else None
+
+
+def _device(name: str, tensors: tuple[Tensor, ...]) -> str:
+    device = tensors[0].device
+    for other in tensors[1:]:
+        if other.device != device:
+            raise ValueError(f"{name}: all tensors must be on one device, got {device} and {other.device}")
+    return device.type
+
+
+def _obstacle(op: Op, candidate: Backend, device: str) -> str | None:
+    """Why a backend cannot serve an op on a device; None where it can."""
+    if candidate == "reference":
+        return None
+    if candidate == "triton":
+        return "this version has no Triton kernel for it"
+    if device in op.native or device == "meta":
+        return None
+    if device == "cuda" and not CUDA.loaded:
+        return f"the CUDA library is not loaded: {CUDA.reason}"
+    return f"no native kernel for {device} tensors"
+
+
+def choose(name: str, *tensors: Tensor) -> Backend:
+    """The backend that serves op ``name`` for ``tensors``, by what was asked for.
+
+    Raises
+    ------
+    RuntimeError
+        If the backend that was forced cannot serve, or a transform is active that the op does not support.
+    ValueError
+        If the tensors are on different devices.
+    """
+    op = OPS[name]
+    device = _device(name, tensors)
+    requested = _requested.name
+    transform = active_transform()
+    if transform is not None and requested != "reference":
+        if op.transforms == "refuse":
+            raise RuntimeError(f"{name} does not work under {transform}: its result has no derivative and no batching rule")
+        if requested != "auto":
+            raise RuntimeError(f"{name}: backend {requested!r} cannot serve under {transform}; the reference can")
+        return "reference"
+    if requested == "auto":
+        return next(candidate for candidate in _ORDER if _obstacle(op, candidate, device) is None)
+    forced = next(candidate for candidate in _ORDER if candidate == requested)
+    obstacle = _obstacle(op, forced, device)
+    if obstacle is not None:
+        raise RuntimeError(f"{name}: backend {requested!r} was asked for, but {obstacle}")
+    return forced
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend an op would take: the chosen one (None: it would raise), and per backend why it cannot serve (None: it can)."""
+
+    op: str
+    requested: str
+    device: str
+    chosen: Backend | None
+    obstacles: dict[Backend, str | None]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} on {self.device} (backend {self.requested!r}): {self.chosen or 'none, it raises'}"]
+        lines += [f"  {name:<10}{obstacle or 'can serve'}" for name, obstacle in self.obstacles.items()]
+        return "\n".join(lines)
+
+
+def explain(op: str, *tensors: Tensor, device: str | None = None) -> Explanation:
+    """Say which backend an op would take, and why not the others.
+
+    Parameters
+    ----------
+    op
+        Name of an op, such as ``"pack_mask"``.
+    *tensors
+        Its tensors; they give the device.
+    device
+        Type of the device (``"cpu"``, ``"cuda"``) where there are no tensors at hand; default ``"cpu"``.
+
+    Raises
+    ------
+    ValueError
+        If there is no op of that name, or the tensors are on different devices.
+    """
+    if op not in OPS:
+        from difflib import get_close_matches
+
+        close = get_close_matches(op, OPS, n=1)
+        raise ValueError(
+            f"op: {op!r} is unknown, the ops are {', '.join(sorted(OPS))}" + (f"; did you mean {close[0]!r}?" if close else "")
+        )
+    kind = _device(op, tensors) if tensors else device or "cpu"
+    obstacles = {candidate: _obstacle(OPS[op], candidate, kind) for candidate in _ORDER}
+    requested = _requested.name
+    able = [candidate for candidate in _ORDER if obstacles[candidate] is None and requested in ("auto", candidate)]
+    return Explanation(op, requested, kind, able[0] if able else None, obstacles)

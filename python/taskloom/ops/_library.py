@@ -1,0 +1,84 @@
+"""Finds and loads the op libraries, so that ``torch.ops.taskloom`` holds every op with the kernels that this torch can use."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.resources
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+CPU_LIBRARY = "libtaskloom_cpu.so"
+CUDA_LIBRARY = "libtaskloom_cuda.so"
+
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+@dataclass(frozen=True)
+class CudaState:
+    """Whether the CUDA library is loaded, and in a sentence why."""
+
+    loaded: bool
+    reason: str
+
+
+def find_library(name: str) -> Path | None:
+    """The path of a library that was installed with the package; None where this build has none of that name."""
+    found = importlib.resources.files("taskloom").joinpath(name)
+    return Path(str(found)) if found.is_file() else None
+
+
+def _load_cpu() -> None:
+    path = find_library(CPU_LIBRARY)
+    if path is None:
+        import taskloom
+
+        searched = ", ".join(str(place) for place in taskloom.__path__)
+        raise ImportError(f"{CPU_LIBRARY} was not found (searched {searched}); install taskloom from a wheel or build it: pip install .")
+    torch.ops.load_library(path)
+
+
+def _load_cuda() -> CudaState:
+    path = find_library(CUDA_LIBRARY)
+    if path is None:
+        return CudaState(False, "this build has no CUDA library: nvcc was not found when it was built")
+    if torch.version.cuda is None:
+        return CudaState(False, "torch is a CPU-only build")
+    torch.ops.load_library(path)
+    return CudaState(True, f"built into this package, loaded beside torch's CUDA {torch.version.cuda}")
+
+
+_load_cpu()
+CUDA = _load_cuda()
+
+
+def native_devices(op: str) -> frozenset[str]:
+    """Device types for which the loaded libraries have a kernel of ``op``."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(device for device, key in _DISPATCH_KEYS.items() if has_kernel(f"taskloom::{op}", key))
+
+
+def _level_functions() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(find_library(CPU_LIBRARY)))
+    library.taskloom_ops_cpu_level.restype = ctypes.c_char_p
+    library.taskloom_ops_force_cpu_level.argtypes = [ctypes.c_char_p]
+    return library
+
+
+def cpu_level() -> str | None:
+    """Name of the CPU level that the ops' loops run at; None where TASKLOOM_CPU_LEVEL names one that cannot be had here."""
+    name = _level_functions().taskloom_ops_cpu_level()
+    return name.decode() if name is not None else None
+
+
+def force_cpu_level(name: str) -> None:
+    """Run the ops' loops at another CPU level; an empty name goes back to detection.
+
+    Raises
+    ------
+    ValueError
+        If this build or this machine has no such level.
+    """
+    if _level_functions().taskloom_ops_force_cpu_level(name.encode()) != 0:
+        raise ValueError(f"cpu level: {name!r} is not a level that this build and this machine have")

@@ -1,0 +1,48 @@
+"""Registers what belongs to an op beside its kernels: fake kernel, autograd, and its row in the table of ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+from taskloom.ops._backends import register_op
+
+
+def _refuse_backward(name: str) -> Callable[..., NoReturn]:
+    def backward(ctx: Any, *gradients: Any) -> NoReturn:
+        raise RuntimeError(f"{name} has no gradient; call it under torch.no_grad() or on detached tensors")
+
+    return backward
+
+
+def register(
+    name: str,
+    *,
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    discrete: bool = False,
+    mutates: bool = False,
+) -> None:
+    """Register one op of the loaded library.
+
+    Parameters
+    ----------
+    name
+        The op's name in ``torch.ops.taskloom``.
+    fake
+        Shapes, strides and dtypes of the outputs from those of the inputs; safe for symbolic sizes.
+    backward, setup_context
+        As :func:`torch.library.register_autograd` takes them. An op without them raises when a gradient flows into it.
+    discrete
+        Whether no output is floating point: autograd has nothing to do then, and is left out because it costs microseconds a call.
+    mutates
+        Whether the op changes an argument; autograd knows nothing of such ops, so their wrappers refuse tensors that require grad.
+    """
+    qualified = f"taskloom::{name}"
+    torch.library.register_fake(qualified, fake)
+    if not (discrete or mutates):
+        torch.library.register_autograd(qualified, backward or _refuse_backward(name), setup_context=setup_context)
+    register_op(name, transforms="reference" if discrete or backward is not None else "refuse")

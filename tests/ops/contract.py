@@ -1,0 +1,84 @@
+"""What the contract tests need to know of an op: sample inputs, and how near its backends must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a public wrapper. Arguments are made by the case's function each time, so that a test may change them."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contract:
+    """One op: its public wrapper, its cases, and which arguments (by position) an in-place op changes."""
+
+    op: str
+    wrapper: Callable[..., Any]
+    cases: Callable[[], Iterator[Case]]
+    mutates: tuple[int, ...] = ()
+
+    def run(self, case: Case) -> list[Tensor]:
+        """Call the wrapper on copies; every tensor it returned, and every argument that it changed."""
+        args, kwargs = copied((case.args, dict(case.kwargs)))
+        result = self.wrapper(*args, **kwargs)
+        return [leaf for leaf in pytree.tree_leaves((result, [args[place] for place in self.mutates])) if isinstance(leaf, Tensor)]
+
+
+def copied(values: Any) -> Any:
+    """The same structure with copies of its tensors, strides and storage offsets kept."""
+
+    def copy(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        storage = value.untyped_storage().clone()
+        fresh = torch.empty(0, dtype=value.dtype).set_(storage, value.storage_offset(), value.shape, value.stride())
+        return fresh.requires_grad_(value.requires_grad)
+
+    return pytree.tree_map(copy, values)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every call of a taskloom op with copies of its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func.namespace == "taskloom":
+            self.calls.append((func, copied(args), copied(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def assert_close(got: Tensor, expected: Tensor) -> None:
+    """Equal shapes and dtypes; discrete values, NaN and infinities in the same places; else a small relative Frobenius error."""
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
+    if not got.is_floating_point():
+        assert torch.equal(got, expected)
+        return
+    finite = expected.isfinite()
+    assert torch.equal(got[~finite].nan_to_num(1.5), expected[~finite].nan_to_num(1.5))
+    got64, expected64 = got[finite].double(), expected[finite].double()
+    error, size = torch.linalg.vector_norm(got64 - expected64), torch.linalg.vector_norm(expected64)
+    assert error <= TOLERANCES[got.dtype] * size, f"relative error {error / size}"
+
+
+def assert_same_bits(got: Tensor, expected: Tensor) -> None:
+    assert got.shape == expected.shape
+    assert got.contiguous().view(-1).view(torch.uint8).equal(expected.contiguous().view(-1).view(torch.uint8))
