@@ -159,6 +159,8 @@ class Executor {
       const MergeJob& job = run_.jobs[i];
       if (job.stages && job.stages->zero_majority && job.stages->merge.elect != Elect::none) {
         sum += elected_sign_sum(prepare(i), pool_.parallel());
+        // One tensor's bits are little, those of all would not be.
+        drop_records(&*prepared_[i]);
         members.push_back(i);
       }
     }
