@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
@@ -126,8 +126,9 @@ def test_mutated_headers_agree_with_safetensors(tmp_path: Path, edits: list[tupl
         read_header(path)
         accepted = True
     except CheckpointError as error:
-        # A name given twice is the one thing that safetensors lets pass and this reader does not.
-        accepted = "twice" in str(error)
+        # safetensors keeps the last of two entries of one name, and then may or may not find a fault; this reader always refuses.
+        assume("twice" not in str(error))
+        accepted = False
     assert accepted == _accepted_by_safetensors(path.read_bytes())
 
 
