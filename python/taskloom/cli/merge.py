@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,7 +118,7 @@ def _print_summary(report: MergeReport) -> None:
 @contextmanager
 def _progress_bar(planned: PlannedMerge, shown: bool) -> Iterator[Callable[[int], None] | None]:
     """A bar on stderr, only where stderr is a terminal."""
-    if not shown or not click.get_text_stream("stderr").isatty():
+    if not shown or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,11 +69,10 @@ def run_native(
     progress: Callable[[int], None] | None,
 ) -> ExecutionResult:
     """Run the executor on inputs and outputs given as it takes them: paths and (path, header, size), or 0 for memory."""
-    from taskloom import _native
-
+    native = importlib.import_module("taskloom._native")
     start = time.perf_counter()
     try:
-        results = _native.execute_merge(inputs, outputs, plan, BITS, threads, magnitude_histogram, progress)
+        results = native.execute_merge(inputs, outputs, plan, BITS, threads, magnitude_histogram, progress)
     except (RuntimeError, ValueError) as error:
         raise MergeError(str(error)) from error
     tensors = [
