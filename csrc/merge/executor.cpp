@@ -232,6 +232,7 @@ class Executor {
       results_[index].statistics.kept = {job.numel};
       results_[index].statistics.dots = {squared_distance(both)};
       check_finite(job, results_[index].statistics);
+      if (run_.magnitude_histogram) results_[index].histogram = histograms(both);
       return;
     }
     const SparseMerge& ready = prepare(index);

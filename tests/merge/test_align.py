@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from toy_checkpoints import save_model, save_sharded, toy_tensors
+from toy_checkpoints import recipe_of, save_model, save_sharded, toy_tensors
 
 from taskloom.merge import merge_checkpoints
 from taskloom.merge.align import Alignment, align
@@ -122,17 +122,8 @@ def test_tied_heads_stored_twice_get_one_random_mask(tmp_path: Path) -> None:
     assert merged[HEAD].tobytes() == merged[EMBEDDING].tobytes()
 
 
-def _recipe(folders: dict[str, Path], /, method: str = "task_arithmetic", **changes: Any) -> dict[str, Any]:
-    recipe: dict[str, Any] = {
-        "merge_method": method,
-        "base_model": str(folders["base"]),
-        "models": [{"model": str(folders[name]), "parameters": {"weight": 0.5}} for name in ("a", "b")],
-    }
-    return recipe | changes
-
-
 def test_a_plan_holds_every_byte_before_any_work(models: dict[str, Path]) -> None:
-    _, planned = prepare(_recipe(models), shard_size=1000)
+    _, planned = prepare(recipe_of(models), shard_size=1000)
     plan = planned.plan
     assert {job.name for job in plan.jobs} == set(toy_tensors())
     assert sum(file.size - len(file.header) for file in plan.outputs) == plan.total_size
@@ -151,7 +142,7 @@ def test_sharded_inputs_in_another_order_give_the_same_bits(models: dict[str, Pa
     names = sorted(tensors, reverse=True)
     halves = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
     sharded = save_sharded(tmp_path / "sharded", {file: {name: tensors[name] for name in part} for file, part in halves.items()})
-    recipe = _recipe(models, "ties", parameters={"density": 0.3, "scope": "model"})
+    recipe = recipe_of(models, "ties", parameters={"density": 0.3, "scope": "model"})
     merge_checkpoints(recipe, tmp_path / "one")
     recipe["models"][1]["model"] = str(sharded)
     merge_checkpoints(recipe, tmp_path / "two", threads=1)
@@ -165,11 +156,11 @@ def test_names_hash_the_same_everywhere() -> None:
 
 def test_parts_that_models_play(models: dict[str, Path]) -> None:
     with_base = [{"model": str(models[name]), "parameters": {"weight": 1}} for name in ("base", "a")]
-    _, delta = prepare(_recipe(models, models=with_base))
+    _, delta = prepare(recipe_of(models, models=with_base))
     assert [Path(label).name for label in delta.plan.models] == ["a"]
-    _, linear = prepare(_recipe(models, "linear", parameters={"weight": 1}))
+    _, linear = prepare(recipe_of(models, "linear", parameters={"weight": 1}))
     assert [Path(label).name for label in linear.plan.models] == ["a", "b", "base"]
-    _, listed = prepare(_recipe(models, "linear", models=with_base))
+    _, listed = prepare(recipe_of(models, "linear", models=with_base))
     assert [Path(label).name for label in listed.plan.models] == ["base", "a"]
 
 
@@ -184,7 +175,7 @@ def test_parts_that_models_play(models: dict[str, Path]) -> None:
 )
 def test_refused_casts(models: dict[str, Path], names: tuple[str, ...], method: str, message: str) -> None:
     parameters = {"slerp": {"t": 0.5}, "passthrough": {}}.get(method, {"weight": 1})
-    recipe = _recipe(models, method, models=[{"model": str(models[name])} for name in names], parameters=parameters)
+    recipe = recipe_of(models, method, models=[{"model": str(models[name])} for name in names], parameters=parameters)
     if method == "passthrough":
         del recipe["base_model"]
     with pytest.raises(RecipeError, match=message):

@@ -117,7 +117,7 @@ def execute_plan(
     magnitude_histogram
         Count ``|delta|`` by exponent as well (one more pass).
     progress
-        Called from the calling thread now and then with the number of tensor bytes done, read and written together.
+        Called from the calling thread now and then, and at the end, with the number of tensor bytes done, read and written together.
 
     Raises
     ------
