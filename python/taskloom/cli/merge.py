@@ -34,6 +34,8 @@ def _print_json(content: Any) -> None:
 
 
 def _shown_default(value: Any) -> str:
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

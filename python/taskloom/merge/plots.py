@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 _EXPONENT_BIAS = 127
 _LONGEST_LABEL = 32
 
+# Cosines beyond this are drawn on a dark ground.
+_DARK = 0.7
+
 
 def require_matplotlib() -> None:
     """Raise MergeError where matplotlib is missing, before any work starts."""
@@ -72,6 +75,7 @@ def _plot_layers(report: MergeReport, path: Path) -> None:
         label="sign conflicts",
     )
     axes.set(xlabel="layer", ylabel="share of entries", ylim=(0, 1.02), title=f"{report.method}: kept density and sign conflicts")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     figure.savefig(path, dpi=150)
 
@@ -87,7 +91,8 @@ def _plot_cosines(report: MergeReport, path: Path) -> None:
     axes.set_yticks(ticks, labels)
     for row in ticks:
         for column in ticks:
-            axes.text(column, row, f"{values[row][column]:.2f}", ha="center", va="center")
+            value = values[row][column]
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if abs(value) > _DARK else "black")
     axes.set_title("cosine between task vectors")
     figure.colorbar(image)
     figure.savefig(path, dpi=150)
