@@ -24,9 +24,9 @@ class TensorStats:
     name, numel
         The tensor.
     kept
-        Surviving entries per task.
+        Entries that selection keeps, per task.
     conflicts
-        Entries where surviving contributions of two tasks have opposite signs.
+        Entries where kept, weighted entries of two tasks have opposite signs.
     dots
         Inner products of the tasks' deltas; the diagonal holds squared norms. With more than 8 tasks the other entries are estimated
         from evenly spaced blocks of 512 entries.
