@@ -18,6 +18,7 @@ from safetensors.torch import load_file as load_torch_file
 from toy_checkpoints import recipe_of, save_model, toy_tensors
 
 from taskloom.merge import MergeError, OutputError, RecipeError, merge_checkpoints
+from taskloom.merge.header import BITS, FLOATING, read_header, tensor_bytes, write_header
 from taskloom.merge.recipe import load_recipe
 from taskloom.merge.run import prepare, run_plan
 from taskloom.merge.stages import METHODS
@@ -140,6 +141,33 @@ def test_integers_and_dtypes_of_the_output(models: Models, tmp_path: Path) -> No
     assert {tensor.dtype for name, tensor in found.items() if name != "model.position_ids"} == {torch.bfloat16}
     assert found["model.position_ids"].tolist() == list(range(16))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("size", ["5GB", "8"])
+def test_tensors_of_every_other_dtype_are_copied_bit_by_bit(tmp_path: Path, size: str) -> None:
+    others = [code for code in BITS if code not in FLOATING]
+    tensors = [("w", "F32", (3,)), *((f"x.{code}", code, (8, 3)) for code in others), ("x.empty", "I8", (0, 2)), ("x.scalar", "I64", ())]
+    header, offsets, total = write_header(tensors)
+    random = np.random.default_rng(0)
+    bodies = [random.integers(0, 256, total - len(header), np.uint8).tobytes() for _ in range(2)]
+    for name, body in zip(("base", "tuned"), bodies, strict=True):
+        (tmp_path / f"{name}.safetensors").write_bytes(header + np.ones(3, np.float32).tobytes() + body[12:])
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(tmp_path / "base.safetensors"),
+        "models": [{"model": str(tmp_path / "tuned.safetensors"), "parameters": {"weight": 1}}],
+        "out_dtype": "float16",
+    }
+    report = merge_checkpoints(recipe, tmp_path / "out", shard_size=size)
+    found = {}
+    for file in report.files:
+        raw = (tmp_path / "out" / file).read_bytes()
+        for name, entry in read_header(tmp_path / "out" / file).items():
+            found[name] = (entry.dtype, entry.shape, raw[entry.offset : entry.offset + entry.nbytes])
+    assert found["w"] == ("F16", (3,), np.ones(3, np.float16).tobytes())
+    for (name, code, shape), offset in list(zip(tensors, offsets, strict=True))[1:]:
+        start = offset - len(header)
+        assert found[name] == (code, shape, bodies[0][start : start + tensor_bytes(code, shape)]), name
 
 
 def test_files_that_come_along(models: Models, tmp_path: Path) -> None:

@@ -61,7 +61,13 @@ def _parameters(method: str) -> dict[str, Any]:
 
 
 def _on_disk(
-    folder: Path, method: str, base: StateDict | None, tuned: Sequence[StateDict], parameters: Mapping[str, Any], **keys: Any
+    folder: Path,
+    method: str,
+    base: StateDict | None,
+    tuned: Sequence[StateDict],
+    parameters: Mapping[str, Any],
+    threads: int = 1,
+    **keys: Any,
 ) -> StateDict:
     shared = {name: value for name, value in parameters.items() if not (name in PER_MODEL and isinstance(value, list))}
     recipe: dict[str, Any] = {"merge_method": method, "models": [], "parameters": shared, **keys}
@@ -73,7 +79,7 @@ def _on_disk(
     if base is not None:
         save_file({name: tensor.contiguous() for name, tensor in base.items()}, folder / "base.safetensors")
         recipe["base_model"] = str(folder / "base.safetensors")
-    merge_checkpoints(recipe, folder / "out", threads=1, seed=5, shard_size=700)
+    merge_checkpoints(recipe, folder / "out", threads=threads, seed=5, shard_size=700)
     merged: StateDict = {}
     for file in (folder / "out").glob("*.safetensors"):
         merged |= load_file(file)
@@ -118,6 +124,23 @@ def test_mixed_dtypes_and_out_dtype(tmp_path: Path, out_dtype: Any) -> None:
     expected = _on_disk(tmp_path, "ties", base, tuned, {"weight": 1, "density": 0.5}, out_dtype=str(out_dtype).removeprefix("torch."))
     _assert_same(in_memory, expected)
     assert in_memory["model.position_ids"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"), [("ties", {"scope": "model"}), ("dare_ties", {}), ("della_linear", {}), ("slerp", {"t": 0.3})]
+)
+def test_tensors_that_are_spread_over_threads(tmp_path: Path, method: str, settings: dict[str, Any]) -> None:
+    """Tensors of 2**20 entries and more go another way through the executor than small ones."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (1025, 1031), "b": (7,), "c": (1100, 1000)}
+    base, *tuned = (
+        {name: torch.randn(shape, generator=generator).to(torch.bfloat16) for name, shape in shapes.items()}
+        for _ in range(2 if method == "slerp" else 3)
+    )
+    parameters = settings if method == "slerp" else {"weight": 0.5, "density": 0.3, **settings}
+    one, two = (merge_state_dicts(base, tuned, method, seed=5, threads=threads, **parameters) for threads in (1, 2))
+    _assert_same(two, one)
+    _assert_same(_on_disk(tmp_path, method, base, tuned, parameters, threads=2), one)
 
 
 def test_linear_averages_the_base_too() -> None:
@@ -245,6 +268,13 @@ def _wrong() -> dict[str, tuple[type[MergeError], str, Any, Any, dict[str, Any]]
         "dtype": (RecipeError, "dtype: expected one of", base, tuned, good | {"dtype": torch.int64}),
         "seed": (RecipeError, "seed", base, tuned, good | {"seed": -1}),
         "threads": (MergeError, "threads: expected 0", base, tuned, good | {"threads": -1}),
+        "ranking of two widths": (
+            MergeError,
+            "scope: model cannot rank float64 tensors together with others: 'model.norm.weight' and 'x'|'lm_head.weight' and",
+            base | {"lm_head.weight": base["lm_head.weight"].double()},
+            tuned,
+            good | {"density": 0.5, "scope": "model"},
+        ),
         "too many": (RecipeError, "slerp takes 1 model besides base_model, got 2", base, tuned, {"method": "slerp", "t": 0.5}),
     }
 

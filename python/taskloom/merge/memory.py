@@ -76,7 +76,8 @@ def _describe_numpy(value: Any, where: str) -> MemoryTensor:
         raise CheckpointError(f"{where}: expected float32, float16, float64 or an integer type, got {value.dtype.name}")
     import numpy
 
-    owner = numpy.asarray(value, dtype=value.dtype.newbyteorder("="), order="C")
+    native = value.dtype if value.dtype.isnative else value.dtype.newbyteorder("=")
+    owner = numpy.asarray(value, dtype=native, order="C")
     entry = _entry(value.dtype.name, value.shape, owner.ctypes.data)
     return MemoryTensor(owner, entry, _identity(value.ctypes.data, entry, value.strides))
 
