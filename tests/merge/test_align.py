@@ -137,6 +137,18 @@ def test_a_plan_holds_every_byte_before_any_work(models: dict[str, Path]) -> Non
     assert (copied.stages, copied.layer, copied.target.dtype) == (None, None, "I64")
 
 
+def test_a_band_that_keeps_nothing_is_noted(models: dict[str, Path]) -> None:
+    def notes(**parameters: Any) -> list[str]:
+        _, planned = prepare(recipe_of(models, "breadcrumbs", parameters=parameters))
+        return [note for note in planned.notes if "nothing of a model's delta" in note]
+
+    assert notes(density=0.2, scope="tensor") == []
+    assert notes(density=0.0, scope="row") == []
+    (note,) = notes(density=0.1, scope="row")
+    assert "in 9 tensors" in note
+    assert "and 6 more" in note
+
+
 def test_sharded_inputs_in_another_order_give_the_same_bits(models: dict[str, Path], tmp_path: Path) -> None:
     tensors = load_file(models["b"] / "model.safetensors")
     names = sorted(tensors, reverse=True)

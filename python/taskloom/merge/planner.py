@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
-from taskloom.merge.align import AlignedTensor, Alignment, align
+from taskloom.merge.align import AlignedTensor, Alignment, align, some
 from taskloom.merge.checkpoint import Checkpoint, open_checkpoint
 from taskloom.merge.errors import RecipeError
 from taskloom.merge.header import TensorEntry
@@ -203,6 +204,25 @@ def plan_jobs(
     return jobs, tuple(files)
 
 
+def _emptied(jobs: Sequence[TensorJob]) -> list[str]:
+    """A note on the tensors of which some model's band keeps nothing although its density is above zero."""
+    names = [
+        job.name
+        for job in jobs
+        if job.stages is not None
+        and prod(job.shape) > 0
+        and any(
+            begin >= end and share > 0
+            for begin, end, share in zip(job.stages.rank_begin, job.stages.rank_end, job.stages.density, strict=False)
+        )
+    ]
+    if not names:
+        return []
+    return [
+        f"nothing of a model's delta is kept in {len(names)} tensors, whose segments are too short for density and gamma: {some(names)}"
+    ]
+
+
 def plan_merge(recipe: Recipe, cast: Cast, *, shard_size: int, seed: int = 0, allow_nonfinite: bool = False) -> PlannedMerge:
     """Plan a merge completely: headers, offsets and every tensor's stages.
 
@@ -242,4 +262,4 @@ def plan_merge(recipe: Recipe, cast: Cast, *, shard_size: int, seed: int = 0, al
         weight_map=layout.weight_map,
         total_size=layout.total_size,
     )
-    return PlannedMerge(plan, cast, (*recipe.notes, *alignment.notes))
+    return PlannedMerge(plan, cast, (*recipe.notes, *alignment.notes, *_emptied(jobs)))
