@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -153,6 +154,8 @@ def measure_methods(
     files = [model / "model.safetensors" for model in models]
     threads = environment.device()["cores"]
     samples: dict[str, dict[str, list[Any]]] = {method: {"ours": [], "peer": [], "floor": []} for method in methods}
+    # The models were just written: neither their way to the disk nor a cold read belongs into a run.
+    os.sync()
     process.seconds_to_read(files, threads)
     for run in range(options.runs):
         for method in methods:
