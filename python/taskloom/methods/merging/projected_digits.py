@@ -29,8 +29,6 @@ PIXELS = 64
 INPUTS = 48
 CLASSES = 10
 _NOISE = 0.1
-# One number for every machine with two cores or more: the sums of a matrix product depend on how it is split over threads.
-_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,14 @@ class Encoder(nn.Module):
 
 
 @contextmanager
-def _fixed_threads() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Keep torch to one CPU thread.
+
+    The matrix products are too small to share: more threads gain little on an idle machine, wait for each other on a busy one (twenty
+    times slower was seen), and may change the order of the sums.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(_THREADS)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
@@ -114,7 +117,7 @@ def load_splits(seed: int = 0) -> dict[SplitName, Split]:
     """
     pixels, labels = _digits()
     order = torch.randperm(len(labels), generator=_generator(seed))
-    parts = order.split(list(SPLIT_SIZES.values()))
+    parts = order.split_with_sizes(list(SPLIT_SIZES.values()))
     return {name: Split(pixels[part], labels[part]) for name, part in zip(SPLIT_SIZES, parts, strict=True)}
 
 
@@ -245,7 +248,7 @@ class ProjectedDigits:
 
     def accuracy(self, encoder: State, task: int, split: SplitName = "test") -> float:
         """Accuracy of an encoder with the head of a task, on one of that task's splits."""
-        with _fixed_threads():
+        with one_thread():
             return evaluate(encoder, self.heads[task], self.tasks[task].splits[split])
 
     def accuracies(self, encoder: State, split: SplitName = "test") -> list[float]:
@@ -318,7 +321,7 @@ def build(seed: int = 0, tasks: int = 8, width: int = 256, *, pretrain_steps: in
     for name, value in {"tasks": tasks, "width": width, "pretrain_steps": pretrain_steps, "finetune_steps": finetune_steps}.items():
         if value < 1:
             raise ValueError(f"{name}: expected 1 or more, got {value}")
-    with _fixed_threads():
+    with one_thread():
         made = make_tasks(load_splits(seed), tasks, seed)
         encoder, head_modules = build_network(tasks, width, seed)
         pretrain(encoder, head_modules, made, steps=pretrain_steps, seed=seed)
