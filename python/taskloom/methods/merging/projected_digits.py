@@ -174,6 +174,14 @@ def pretrain(encoder: Encoder, heads: list[nn.Linear], tasks: tuple[Task, ...], 
         optimizer.step()
 
 
+def _encoder(state: State) -> Encoder:
+    """An encoder with a copy of these weights, made without drawing initial ones from the global generator."""
+    with torch.device("meta"):
+        encoder = Encoder(width=len(state["layers.0.linear.bias"]))
+    encoder.load_state_dict({name: value.clone() for name, value in state.items()}, assign=True)
+    return encoder
+
+
 def finetune(base: State, head: State, task: Task, *, steps: int = 150, seed: int = 0) -> State:
     """Fine-tune an encoder on one task with its head frozen: AdamW, batch 128, learning rate 5e-4 with a cosine to zero.
 
@@ -194,8 +202,7 @@ def finetune(base: State, head: State, task: Task, *, steps: int = 150, seed: in
         The encoder's new state dict.
     """
     generator = _generator(seed)
-    encoder = Encoder(width=len(base["layers.0.linear.bias"]))
-    encoder.load_state_dict(base)
+    encoder = _encoder(base)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=5e-4, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     for _ in range(steps):
@@ -210,10 +217,8 @@ def finetune(base: State, head: State, task: Task, *, steps: int = 150, seed: in
 
 def evaluate(encoder: State, head: State, split: Split) -> float:
     """Share of a split's examples that an encoder with a head classifies correctly."""
-    network = Encoder(width=len(encoder["layers.0.linear.bias"]))
-    network.load_state_dict(encoder)
     with torch.no_grad():
-        logits = functional.linear(network(split.inputs), head["weight"], head["bias"])
+        logits = functional.linear(_encoder(encoder)(split.inputs), head["weight"], head["bias"])
     return float((logits.argmax(1) == split.labels).double().mean())
 
 
