@@ -1,7 +1,6 @@
 """TALL-mask compression of fine-tuned checkpoints: base, one multi-task vector, and one bit per entry and task.
 
-Source: "Localizing Task Information for Improved Model Merging and Compression", Wang et al., ICML 2024 (arXiv 2405.07813), sections
-3 and 4.
+Source: "Localizing Task Information for Improved Model Merging and Compression", Wang et al., ICML 2024 (arXiv 2405.07813).
 """
 
 from __future__ import annotations
