@@ -100,6 +100,26 @@ def test_table_has_every_row_and_a_rerun_replaces_the_folder(small: tuple[Path, 
     assert (out / ties).read_bytes() == (small[0] / ties).read_bytes()
 
 
+def test_a_narrow_table_leaves_the_tasks_to_the_report(
+    small: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from taskloom.cli import demo
+    from taskloom.methods.merging.demo.results import DemoResults, Row
+    from taskloom.methods.merging.demo.tall import TallCompression
+
+    plain = json.loads((small[0] / "results.json").read_text())
+    stored = {name: value for name, value in plain["compression"].items() if name not in ("stored_bytes", "ratio")}
+    results = DemoResults(**plain | {"rows": [Row(**row) for row in plain["rows"]], "compression": TallCompression(**stored)})
+    demo._print_table(results)
+    assert " t1 " in capsys.readouterr().out
+    monkeypatch.setattr(demo, "_WIDTH_WITHOUT_TERMINAL", 60)
+    demo._print_table(results)
+    narrow = capsys.readouterr().out
+    assert " t1 " not in narrow
+    assert "consensus_ta" in narrow
+    assert "in the report" in narrow
+
+
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     result = _demo(tmp_path)

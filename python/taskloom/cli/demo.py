@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from taskloom.methods.merging.demo.results import DemoResults, Row
 
 _WIDTH_WITHOUT_TERMINAL = 120
+# Columns of characters that the table takes without tasks, and one task's share.
+_WIDTH_OF_MEANS = 52
+_WIDTH_OF_TASK = 7
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, by_task: bool) -> list[str]:
     return [
         row.name,
-        *(f"{value:.3f}" for value in row.accuracy),
+        *(f"{value:.3f}" for value in row.accuracy if by_task),
         f"{row.mean:.3f}",
         f"{row.normalised:.3f}",
         "" if row.alpha is None else f"{row.alpha:g}",
@@ -33,18 +36,22 @@ def _print_table(results: DemoResults) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL)
+    by_task = console.width >= _WIDTH_OF_MEANS + _WIDTH_OF_TASK * results.tasks
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("model")
-    for name in (*(f"t{task}" for task in range(results.tasks)), "mean", "norm.", "alpha", "s", "MB"):
+    for name in (*(f"t{task}" for task in range(results.tasks) if by_task), "mean", "norm.", "alpha", "s", "MB"):
         table.add_column(name, justify="right", style="bold" if name == "mean" else None, no_wrap=True)
     previous = None
     for row in results.rows:
         merged = row.seconds is not None
         if previous is not None and merged != previous:
             table.add_section()
-        table.add_row(*_cells(row), style="cyan" if merged else None)
+        table.add_row(*_cells(row, by_task), style="cyan" if merged else None)
         previous = merged
-    Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL).print(table)
+    console.print(table)
+    if not by_task:
+        click.echo("accuracy by task: in the report")
 
 
 def _print_summary(results: DemoResults, page: Path) -> None:

@@ -122,6 +122,7 @@ def render_page(results: DemoResults) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in results.versions.items())
     parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in results.seconds.items())
     single = results.row("single-task").mean
+    sampled = ", which samples entries above 8 tasks" if results.tasks > 8 else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -158,7 +159,7 @@ base, vector and masks for TALL restored).</p>
 <div class="pair">
 <section>
 <h2>Cosines of task vectors</h2>
-<p class="note">From the merge's own report. Near zero: the tasks move different weights.</p>
+<p class="note">From the merge's own report{sampled}. Near zero: the tasks move different weights.</p>
 {_image(figures.cosine_matrix(results), "matrix of cosines between task vectors", 430)}
 </section>
 <section>
