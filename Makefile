@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test lint peers clean
+.PHONY: test demo lint peers clean
 
 .venv/.requirements: requirements/dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -15,6 +15,9 @@ BIN := .venv/bin
 
 test: .venv/.built
 	$(BIN)/python -m pytest
+
+demo: .venv/.built
+	$(BIN)/taskloom demo --out demo_out
 
 lint: .venv/.built
 	$(BIN)/ruff check .
