@@ -128,23 +128,24 @@ inline int64_t keep_limit(double probability) { return static_cast<int64_t>(__bu
 // Whether the low halves of `count` counters from `first` on stay below 2^32 together: a group shares its high half.
 inline bool philox_same_high(uint64_t first, int64_t count) { return (first >> 32) == ((first + static_cast<uint64_t>(count) - 1) >> 32); }
 
-// Words of entries begin .. begin + n into words[0 .. n); what lies behind them, up to the next multiple of 4, may be written too.
+// Words of entries begin .. begin + n into words[0 .. n).
 inline void philox_words(uint64_t seed, uint64_t tensor_key, int64_t begin, int64_t n, uint32_t* words) {
-  const int64_t skip = begin & 3;
-  const uint64_t first = static_cast<uint64_t>(begin >> 2);
-  const int64_t blocks = (n + skip + 3) / 4;
+  auto block_at = [&](int64_t entry) { return philox_4x32_10(seed, tensor_key, static_cast<uint64_t>(entry) >> 2); };
   int64_t done = 0;
-  if (skip == 0) {
-    for (; done + philox_group <= blocks && philox_same_high(first + static_cast<uint64_t>(done), philox_group); done += philox_group) {
-      philox_group_words(seed, tensor_key, first + static_cast<uint64_t>(done), words + 4 * done);
-    }
+  if ((begin & 3) != 0) {
+    const PhiloxBlock random = block_at(begin);
+    for (int64_t word = begin & 3; word < 4 && done < n; ++word) words[done++] = random.word[word];
   }
-  for (; done < blocks; ++done) {
-    const PhiloxBlock random = philox_4x32_10(seed, tensor_key, first + static_cast<uint64_t>(done));
-    for (int64_t word = 0; word < 4; ++word) {
-      const int64_t index = 4 * done + word - skip;
-      if (index >= 0 && index < n) words[index] = random.word[word];
+  constexpr int64_t group = 4 * philox_group;
+  while (done < n) {
+    const uint64_t block = static_cast<uint64_t>(begin + done) >> 2;
+    if (n - done >= group && philox_same_high(block, philox_group)) {
+      philox_group_words(seed, tensor_key, block, words + done);
+      done += group;
+      continue;
     }
+    const PhiloxBlock random = block_at(begin + done);
+    for (int word = 0; word < 4 && done < n; ++word) words[done++] = random.word[word];
   }
 }
 

@@ -64,7 +64,7 @@ struct ThresholdLoops {
   void (*row_ranks)(bool wide, const void* bits, int64_t n, int32_t* ranks, void* scratch);
 };
 
-static inline int64_t row_rank_scratch(bool wide, int64_t n) { return 2 * n * (wide ? 16 : 8); }
+static inline int64_t row_rank_scratch(bool wide, int64_t n) { return 2 * n * (wide ? 16 : 14) + 64; }
 
 TASKLOOM_LOOPS(ThresholdLoops, threshold_loops)
 

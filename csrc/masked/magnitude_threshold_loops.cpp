@@ -258,13 +258,50 @@ void row_ranks_of(const Bits<wide>* bits, int64_t n, int32_t* ranks, void* scrat
   for (int64_t i = 0; i < n; ++i) ranks[from[i].index] = static_cast<int32_t>(i);
 }
 
+// Entries whose magnitude is within 2^8 of the largest are spread over 2n buckets or more by the leading bits of their distance from it.
+constexpr int32_t spread_bits = 26;
+
+// Counting sort by bucket, then insertion sort over the whole row, which moves entries inside their bucket only. Returns false, with
+// `ranks` unset, where so many distinct magnitudes share buckets that the digits' way is faster.
+bool row_ranks_by_bucket(const int32_t* bits, int64_t n, int32_t* ranks, void* scratch) {
+  int order = 0;
+  while ((int64_t{1} << order) < 2 * n && order < spread_bits) ++order;
+  const int shift = spread_bits - order;
+  const int64_t buckets = (int64_t{1} << order) + 2;
+  auto* items = static_cast<uint64_t*>(scratch);  // magnitude, then n - 1 - index: of equal ones the lower index comes later
+  auto* bucket = reinterpret_cast<int32_t*>(items + n);
+  auto* next = bucket + n;
+  int32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) largest = bits[i] > largest ? bits[i] : largest;
+  const int32_t low = largest > (1 << spread_bits) ? largest - (1 << spread_bits) : 0;
+  for (int64_t i = 0; i < n; ++i) bucket[i] = (bits[i] > low ? bits[i] - low : 0) >> shift;
+  std::memset(next, 0, static_cast<size_t>(buckets) * sizeof(int32_t));
+  for (int64_t i = 0; i < n; ++i) ++next[bucket[i] + 1];
+  for (int64_t b = 1; b < buckets; ++b) next[b] += next[b - 1];
+  for (int64_t i = n - 1; i >= 0; --i) {
+    items[next[bucket[i]]++] = (static_cast<uint64_t>(static_cast<uint32_t>(bits[i])) << 32) | static_cast<uint32_t>(n - 1 - i);
+  }
+  int64_t moves_left = 24 * n;
+  for (int64_t i = 1; i < n; ++i) {
+    const uint64_t item = items[i];
+    int64_t place = i;
+    for (; place > 0 && items[place - 1] > item; --place) items[place] = items[place - 1];
+    items[place] = item;
+    moves_left -= i - place;
+    if (moves_left < 0) return false;
+  }
+  for (int64_t i = 0; i < n; ++i) ranks[n - 1 - static_cast<int64_t>(items[i] & 0xffffffffu)] = static_cast<int32_t>(i);
+  return true;
+}
+
 void row_ranks(bool wide, const void* bits, int64_t n, int32_t* ranks, void* scratch) {
   if (n == 0) return;
   if (wide) {
     row_ranks_of<true>(static_cast<const int64_t*>(bits), n, ranks, scratch);
-  } else {
-    row_ranks_of<false>(static_cast<const int32_t*>(bits), n, ranks, scratch);
+    return;
   }
+  const auto* narrow = static_cast<const int32_t*>(bits);
+  if (!row_ranks_by_bucket(narrow, n, ranks, scratch)) row_ranks_of<false>(narrow, n, ranks, scratch);
 }
 
 const ThresholdLoops table = {magnitudes, count_brackets, histogram, row_cut, row_ranks};

@@ -26,7 +26,9 @@ struct Scratch {
   uint32_t* words;    // of one block
   void *row_bits, *row_scratch;
   int32_t* ranks;
-  double* lane_dots;  // [pairs][lanes], summed over the blocks of a chunk
+  int64_t* rank_limits;  // [row]
+  Acc* rank_factors;     // [row]
+  double* lane_dots;     // [pairs][lanes], summed over the blocks of a chunk
 };
 
 inline int64_t group_length(const MergeView& merge, int64_t n) {
@@ -67,6 +69,8 @@ Scratch<Acc> carve(const MergeView& merge, void* memory, int64_t* bytes) {
   s.row_bits = carver.take<Bits<Acc>>(row + block);
   s.row_scratch = carver.take<char>(row_rank_scratch(sizeof(Acc) == 8, row));
   s.ranks = carver.take<int32_t>(row);
+  s.rank_limits = carver.take<int64_t>(row);
+  s.rank_factors = carver.take<Acc>(row);
   s.lane_dots = carver.take<double>(merge.statistics ? tasks * (tasks + 1) / 2 * lanes : 0);
   *bytes = carver.at - static_cast<char*>(memory);
   return s;
@@ -125,27 +129,37 @@ inline void keep_row_band(const MergeView& merge, const MergeTask& task, const T
   }
 }
 
-// DELLA: the keep probability grows linearly with the ascending rank in the row, in float32.
+// DELLA: the keep probability grows linearly with the ascending rank in the row, in float32. Sets, per rank, the bound of the random
+// words that keep an entry and what survivors are multiplied by.
 template <class Acc>
-inline void keep_row_by_rank(const MergeView& merge, const MergeTask& task, const ThresholdLoops& loops, int64_t begin,
-                             const Scratch<Acc>& s, Acc* multiplier) {
+inline void fill_rank_table(const MergeView& merge, const MergeTask& task, const Scratch<Acc>& s) {
   const int64_t n = merge.row_length;
-  philox_words(merge.seed, task.key, begin, n, s.words);
-  const bool single = n == 1 || task.epsilon == 0;
-  if (!single) loops.row_ranks(sizeof(Acc) == 8, s.row_bits, n, s.ranks, s.row_scratch);
   const float lowest = static_cast<float>(task.density - task.epsilon);
   const float spread = static_cast<float>(2 * task.epsilon);
   const float last = static_cast<float>(n - 1);
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t rank = 0; rank < n; ++rank) {
     float probability = static_cast<float>(task.density);
-    if (!single) {
-      const float share = static_cast<float>(s.ranks[i]) / last;
+    if (n > 1 && task.epsilon != 0) {
+      const float share = static_cast<float>(rank) / last;
       const float raised = share * spread;
       probability = lowest + raised;
     }
-    const bool kept = static_cast<int64_t>(s.words[i]) < keep_limit(static_cast<double>(probability));
-    const Acc factor = merge.rescale == Rescale::density ? Acc{1} / static_cast<Acc>(probability) : Acc{1};
-    multiplier[i] = kept ? factor : Acc{0};
+    s.rank_limits[rank] = keep_limit(static_cast<double>(probability));
+    s.rank_factors[rank] = merge.rescale == Rescale::density ? Acc{1} / static_cast<Acc>(probability) : Acc{1};
+  }
+}
+
+template <class Acc>
+inline void keep_row_by_rank(const MergeView& merge, const MergeTask& task, const ThresholdLoops& loops, int64_t begin,
+                             const Scratch<Acc>& s, Acc* __restrict__ multiplier) {
+  const int64_t n = merge.row_length;
+  philox_words(merge.seed, task.key, begin, n, s.words);
+  loops.row_ranks(sizeof(Acc) == 8, s.row_bits, n, s.ranks, s.row_scratch);
+  for (int64_t i = 0; i < n; ++i) {
+    // Loaded whether kept or not: which it is cannot be guessed, and a branch would be.
+    const Acc factor = s.rank_factors[s.ranks[i]];
+    const Acc kept = static_cast<Acc>(static_cast<int64_t>(s.words[i]) < s.rank_limits[s.ranks[i]]);
+    multiplier[i] = kept * factor;
   }
 }
 
@@ -154,6 +168,7 @@ inline void fill_multipliers(const MergeView& merge, int64_t begin, int64_t n, i
                              const Scratch<Acc>& s) {
   for (int t = 0; t < merge.count; ++t) {
     if (merge.tasks[t].recorded != nullptr) continue;
+    if (merge.select == Select::rank_dropout) fill_rank_table(merge, merge.tasks[t], s);
     for (int64_t row = 0; row < n; row += merge.row_length) {
       Acc* multiplier = s.multiplier + t * stride + row;
       row_magnitudes(merge, merge.tasks[t], begin + row, s);
