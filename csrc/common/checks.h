@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "common/cpu_level.h"
 #include "common/dtype.h"
 #include "common/parallel.h"
 
@@ -44,6 +45,10 @@ inline void run_on_torch_threads(void*, int64_t count, ParallelFor::Body body, v
 }
 
 // torch's own threads, one index per task.
-inline ParallelFor torch_parallel() { return {run_on_torch_threads, nullptr}; }
+inline ParallelFor torch_parallel() {
+  // A level that cannot be had raises here: what is thrown inside torch's parallel_for loses its message.
+  cpu_level();
+  return {run_on_torch_threads, nullptr};
+}
 
 }  // namespace taskloom
