@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test lint clean
+.PHONY: test demo lint peers clean
 
 .venv/.requirements: requirements/dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -16,10 +16,22 @@ BIN := .venv/bin
 test: .venv/.built
 	$(BIN)/python -m pytest
 
+demo: .venv/.built
+	$(BIN)/taskloom demo --out demo_out
+
 lint: .venv/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+
+# What we are compared with runs in an environment of its own.
+.venv-peers/.requirements: requirements/peers.txt
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet torch==2.13.0
+	.venv-peers/bin/pip install --quiet -r requirements/peers.txt
+	touch $@
+
+peers: .venv-peers/.requirements
 
 clean:
 	rm -rf build dist .venv/.built

@@ -12,6 +12,8 @@ constexpr int64_t chunk = 1 << 18;
 // mergekit leaves a delta alone where either norm is below this.
 constexpr double least_norm = 1e-7;
 constexpr double parallel_cosine = 0.9995;
+// Random words and row ranks cost more than a bit per entry; above this they are found twice, so that memory stays bounded.
+constexpr int64_t most_recorded = 64 << 20;
 
 char* thread_buffer(int which, int64_t bytes) {
   struct Buffer {
@@ -102,7 +104,26 @@ Totals run(const SparseMerge& merge, MergePass pass, const MergeOutput& output, 
   return sum;
 }
 
+// Room for the bits of every task whose selection is dear, where a thread's bytes are its own.
+void make_records(SparseMerge* merge) {
+  const bool bytes_apart = merge->select == Select::dropout || (merge->select == Select::rank_dropout && merge->row_length % 8 == 0);
+  const int64_t bytes = (merge->numel + 7) / 8;
+  const auto tasks = static_cast<int64_t>(merge->tasks.size());
+  if (!bytes_apart || bytes * tasks > most_recorded) return;
+  merge->records.reset(new uint8_t[static_cast<size_t>(bytes * tasks)]);
+  for (int64_t t = 0; t < tasks; ++t) {
+    MergeTask& task = merge->tasks[static_cast<size_t>(t)];
+    const bool keeps_all = merge->select == Select::dropout && task.density >= 1;
+    if (!keeps_all) task.record = merge->records.get() + t * bytes;
+  }
+}
+
 }  // namespace
+
+void drop_records(SparseMerge* merge) {
+  for (MergeTask& task : merge->tasks) task.record = nullptr, task.recorded = nullptr;
+  merge->records.reset();
+}
 
 bool SparseMerge::wide() const {
   bool wide = base != nullptr && base_dtype == DType::f64;
@@ -117,7 +138,10 @@ void set_rescale_factors(SparseMerge* merge, const ParallelFor& parallel) {
       if (task.density > 0) task.factor = 1 / task.density;
     }
   } else if (merge->rescale == Rescale::l1 && merge->select != Select::all) {
+    drop_records(merge);
+    make_records(merge);
     const Totals totals = run(*merge, MergePass::norms, {}, parallel);
+    for (MergeTask& task : merge->tasks) task.recorded = task.record;
     for (size_t t = 0; t < merge->tasks.size(); ++t) {
       const bool measurable = totals.before[t] >= least_norm && totals.after[t] >= least_norm;
       merge->tasks[t].factor = measurable ? totals.before[t] / totals.after[t] : 1;

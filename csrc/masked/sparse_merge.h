@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "common/cpu_level.h"
@@ -30,6 +31,9 @@ struct MergeTask {
   uint64_t key = 0;  // of the random words
   double tall_mask_lambda = 1;
   double factor = 1;  // what survivors are multiplied by, found before the pass (l1) or from the density
+  // Packed bits of what was selected: written by the pass that finds l1 factors, and read instead of selecting anew.
+  uint8_t* record = nullptr;
+  const uint8_t* recorded = nullptr;
 };
 
 struct SparseMerge {
@@ -48,7 +52,8 @@ struct SparseMerge {
   Combine combine = Combine::sum;
   double scale = 1;
   uint64_t seed = 0;
-  bool statistics = false;  // fill conflicts and dots
+  bool statistics = false;             // fill conflicts and dots
+  std::shared_ptr<uint8_t[]> records;  // memory of the tasks' `record`
 
   bool wide() const;
   bool by_row() const { return select == Select::row_magnitude || select == Select::rank_dropout; }
@@ -115,8 +120,10 @@ struct MergeOutput {
   void* context = nullptr;
 };
 
-// Sets each task's `factor` for its rescale mode (a pass over the inputs for l1).
+// Sets each task's `factor` for its rescale mode (a pass over the inputs for l1, which also records what was selected at random).
 void set_rescale_factors(SparseMerge* merge, const ParallelFor& parallel);
+// Frees what was recorded; the merge selects anew.
+void drop_records(SparseMerge* merge);
 // Elected positive entries less elected negative ones: what `zero_sign` is taken from when zeros follow the majority.
 int64_t elected_sign_sum(const SparseMerge& merge, const ParallelFor& parallel);
 MergeStatistics sparse_merge(const SparseMerge& merge, const MergeOutput& output, const ParallelFor& parallel);

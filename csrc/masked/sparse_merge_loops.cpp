@@ -2,7 +2,7 @@
 #include <type_traits>
 
 #include "common/convert.h"
-#include "common/philox.h"
+#include "common/philox_words.h"
 #include "masked/sparse_merge.h"
 
 namespace taskloom {
@@ -86,27 +86,6 @@ inline Bits<Acc> magnitude_bits(Acc value) {
   return bits & static_cast<Bits<Acc>>(sizeof(Acc) == 8 ? INT64_MAX : INT32_MAX);
 }
 
-// Words of entries begin .. begin + n into words[0 .. n).
-inline void random_words(uint64_t seed, uint64_t key, int64_t begin, int64_t n, uint32_t* __restrict__ words) {
-  const int64_t skip = begin & 3;
-  const uint64_t first = static_cast<uint64_t>(begin >> 2);
-  const int64_t blocks = (n + skip + 3) / 4;
-  if (skip == 0) {
-    for (int64_t b = 0; b < blocks; ++b) {
-      const PhiloxBlock random = philox_4x32_10(seed, key, first + static_cast<uint64_t>(b));
-      for (int word = 0; word < 4; ++word) words[4 * b + word] = random.word[word];
-    }
-    return;
-  }
-  for (int64_t b = 0; b < blocks; ++b) {
-    const PhiloxBlock random = philox_4x32_10(seed, key, first + static_cast<uint64_t>(b));
-    for (int64_t word = 0; word < 4; ++word) {
-      const int64_t index = 4 * b + word - skip;
-      if (index >= 0 && index < n) words[index] = random.word[word];
-    }
-  }
-}
-
 // A word below this keeps an entry of probability p; 2^32 keeps it always.
 inline int64_t keep_limit(double probability) { return static_cast<int64_t>(__builtin_nearbyint(probability * 4294967296.0)); }
 
@@ -151,7 +130,7 @@ template <class Acc>
 inline void keep_row_by_rank(const MergeView& merge, const MergeTask& task, const ThresholdLoops& loops, int64_t begin,
                              const Scratch<Acc>& s, Acc* multiplier) {
   const int64_t n = merge.row_length;
-  random_words(merge.seed, task.key, begin, n, s.words);
+  philox_words(merge.seed, task.key, begin, n, s.words);
   const bool single = n == 1 || task.epsilon == 0;
   if (!single) loops.row_ranks(sizeof(Acc) == 8, s.row_bits, n, s.ranks, s.row_scratch);
   const float lowest = static_cast<float>(task.density - task.epsilon);
@@ -174,6 +153,7 @@ template <class Acc>
 inline void fill_multipliers(const MergeView& merge, int64_t begin, int64_t n, int64_t stride, const ThresholdLoops& loops,
                              const Scratch<Acc>& s) {
   for (int t = 0; t < merge.count; ++t) {
+    if (merge.tasks[t].recorded != nullptr) continue;
     for (int64_t row = 0; row < n; row += merge.row_length) {
       Acc* multiplier = s.multiplier + t * stride + row;
       row_magnitudes(merge, merge.tasks[t], begin + row, s);
@@ -186,11 +166,42 @@ inline void fill_multipliers(const MergeView& merge, int64_t begin, int64_t n, i
   }
 }
 
+// keep[] (-1 or 0) from packed bits; a block starts at a multiple of 8 entries of its tensor.
+template <class B>
+inline void unpack_keep(const uint8_t* __restrict__ packed, int64_t n, B* __restrict__ keep) {
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    uint32_t bits;
+    std::memcpy(&bits, packed + i / 8, sizeof bits);
+    for (int bit = 0; bit < 32; ++bit) keep[i + bit] = -static_cast<B>((bits >> bit) & 1u);
+  }
+  for (; i < n; ++i) keep[i] = -static_cast<B>((packed[i / 8] >> (i & 7)) & 1);
+}
+
+template <class B>
+inline void pack_keep(const B* __restrict__ keep, int64_t n, uint8_t* __restrict__ packed) {
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    uint32_t bits = 0;
+    for (int bit = 0; bit < 32; ++bit) bits |= static_cast<uint32_t>(keep[i + bit] & 1) << bit;
+    std::memcpy(packed + i / 8, &bits, sizeof bits);
+  }
+  for (int64_t byte = i / 8; byte < (n + 7) / 8; ++byte) {
+    uint8_t bits = 0;
+    for (int64_t k = 8 * byte; k < n && k < 8 * byte + 8; ++k) bits = static_cast<uint8_t>(bits | ((keep[k] & 1) << (k & 7)));
+    packed[byte] = bits;
+  }
+}
+
 // Sets keep[] (-1 or 0) for one task's block; false where everything is kept and keep[] is not set.
 template <class Acc>
 inline bool select_block(const MergeView& merge, const MergeTask& task, const Acc* __restrict__ delta, int64_t at, int64_t n,
                          const Acc* multiplier, uint32_t* words, Bits<Acc>* __restrict__ keep) {
   using B = Bits<Acc>;
+  if (task.recorded != nullptr) {
+    unpack_keep(task.recorded + at / 8, n, keep);
+    return true;
+  }
   switch (merge.select) {
     case Select::all:
       return false;
@@ -208,13 +219,13 @@ inline bool select_block(const MergeView& merge, const MergeTask& task, const Ac
       return true;
     }
     case Select::mask: {
-      for (int64_t i = 0; i < n; ++i) keep[i] = -static_cast<B>((task.mask[(at + i) >> 3] >> ((at + i) & 7)) & 1);
+      unpack_keep(task.mask + at / 8, n, keep);
       return true;
     }
     case Select::dropout: {
       const int64_t limit = keep_limit(task.density);
       if (limit >= int64_t{1} << 32) return false;
-      random_words(merge.seed, task.key, at, n, words);
+      philox_words(merge.seed, task.key, at, n, words);
       const uint32_t bound = static_cast<uint32_t>(limit);
       for (int64_t i = 0; i < n; ++i) keep[i] = words[i] < bound ? B{-1} : B{0};
       return true;
@@ -289,6 +300,7 @@ inline void prepare_block(const MergeView& merge, MergePass pass, int64_t at, in
       for (int64_t i = 0; i < n; ++i) s.selected[t * block + i] = selective ? -static_cast<int32_t>(s.keep[i]) : 1;
     }
     if (pass == MergePass::norms) {
+      if (task.record != nullptr && selective) pack_keep(s.keep, n, task.record + at / 8);
       statistics->before[t] += absolute_sum(delta, padded);
       statistics->after[t] += absolute_sum(part, padded);
       continue;

@@ -159,7 +159,9 @@ py::list execute_merge(const py::list& inputs, const py::list& outputs, const py
   run.threads = threads > 0 ? threads : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   for (const py::handle job : plan.attr("jobs")) run.jobs.push_back(job_of(job, element_bits, plan.attr("seed").cast<uint64_t>()));
   auto last = std::chrono::steady_clock::now();
+  int64_t latest = 0;
   run.progress = [&](int64_t done) {
+    latest = done;
     const auto now = std::chrono::steady_clock::now();
     if (now - last < std::chrono::milliseconds(100)) return;
     last = now;
@@ -172,6 +174,7 @@ py::list execute_merge(const py::list& inputs, const py::list& outputs, const py
     const py::gil_scoped_release release;
     results = execute(run);
   }
+  if (!progress.is_none()) progress(latest);
   py::list read;
   for (size_t i = 0; i < results.size(); ++i) {
     read.append(run.jobs[i].stages ? py::object(result_of(results[i], run.jobs[i].tuned.size())) : py::object(py::none()));

@@ -103,6 +103,8 @@ class Executor {
       }
     }
     if (members.empty()) return;
+    // Equal magnitudes rank by position in the model; names give the same positions whatever the files' order and the shards.
+    std::sort(members.begin(), members.end(), [this](size_t a, size_t b) { return run_.jobs[a].name < run_.jobs[b].name; });
     const bool wide = prepared_[members.front()]->wide();
     for (const size_t i : members) {
       if (prepared_[i]->wide() != wide) {
@@ -159,6 +161,8 @@ class Executor {
       const MergeJob& job = run_.jobs[i];
       if (job.stages && job.stages->zero_majority && job.stages->merge.elect != Elect::none) {
         sum += elected_sign_sum(prepare(i), pool_.parallel());
+        // One tensor's bits are little, those of all would not be.
+        drop_records(&*prepared_[i]);
         members.push_back(i);
       }
     }
@@ -228,8 +232,9 @@ class Executor {
       const SparseMerge line = slerp_merge(both, job.stages->t, pool_.parallel());
       results_[index].statistics = sparse_merge(line, output, pool_.parallel());
       results_[index].statistics.kept = {job.numel};
-      results_[index].statistics.dots = {0};
+      results_[index].statistics.dots = {squared_distance(both)};
       check_finite(job, results_[index].statistics);
+      if (run_.magnitude_histogram) results_[index].histogram = histograms(both);
       return;
     }
     const SparseMerge& ready = prepare(index);
@@ -238,6 +243,24 @@ class Executor {
     check_finite(job, result.statistics);
     if (run_.magnitude_histogram) result.histogram = histograms(ready);
     prepared_[index].reset();
+  }
+
+  // Of the base and the one task. Sums of doubles: what cancels is far below the precision of the values.
+  double squared_distance(const SparseMerge& merge) {
+    MergeTask base = merge.tasks.front();
+    base.tuned = merge.base;
+    base.dtype = merge.base_dtype;
+    constexpr int64_t piece = 1 << 18;
+    std::vector<double> sums(static_cast<size_t>(chunk_count(merge.numel, piece)));
+    pool_.parallel()(chunk_count(merge.numel, piece), [&](int64_t index) {
+      double products[3] = {};
+      const int64_t begin = index * piece;
+      sparse_merge_loops().inner_products(base, merge.tasks.front(), begin, std::min(piece, merge.numel - begin), products);
+      sums[static_cast<size_t>(index)] = products[0] - 2 * products[1] + products[2];
+    });
+    double total = 0;
+    for (const double sum : sums) total += sum;
+    return total < 0 ? 0.0 : total;
   }
 
   std::vector<std::vector<int64_t>> histograms(const SparseMerge& merge) {
@@ -274,7 +297,7 @@ class Executor {
       const int64_t index = first_nonfinite(place, job.numel);
       if (index >= 0) {
         throw std::runtime_error("tensor '" + job.name + "' of " + model + " holds NaN or infinity, first at element " +
-                                 std::to_string(index) + "; --allow-nonfinite merges it all the same");
+                                 std::to_string(index) + "; allow_nonfinite (--allow-nonfinite) merges it all the same");
       }
     };
     if (job.base) check(*job.base, "the base model");

@@ -33,7 +33,7 @@ class OutputFile {
   OutputFile(OutputFile&& other) noexcept;
   ~OutputFile();
   void write(int64_t offset, const void* data, int64_t bytes) const;
-  char* memory(int64_t offset) const { return memory_ == nullptr ? nullptr : memory_ + offset; }
+  char* memory(int64_t offset) const { return in_memory() ? memory_ + offset : nullptr; }
   bool in_memory() const { return descriptor_ < 0; }
   void close();
 

@@ -1,5 +1,7 @@
 #include "merge/thread_pool.h"
 
+#include <system_error>
+
 namespace taskloom {
 namespace {
 
@@ -8,7 +10,13 @@ thread_local bool inside = false;
 }  // namespace
 
 ThreadPool::ThreadPool(int threads, std::function<void()> tick) : tick_(std::move(tick)) {
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+  for (int i = 1; i < threads; ++i) {
+    try {
+      workers_.emplace_back([this] { work(); });
+    } catch (const std::system_error&) {
+      break;  // The system has no more threads to give; the work is the same with fewer.
+    }
+  }
 }
 
 ThreadPool::~ThreadPool() {

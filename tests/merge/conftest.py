@@ -1,20 +1,9 @@
 from __future__ import annotations
 
-import sys
-import types
 from pathlib import Path
 
 import pytest
-from toy_checkpoints import copying_executor, save_model, toy_tensors
-
-
-@pytest.fixture
-def executor(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """``taskloom.merge.execute`` with an executor that copies."""
-    module = types.ModuleType("taskloom.merge.execute")
-    module.execute_plan = copying_executor  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "taskloom.merge.execute", module)
-    return module
+from toy_checkpoints import save_model, toy_tensors
 
 
 @pytest.fixture

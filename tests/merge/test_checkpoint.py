@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import importlib.machinery
 import json
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +124,27 @@ def test_absent_hub_models_name_the_extra(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match=r"taskloom\[hub\]"):
         locate("org/absent")
+
+
+def test_downloads_where_the_extra_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    asked = []
+
+    def snapshot_download(repo: str, *, revision: str, allow_patterns: list[str]) -> str:
+        asked.append((repo, revision))
+        assert not any(pattern.endswith((".bin", ".pt", ".pth", ".ckpt")) for pattern in allow_patterns)
+        if repo == "org/gone":
+            raise OSError("404")
+        return str(save_model(tmp_path / "fetched" / ("d" * 40), ONE))
+
+    hub = types.ModuleType("huggingface_hub")
+    hub.__spec__ = importlib.machinery.ModuleSpec("huggingface_hub", None)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download, raising=False)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    found = locate("org/name@v2")
+    assert (found.path.name, found.pinned, asked) == ("d" * 40, "org/name@" + "d" * 40, [("org/name", "v2")])
+    with pytest.raises(CheckpointError, match="model 'org/gone': cannot be downloaded: 404"):
+        locate("org/gone")
 
 
 def test_paths_from_the_recipes_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,18 +1,14 @@
-"""Small checkpoints on disk, and a stand-in for the executor, for tests of the Python side of a merge."""
+"""Small checkpoints on disk."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-
-from taskloom.merge.header import tensor_bytes
-from taskloom.merge.plan import MergePlan, TensorJob, TensorSource
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -51,68 +47,12 @@ def save_sharded(folder: Path, shards: Mapping[str, Tensors]) -> Path:
     return folder
 
 
-@dataclass
-class FakeTensorStats:
-    name: str
-    numel: int
-    kept: list[int]
-    conflicts: int
-    dots: list[list[float]]
-    seconds: float
-    magnitude_histogram: list[list[int]] | None
-
-
-@dataclass
-class FakeResult:
-    tensors: list[FakeTensorStats]
-    seconds: float
-    bytes_read: int
-    bytes_written: int
-
-
-def _read(plan: MergePlan, job: TensorJob, source: TensorSource) -> np.ndarray:
-    data = np.memmap(plan.inputs[source.file], np.uint8, "r")[source.offset : source.offset + tensor_bytes(source.dtype, job.shape)]
-    raw = np.array(data)
-    if source.dtype == "BF16":
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return raw.view({"F32": np.float32, "F16": np.float16, "F64": np.float64}.get(source.dtype, np.uint8))
-
-
-def _encode(values: np.ndarray, source: str, target: str) -> bytes:
-    if source == target and target != "BF16":
-        return values.tobytes()
-    if target == "BF16":
-        return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
-    return values.astype({"F32": np.float32, "F16": np.float16, "F64": np.float64}[target]).tobytes()
-
-
-def copying_executor(
-    plan: MergePlan,
-    folder: Path,
-    *,
-    threads: int = 0,
-    magnitude_histogram: bool = False,
-    progress: Callable[[int], None] | None = None,
-) -> FakeResult:
-    """Write every planned file with the base's values (the first model's where there is no base); statistics are of no merge."""
-    for file in plan.outputs:
-        with (folder / file.name).open("wb") as out:
-            out.write(file.header)
-            out.truncate(file.size)
-    stats = []
-    tasks = len(plan.models)
-    for done, job in enumerate(plan.jobs):
-        source = job.base or job.tuned[0]
-        with (folder / plan.outputs[job.target.file].name).open("r+b") as out:
-            out.seek(job.target.offset)
-            out.write(_encode(_read(plan, job, source), source.dtype, job.target.dtype))
-        numel = int(np.prod(job.shape))
-        if job.stages is not None:
-            dots = [[4.0 if row == column else 1.0 for column in range(tasks)] for row in range(tasks)]
-            histogram = (
-                [[numel if exponent == 120 else 0 for exponent in range(256)] for _ in range(tasks)] if magnitude_histogram else None
-            )
-            stats.append(FakeTensorStats(job.name, numel, [numel // 2] * tasks, numel // 4, dots, 0.001, histogram))
-        if progress:
-            progress(done)
-    return FakeResult(stats, 0.5, 1000, sum(file.size for file in plan.outputs))
+def recipe_of(folders: Mapping[str, Path], method: str = "task_arithmetic", weight: Any = 0.5, **changes: Any) -> dict[str, Any]:
+    """A recipe that merges the models ``a`` and ``b`` of ``folders`` into ``base``."""
+    own = {} if weight is None else {"weight": weight}
+    recipe: dict[str, Any] = {
+        "merge_method": method,
+        "base_model": str(folders["base"]),
+        "models": [{"model": str(folders[name]), "parameters": dict(own)} for name in ("a", "b")],
+    }
+    return recipe | changes

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import click
 
 _COMMANDS = {
+    "demo": ("taskloom.cli.demo:demo", "Merge small models made on the spot, and show how well each method works."),
     "doctor": ("taskloom.cli.doctor:doctor", "Show what was built, what this machine offers, and what would run."),
     "merge": ("taskloom.cli.merge:merge", "Merge safetensors checkpoints by a recipe."),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,8 @@ def _print_json(content: Any) -> None:
 
 
 def _shown_default(value: Any) -> str:
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -117,7 +120,7 @@ def _print_summary(report: MergeReport) -> None:
 @contextmanager
 def _progress_bar(planned: PlannedMerge, shown: bool) -> Iterator[Callable[[int], None] | None]:
     """A bar on stderr, only where stderr is a terminal."""
-    if not shown or not click.get_text_stream("stderr").isatty():
+    if not shown or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console

@@ -9,7 +9,7 @@ import click
 
 _ON_CPU = "the merge streams at memory speed on the CPU and needs no GPU"
 
-_REFUSED_FLAGS = {
+REFUSED_FLAGS = {
     "cuda": _ON_CPU,
     "read-to-gpu": _ON_CPU,
     "multi-gpu": _ON_CPU,
@@ -24,7 +24,7 @@ _REFUSED_FLAGS = {
     "verbose": "the report has every figure; --debug shows a traceback",
 }
 
-_REFUSED_OPTIONS = {
+REFUSED_OPTIONS = {
     "device": _ON_CPU,
     "write-threads": "one pool of threads reads, merges and writes; use --threads",
     "transformers-cache": "the cache is found through HF_HUB_CACHE or HF_HOME; set one of them",
@@ -45,12 +45,12 @@ def _refuse(reason: str) -> Callable[[click.Context, click.Parameter, Any], None
 
 def refuse_mergekit_flags(command: _Command) -> _Command:
     """Add mergekit's other flags to a command as hidden options that are refused when given."""
-    for name, reason in _REFUSED_FLAGS.items():
+    for name, reason in REFUSED_FLAGS.items():
         spelling = ("-v", "--verbose") if name == "verbose" else (f"--{name}/--no-{name}",)
         command = click.option(
             *spelling, f"refused_{name.replace('-', '_')}", is_flag=True, hidden=True, expose_value=False, callback=_refuse(reason)
         )(command)
-    for name, reason in _REFUSED_OPTIONS.items():
+    for name, reason in REFUSED_OPTIONS.items():
         command = click.option(f"--{name}", f"refused_{name.replace('-', '_')}", hidden=True, expose_value=False, callback=_refuse(reason))(
             command
         )

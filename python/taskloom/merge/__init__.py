@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from taskloom.merge.recipe import Recipe, load_recipe
     from taskloom.merge.report import MergeReport
     from taskloom.merge.run import merge_checkpoints
+    from taskloom.merge.state_dicts import merge_state_dicts
 
 _MODULES = {
     "CheckpointError": "errors",
@@ -19,6 +20,7 @@ _MODULES = {
     "RecipeError": "errors",
     "load_recipe": "recipe",
     "merge_checkpoints": "run",
+    "merge_state_dicts": "state_dicts",
 }
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "RecipeError",
     "load_recipe",
     "merge_checkpoints",
+    "merge_state_dicts",
 ]
 
 

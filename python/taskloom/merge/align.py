@@ -41,7 +41,8 @@ def _is_computed(name: str) -> bool:
     return name.endswith(_COMPUTED)
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
     shown = ", ".join(repr(name) for name in names[:_SHOWN])
     return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
@@ -49,9 +50,9 @@ def _some(names: Sequence[str]) -> str:
 def _raise_unmatched(reference: Checkpoint, member: Checkpoint, missing: Sequence[str], extra: Sequence[str]) -> None:
     parts = []
     if missing:
-        parts.append(f"lacks {len(missing)} of its tensors: {_some(missing)}")
+        parts.append(f"lacks {len(missing)} of its tensors: {some(missing)}")
     if extra:
-        parts.append(f"has {len(extra)} tensors more: {_some(extra)}")
+        parts.append(f"has {len(extra)} tensors more: {some(extra)}")
     if parts:
         no_config = any(name.endswith("weight") and ("head" in name or "embed" in name) for name in (*missing, *extra))
         hint = "; no config.json says whether heads and embeddings are tied" if no_config and member.config is None else ""
@@ -134,5 +135,5 @@ def align(reference: Checkpoint, members: Sequence[Checkpoint]) -> Alignment:
     if len(copied) == len(tensors):
         raise CheckpointError(f"model {reference.label!r} has no floating-point tensor (F32, BF16, F16, F64) to merge")
     if copied:
-        notes.append(f"copied from {reference.label} without merging (not floating point, or recomputed by the model): {_some(copied)}")
+        notes.append(f"copied from {reference.label} without merging (not floating point, or recomputed by the model): {some(copied)}")
     return Alignment(tuple(tensors), tuple(notes))

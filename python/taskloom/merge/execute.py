@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,9 +24,9 @@ class TensorStats:
     name, numel
         The tensor.
     kept
-        Surviving entries per task.
+        Entries that selection keeps, per task.
     conflicts
-        Entries where surviving contributions of two tasks have opposite signs.
+        Entries where kept, weighted entries of two tasks have opposite signs.
     dots
         Inner products of the tasks' deltas; the diagonal holds squared norms. With more than 8 tasks the other entries are estimated
         from evenly spaced blocks of 512 entries.
@@ -68,11 +69,10 @@ def run_native(
     progress: Callable[[int], None] | None,
 ) -> ExecutionResult:
     """Run the executor on inputs and outputs given as it takes them: paths and (path, header, size), or 0 for memory."""
-    from taskloom import _native
-
+    native = importlib.import_module("taskloom._native")
     start = time.perf_counter()
     try:
-        results = _native.execute_merge(inputs, outputs, plan, BITS, threads, magnitude_histogram, progress)
+        results = native.execute_merge(inputs, outputs, plan, BITS, threads, magnitude_histogram, progress)
     except (RuntimeError, ValueError) as error:
         raise MergeError(str(error)) from error
     tensors = [
@@ -117,7 +117,7 @@ def execute_plan(
     magnitude_histogram
         Count ``|delta|`` by exponent as well (one more pass).
     progress
-        Called from the calling thread now and then with the number of tensor bytes done, read and written together.
+        Called from the calling thread now and then, and at the end, with the number of tensor bytes done, read and written together.
 
     Raises
     ------

@@ -1,6 +1,7 @@
 """Reads and writes the header of a safetensors file, with nothing but the standard library.
 
-Accepts what safetensors 0.8 accepts, except that a tensor name given twice is an error (safetensors keeps the last one in silence).
+Accepts what safetensors 0.8 accepts, except for sizes of 2**63 and more, and for a tensor name given twice (safetensors keeps the last
+one in silence).
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -10,7 +11,9 @@ import json
 import os
 import struct
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +139,9 @@ def _parse_entry(path: Path, name: str, info: object, data_start: int) -> Tensor
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
         raise CheckpointError(f"{where}: data_offsets must be two whole numbers >= 0, got {offsets!r}")
     begin, end = offsets
-    bits = prod(shape) * BITS[dtype]
+    bits = BITS[dtype] * prod(shape)
+    if any(partial >= 2**64 for partial in (*accumulate(shape, mul), bits)):
+        raise CheckpointError(f"{where}: shape {shape} overflows 64 bits")
     if bits % 8:
         raise CheckpointError(f"{where}: {dtype} of shape {shape} does not fill whole bytes")
     if end - begin != bits // 8:

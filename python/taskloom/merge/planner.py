@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
-from taskloom.merge.align import AlignedTensor, Alignment, align
+from taskloom.merge.align import AlignedTensor, Alignment, align, some
 from taskloom.merge.checkpoint import Checkpoint, open_checkpoint
 from taskloom.merge.errors import RecipeError
 from taskloom.merge.header import TensorEntry
@@ -105,7 +106,18 @@ def open_models(recipe: Recipe) -> Cast:
     for number, (entry, checkpoint) in enumerate(listed):
         if any(checkpoint is other for _, other in listed[:number]):
             raise RecipeError(f"recipe: models[{number}]: {entry.label!r} is listed twice")
-    inputs = listed
+    return cast_models(recipe, base, listed)
+
+
+def cast_models(recipe: Recipe, base: Checkpoint | None, listed: Sequence[tuple[ModelInput, Checkpoint]]) -> Cast:
+    """Give each opened model its part, by the rules of :func:`open_models`.
+
+    Raises
+    ------
+    RecipeError
+        If the method takes another number of models.
+    """
+    inputs = list(listed)
     if recipe.method.base == "required":
         inputs = [(entry, checkpoint) for entry, checkpoint in listed if checkpoint is not base]
     elif base is not None and all(checkpoint is not base for _, checkpoint in listed):
@@ -141,6 +153,11 @@ def _stages(recipe: Recipe, cast: Cast, alignment: Alignment, positions: Mapping
     return found
 
 
+def output_code(recipe: Recipe, tensor: AlignedTensor) -> str:
+    """The safetensors dtype of one tensor of the output."""
+    return tensor.reference.dtype if tensor.members is None else recipe.output_dtype or tensor.reference.dtype
+
+
 def _job(
     tensor: AlignedTensor,
     stages: Stages | None,
@@ -154,6 +171,56 @@ def _job(
         return TensorJob(tensor.name, shape, place, source(tensor.reference), key=key, layer=layer)
     base = source(tensor.reference) if deltas else None
     return TensorJob(tensor.name, shape, place, base, tuple(source(entry) for entry in tensor.members), stages, key, layer)
+
+
+def plan_jobs(
+    recipe: Recipe, cast: Cast, alignment: Alignment, targets: Mapping[str, TensorTarget]
+) -> tuple[list[TensorJob], tuple[Path, ...]]:
+    """One job per aligned tensor, in the reference's order, with every tensor's stages; and the files that the jobs read.
+
+    Parameters
+    ----------
+    recipe, cast, alignment
+        What to do, with which models, and their tensors matched by name.
+    targets
+        Where each tensor of the output goes.
+
+    Raises
+    ------
+    RecipeError
+        If a parameter has no value for some tensor, or values do not go together.
+    """
+    positions = layer_positions(cast.reference.tensors)
+    stages = _stages(recipe, cast, alignment, positions)
+    files: dict[Path, int] = {}
+
+    def source(entry: TensorEntry) -> TensorSource:
+        return TensorSource(files.setdefault(entry.file, len(files)), entry.offset, entry.dtype)
+
+    jobs = [
+        _job(tensor, stages.get(tensor.name), cast.deltas, source, targets[tensor.name], positions[tensor.name].layer)
+        for tensor in alignment.tensors
+    ]
+    return jobs, tuple(files)
+
+
+def _emptied(jobs: Sequence[TensorJob]) -> list[str]:
+    """A note on the tensors of which some model's band keeps nothing although its density is above zero."""
+    names = [
+        job.name
+        for job in jobs
+        if job.stages is not None
+        and prod(job.shape) > 0
+        and any(
+            begin >= end and share > 0
+            for begin, end, share in zip(job.stages.rank_begin, job.stages.rank_end, job.stages.density, strict=False)
+        )
+    ]
+    if not names:
+        return []
+    return [
+        f"nothing of a model's delta is kept in {len(names)} tensors, whose segments are too short for density and gamma: {some(names)}"
+    ]
 
 
 def plan_merge(recipe: Recipe, cast: Cast, *, shard_size: int, seed: int = 0, allow_nonfinite: bool = False) -> PlannedMerge:
@@ -180,31 +247,13 @@ def plan_merge(recipe: Recipe, cast: Cast, *, shard_size: int, seed: int = 0, al
         If a parameter has no value for some tensor, or values do not go together.
     """
     alignment = align(cast.reference, cast.tasks)
-    positions = layer_positions(cast.reference.tensors)
-    stages = _stages(recipe, cast, alignment, positions)
     layout = lay_out(
-        [
-            PlannedTensor(
-                tensor.name,
-                tensor.reference.dtype if tensor.members is None else recipe.output_dtype or tensor.reference.dtype,
-                tensor.reference.shape,
-            )
-            for tensor in alignment.tensors
-        ],
-        shard_size,
+        [PlannedTensor(tensor.name, output_code(recipe, tensor), tensor.reference.shape) for tensor in alignment.tensors], shard_size
     )
-    files: dict[Path, int] = {}
-
-    def source(entry: TensorEntry) -> TensorSource:
-        return TensorSource(files.setdefault(entry.file, len(files)), entry.offset, entry.dtype)
-
-    jobs = [
-        _job(tensor, stages.get(tensor.name), cast.deltas, source, layout.targets[tensor.name], positions[tensor.name].layer)
-        for tensor in alignment.tensors
-    ]
+    jobs, inputs = plan_jobs(recipe, cast, alignment, layout.targets)
     jobs.sort(key=lambda job: (job.target.file, job.target.offset))
     plan = MergePlan(
-        inputs=tuple(files),
+        inputs=inputs,
         outputs=layout.files,
         jobs=tuple(jobs),
         models=tuple(task.label for task in cast.settings),
@@ -213,4 +262,4 @@ def plan_merge(recipe: Recipe, cast: Cast, *, shard_size: int, seed: int = 0, al
         weight_map=layout.weight_map,
         total_size=layout.total_size,
     )
-    return PlannedMerge(plan, cast, (*recipe.notes, *alignment.notes))
+    return PlannedMerge(plan, cast, (*recipe.notes, *alignment.notes, *_emptied(jobs)))

@@ -6,7 +6,7 @@ import importlib.util
 from collections import defaultdict
 from collections.abc import Sequence
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from taskloom.merge.errors import MergeError
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from taskloom.merge.execute import TensorStats
 
 _EXPONENT_BIAS = 127
+_LONGEST_LABEL = 32
+
+# Cosines beyond this are drawn on a dark ground.
+_DARK = 0.7
 
 
 def require_matplotlib() -> None:
@@ -29,6 +33,16 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def _labels(models: Sequence[str]) -> list[str]:
+    """Short names for the models: the last part of each path where those differ, and never so long that no room is left to draw."""
+    names = [PurePath(model).name or model for model in models]
+    if len(set(names)) < len(names):
+        names = list(models)
+    # matplotlib leaves labels with a leading underscore out of legends.
+    names = [name.lstrip("_") or "model" for name in names]
+    return [name if len(name) <= _LONGEST_LABEL else "…" + name[1 - _LONGEST_LABEL :] for name in names]
 
 
 def _by_layer(report: MergeReport) -> dict[int, list[tuple[int, list[float], float]]]:
@@ -48,7 +62,7 @@ def _mean(pairs: Sequence[tuple[int, float]]) -> float:
 def _plot_layers(report: MergeReport, path: Path) -> None:
     layers = _by_layer(report)
     figure, axes = _figure(8, 4.5)
-    for number, model in enumerate(report.models):
+    for number, model in enumerate(_labels(report.models)):
         axes.plot(
             list(layers), [_mean([(numel, kept[number]) for numel, kept, _ in rows]) for rows in layers.values()], marker="o", label=model
         )
@@ -61,21 +75,24 @@ def _plot_layers(report: MergeReport, path: Path) -> None:
         label="sign conflicts",
     )
     axes.set(xlabel="layer", ylabel="share of entries", ylim=(0, 1.02), title=f"{report.method}: kept density and sign conflicts")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     figure.savefig(path, dpi=150)
 
 
 def _plot_cosines(report: MergeReport, path: Path) -> None:
-    size = max(4.0, 1.0 + 0.8 * len(report.models))
+    size = max(5.0, 2.0 + 0.8 * len(report.models))
     figure, axes = _figure(size + 1, size)
     values = [[float("nan") if cell is None else cell for cell in row] for row in report.total.cosines]
     image = axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
-    ticks = range(len(report.models))
-    axes.set_xticks(ticks, report.models, rotation=45, ha="right")
-    axes.set_yticks(ticks, report.models)
+    labels = _labels(report.models)
+    ticks = range(len(labels))
+    axes.set_xticks(ticks, labels, rotation=45, ha="right")
+    axes.set_yticks(ticks, labels)
     for row in ticks:
         for column in ticks:
-            axes.text(column, row, f"{values[row][column]:.2f}", ha="center", va="center")
+            value = values[row][column]
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if abs(value) > _DARK else "black")
     axes.set_title("cosine between task vectors")
     figure.colorbar(image)
     figure.savefig(path, dpi=150)
@@ -83,7 +100,7 @@ def _plot_cosines(report: MergeReport, path: Path) -> None:
 
 def _plot_magnitudes(report: MergeReport, stats: Sequence[TensorStats], path: Path) -> None:
     figure, axes = _figure(8, 4.5)
-    for number, model in enumerate(report.models):
+    for number, model in enumerate(_labels(report.models)):
         counts = [0] * 256
         for tensor in stats:
             if tensor.magnitude_histogram:
@@ -100,8 +117,10 @@ def _plot_magnitudes(report: MergeReport, stats: Sequence[TensorStats], path: Pa
 def write_plots(report: MergeReport, stats: Sequence[TensorStats], folder: Path) -> list[Path]:
     """Write PNG files into ``folder``: ``layers.png``, ``cosines.png``, ``magnitudes.png``.
 
-    The first is left out where no merged tensor belongs to a layer.
+    The first is left out where no merged tensor belongs to a layer; where nothing was merged there is nothing to draw.
     """
+    if not report.total.cosines:
+        return []
     folder.mkdir()
     written = []
     if _by_layer(report):

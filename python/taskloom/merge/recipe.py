@@ -105,11 +105,13 @@ def _read(path: Path) -> tuple[Any, str]:
 
 
 def _plain(value: Any) -> Any:
-    """Python-only spellings (tuples, paths) as YAML would have them."""
+    """Python-only spellings (tuples, paths, numbers and arrays of numpy or torch) as YAML would have them."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
     return str(value) if isinstance(value, Path) else value
 
 
@@ -199,14 +201,14 @@ def load_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
     RecipeError
         If it cannot be read, or a key, method, parameter or value is unknown, missing or out of range.
     """
+    text: str | None = None
+    folder: Path | None = None
     if isinstance(source, Mapping):
-        raw, folder = _plain(source), None
-        document = _parse_document(raw)
-        text = yaml.safe_dump(raw, sort_keys=False)
+        raw = _plain(source)
     else:
         raw, text = _read(Path(source))
         folder = Path(source).resolve().parent
-        document = _parse_document(raw)
+    document = _parse_document(raw)
     method = find_method(document.merge_method)
     notes: list[str] = []
     settings = _compile(method, document.parameters, "parameters", False, notes)
@@ -224,7 +226,7 @@ def load_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
         dtype=_dtype(document.dtype, "dtype"),
         out_dtype=_dtype(document.out_dtype, "out_dtype"),
         seed=document.seed,
-        text=text,
+        text=yaml.safe_dump(raw, sort_keys=False) if text is None else text,
         folder=folder,
         notes=tuple(notes),
     )

@@ -23,7 +23,7 @@ class Figures:
     """Figures of one tensor or of the whole model; lists have one entry per merged model.
 
     kept_density
-        share of entries that survive selection and election.
+        share of entries that selection keeps, before a sign election.
     conflict_rate
         share of entries where surviving contributions of two models have opposite signs.
     norms

@@ -111,7 +111,7 @@ def merge_checkpoints(
     allow_nonfinite
         Let NaN and infinities in the inputs pass instead of raising.
     progress
-        Called now and then with the number of bytes done so far.
+        Called now and then, and at the end, with the number of tensor bytes done so far, read and written together.
 
     Returns
     -------

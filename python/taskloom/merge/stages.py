@@ -49,7 +49,7 @@ class Method:
     """One merge method: stages that do not depend on parameters, and the parameters that set the rest.
 
     ``base`` says what a base model is to the method: ``required`` (deltas are taken from it), ``member`` (an input like the others)
-    or ``none``. ``segment_minimum`` keeps at least one entry per segment, ``voted`` methods have a consensus count.
+    or ``none``. ``band`` methods cut the largest entries off as well, ``elected`` ones drop the entries of a minority sign.
     """
 
     name: str

@@ -1,0 +1,1 @@
+"""Merging methods, and the set-up on which their claims are shown."""
