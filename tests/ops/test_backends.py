@@ -17,7 +17,7 @@ from torch import Tensor
 import taskloom
 from taskloom import _native, reference
 from taskloom.ops import _backends, _library
-from taskloom.ops._backends import active_transform, choose
+from taskloom.ops._backends import active_transform, choose, requested_backend
 
 MASK = torch.tensor([True, False, True, True, False, False, False, True, True])
 
@@ -33,30 +33,26 @@ def _run(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/", env=environment, check=False)
 
 
-def _requested() -> str:
-    return _backends._requested.name
-
-
 def test_the_innermost_block_holds() -> None:
     with taskloom.backend("native"):
         with taskloom.backend("reference"):
             assert choose("pack_mask", MASK) == "reference"
         assert choose("pack_mask", MASK) == "native"
-    assert _requested() == "auto"
+    assert requested_backend() == "auto"
 
 
 def test_an_error_restores_what_held_before() -> None:
     with pytest.raises(KeyError), taskloom.backend("reference"):
         raise KeyError
-    assert _requested() == "auto"
+    assert requested_backend() == "auto"
 
 
 def test_backend_decorates_a_function() -> None:
     @taskloom.backend("reference")
     def requested() -> str:
-        return _requested()
+        return requested_backend()
 
-    assert (requested(), requested(), _requested()) == ("reference", "reference", "auto")
+    assert (requested(), requested(), requested_backend()) == ("reference", "reference", "auto")
 
 
 def test_backend_holds_in_other_threads() -> None:
@@ -72,17 +68,17 @@ def test_backend_holds_in_other_threads() -> None:
 def test_unknown_backend(name: str) -> None:
     with pytest.raises(ValueError, match="backend: expected one of auto, native, triton, reference, got"), taskloom.backend(name):
         pass
-    assert _requested() == "auto"
+    assert requested_backend() == "auto"
 
 
 @pytest.mark.parametrize("name", ["native", "reference"])
 def test_variable_sets_the_backend(name: str) -> None:
-    done = _run("from taskloom.ops import _backends; print(_backends._requested.name)", TASKLOOM_BACKEND=name)
+    done = _run("from taskloom.ops._backends import requested_backend; print(requested_backend())", TASKLOOM_BACKEND=name)
     assert done.stdout.strip() == name, done.stderr
 
 
 def test_empty_variable_is_automatic() -> None:
-    done = _run("from taskloom.ops import _backends; print(_backends._requested.name)", TASKLOOM_BACKEND="")
+    done = _run("from taskloom.ops._backends import requested_backend; print(requested_backend())", TASKLOOM_BACKEND="")
     assert done.stdout.strip() == "auto", done.stderr
 
 

@@ -56,6 +56,11 @@ class _Requested:
 _requested = _Requested()
 
 
+def requested_backend() -> str:
+    """The backend that was asked for, by a block or by TASKLOOM_BACKEND."""
+    return _requested.name
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Run ops on one backend inside the block, for the whole process.
