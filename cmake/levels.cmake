@@ -25,7 +25,7 @@ macro(taskloom_level_loops target keyword pattern)
     target_compile_options(${target}_${level} PRIVATE
       -O3 ${TASKLOOM_LEVEL_FLAGS_${level}} -fno-exceptions -fno-rtti -fno-math-errno -fno-trapping-math
       # gcc 12 takes the deliberately undefined operands inside its own AVX-512 header for mistakes.
-      $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
+      $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized;-Wno-uninitialized>)
     list(APPEND TASKLOOM_LOOP_OBJECTS $<TARGET_OBJECTS:${target}_${level}>)
   endforeach()
 endmacro()

@@ -122,6 +122,9 @@ inline void philox_group_words(uint64_t seed, uint64_t tensor_key, uint64_t firs
 }
 #endif
 
+// A word below this keeps an entry of probability p; 2^32 keeps it always.
+inline int64_t keep_limit(double probability) { return static_cast<int64_t>(__builtin_nearbyint(probability * 4294967296.0)); }
+
 // Whether the low halves of `count` counters from `first` on stay below 2^32 together: a group shares its high half.
 inline bool philox_same_high(uint64_t first, int64_t count) { return (first >> 32) == ((first + static_cast<uint64_t>(count) - 1) >> 32); }
 

@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t chunk = 1 << 18;
 // Up to here all magnitudes are copied and partially sorted: cheaper than a sample and a pass.
 constexpr int64_t small = 1 << 16;
-constexpr int64_t sample_run = 8;
+constexpr int64_t sample_run = 16;
 constexpr int64_t vector_room = 64;
 
 // Scratch of one thread, kept for its next chunk: fresh pages cost more than the work done on them.

@@ -2,11 +2,8 @@
 #include <type_traits>
 
 #include "common/convert.h"
+#include "common/lanes_avx512.h"
 #include "masked/magnitude_threshold.h"
-
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
 namespace taskloom {
 namespace {
@@ -77,37 +74,68 @@ inline void count_block(const Bits<wide>* bits, int64_t n, BracketCount& bracket
   bracket.between += kept;
 }
 
-#ifdef __AVX512F__
-template <>
-inline void count_block<false>(const int32_t* bits, int64_t n, BracketCount& bracket) {
-  const __m512i low = _mm512_set1_epi32(static_cast<int32_t>(bracket.low));
-  const __m512i high = _mm512_set1_epi32(static_cast<int32_t>(bracket.high));
-  int32_t* to = static_cast<int32_t*>(bracket.between_bits) + bracket.between;
-  const int32_t* const start = to;
-  uint32_t above = 0, equal_high = 0, equal_low = 0;
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 inside = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n - i)) - 1);
-    const __m512i value = _mm512_maskz_loadu_epi32(inside, bits + i);
-    above += static_cast<uint32_t>(__builtin_popcount(_mm512_mask_cmpgt_epi32_mask(inside, value, high)));
-    equal_high += static_cast<uint32_t>(__builtin_popcount(_mm512_mask_cmpeq_epi32_mask(inside, value, high)));
-    equal_low += static_cast<uint32_t>(__builtin_popcount(_mm512_mask_cmpeq_epi32_mask(inside, value, low)));
-    const __mmask16 between = _mm512_mask_cmplt_epi32_mask(_mm512_mask_cmpgt_epi32_mask(inside, value, low), value, high);
-    if (between != 0) {
-      _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(between, value));
-      to += __builtin_popcount(between);
-    }
+#ifdef __AVX512BW__
+// One bracket's counts in registers while a run of entries passes.
+struct LaneBracket {
+  __m512i low, high, above, equal_high, equal_low;
+  int32_t* to;
+
+  explicit LaneBracket(const BracketCount& bracket)
+      : low(_mm512_set1_epi32(static_cast<int32_t>(bracket.low))),
+        high(_mm512_set1_epi32(static_cast<int32_t>(bracket.high))),
+        above(_mm512_setzero_si512()),
+        equal_high(_mm512_setzero_si512()),
+        equal_low(_mm512_setzero_si512()),
+        to(static_cast<int32_t*>(bracket.between_bits)) {}
+
+  void count(__m512i bits, __mmask16 inside, __m512i one) {
+    const __mmask16 over = _mm512_mask_cmpgt_epi32_mask(inside, bits, high);
+    const __mmask16 at_high = _mm512_mask_cmpeq_epi32_mask(inside, bits, high);
+    const __mmask16 over_low = _mm512_mask_cmpgt_epi32_mask(inside, bits, low);
+    above = _mm512_mask_add_epi32(above, over, above, one);
+    equal_high = _mm512_mask_add_epi32(equal_high, at_high, equal_high, one);
+    equal_low = _mm512_mask_add_epi32(equal_low, _mm512_mask_cmpeq_epi32_mask(inside, bits, low), equal_low, one);
+    // Stored whether there are any or not: a branch would be guessed wrong more often than that costs.
+    const auto between = static_cast<__mmask16>(over_low & ~(over | at_high));
+    if (to == nullptr) return;
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(between, bits));
+    to += __builtin_popcount(between);
   }
-  bracket.above += above;
-  bracket.equal_high += equal_high;
-  bracket.equal_low += equal_low;
-  bracket.between += to - start;
+
+  void finish(BracketCount* bracket) const {
+    bracket->above = _mm512_reduce_add_epi32(above);
+    bracket->equal_high = _mm512_reduce_add_epi32(equal_high);
+    bracket->equal_low = _mm512_reduce_add_epi32(equal_low);
+    bracket->between = to - static_cast<int32_t*>(bracket->between_bits);
+  }
+};
+
+template <DType dtype, int count>
+void count_brackets_in_lanes(const Delta& delta, int64_t begin, int64_t n, BracketCount* brackets) {
+  LaneBracket first(brackets[0]), second(brackets[count - 1]);
+  const __m512i one = _mm512_set1_epi32(1);
+  for (int64_t i = 0; i < n; i += lane_count) {
+    const __mmask16 inside = lanes_inside(n - i);
+    __m512 value = Storage<dtype>::load(delta.tuned, begin + i, inside);
+    if (delta.base != nullptr) value = _mm512_sub_ps(value, Storage<dtype>::load(delta.base, begin + i, inside));
+    const __m512i bits = _mm512_and_si512(_mm512_castps_si512(value), _mm512_set1_epi32(INT32_MAX));
+    first.count(bits, inside, one);
+    if constexpr (count == 2) second.count(bits, inside, one);
+  }
+  first.finish(&brackets[0]);
+  if constexpr (count == 2) second.finish(&brackets[1]);
+}
+
+template <DType dtype>
+void count_brackets_in_lanes(const Delta& delta, int64_t begin, int64_t n, BracketCount* brackets, int count) {
+  for (; count >= 2; count -= 2, brackets += 2) count_brackets_in_lanes<dtype, 2>(delta, begin, n, brackets);
+  if (count == 1) count_brackets_in_lanes<dtype, 1>(delta, begin, n, brackets);
 }
 #endif
 
 template <bool wide>
 void count_brackets_of(const Delta& delta, int64_t begin, int64_t n, BracketCount* brackets, int count) {
   alignas(64) Bits<wide> bits[block];
-  for (int i = 0; i < count; ++i) brackets[i].above = brackets[i].equal_high = brackets[i].equal_low = brackets[i].between = 0;
   for_blocks(begin, n, [&](int64_t at, int64_t length, int64_t) {
     block_magnitudes<wide>(delta, at, length, bits);
     for (int i = 0; i < count; ++i) count_block<wide>(bits, length, brackets[i]);
@@ -115,6 +143,19 @@ void count_brackets_of(const Delta& delta, int64_t begin, int64_t n, BracketCoun
 }
 
 void count_brackets(bool wide, const Delta& delta, int64_t begin, int64_t n, BracketCount* brackets, int count) {
+  for (int i = 0; i < count; ++i) brackets[i].above = brackets[i].equal_high = brackets[i].equal_low = brackets[i].between = 0;
+#ifdef __AVX512BW__
+  if (!wide && (delta.base == nullptr || delta.base_dtype == delta.tuned_dtype)) {
+    switch (delta.tuned_dtype) {
+      case DType::bf16:
+        return count_brackets_in_lanes<DType::bf16>(delta, begin, n, brackets, count);
+      case DType::f16:
+        return count_brackets_in_lanes<DType::f16>(delta, begin, n, brackets, count);
+      default:
+        return count_brackets_in_lanes<DType::f32>(delta, begin, n, brackets, count);
+    }
+  }
+#endif
   if (wide) {
     count_brackets_of<true>(delta, begin, n, brackets, count);
   } else {

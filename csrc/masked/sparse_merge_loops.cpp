@@ -4,6 +4,7 @@
 #include "common/convert.h"
 #include "common/philox_words.h"
 #include "masked/sparse_merge.h"
+#include "masked/sparse_merge_fused.h"
 
 namespace taskloom {
 namespace {
@@ -25,6 +26,7 @@ struct Scratch {
   uint32_t* words;    // of one block
   void *row_bits, *row_scratch;
   int32_t* ranks;
+  double* lane_dots;  // [pairs][lanes], summed over the blocks of a chunk
 };
 
 inline int64_t group_length(const MergeView& merge, int64_t n) {
@@ -65,6 +67,7 @@ Scratch<Acc> carve(const MergeView& merge, void* memory, int64_t* bytes) {
   s.row_bits = carver.take<Bits<Acc>>(row + block);
   s.row_scratch = carver.take<char>(row_rank_scratch(sizeof(Acc) == 8, row));
   s.ranks = carver.take<int32_t>(row);
+  s.lane_dots = carver.take<double>(merge.statistics ? tasks * (tasks + 1) / 2 * lanes : 0);
   *bytes = carver.at - static_cast<char*>(memory);
   return s;
 }
@@ -85,9 +88,6 @@ inline Bits<Acc> magnitude_bits(Acc value) {
   std::memcpy(&bits, &value, sizeof bits);
   return bits & static_cast<Bits<Acc>>(sizeof(Acc) == 8 ? INT64_MAX : INT32_MAX);
 }
-
-// A word below this keeps an entry of probability p; 2^32 keeps it always.
-inline int64_t keep_limit(double probability) { return static_cast<int64_t>(__builtin_nearbyint(probability * 4294967296.0)); }
 
 template <class Acc>
 inline void load_delta(const MergeView& merge, const MergeTask& task, const Acc* __restrict__ base, int64_t begin, int64_t n,
@@ -250,6 +250,19 @@ inline double dot(const Acc* __restrict__ a, const Acc* __restrict__ b, int64_t 
   return total;
 }
 
+// The lanes of a block's inner product, each rounded to Acc, onto the chunk's.
+template <class Acc>
+inline void add_lane_dots(const Acc* __restrict__ a, const Acc* __restrict__ b, int64_t n, double* __restrict__ lane_sums) {
+  Acc sums[lanes] = {};
+  for (int64_t i = 0; i < n; i += lanes) {
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const Acc product = a[i + lane] * b[i + lane];
+      sums[lane] += product;
+    }
+  }
+  for (int64_t lane = 0; lane < lanes; ++lane) lane_sums[lane] += static_cast<double>(sums[lane]);
+}
+
 template <class Acc>
 inline double absolute_sum(const Acc* values, int64_t n) {
   Acc sums[lanes] = {};
@@ -386,11 +399,10 @@ template <class Acc>
 inline void count_statistics(const MergeView& merge, int64_t at, int64_t n, const Scratch<Acc>& s, ChunkStatistics* statistics) {
   const int64_t padded = (n + lanes - 1) / lanes * lanes;
   const bool all_pairs = merge.dot_stride <= 1 || (at / block) % merge.dot_stride == 0;
-  double* dots = statistics->dots;
+  double* lane_dots = s.lane_dots;
   for (int t = 0; t < merge.count; ++t) {
-    *dots++ += dot(s.delta + t * block, s.delta + t * block, padded);
-    for (int other = t + 1; other < merge.count; ++other, ++dots) {
-      if (all_pairs) *dots += merge.dot_stride * dot(s.delta + t * block, s.delta + other * block, padded);
+    for (int other = t; other < merge.count; ++other, lane_dots += lanes) {
+      if (other == t || all_pairs) add_lane_dots(s.delta + t * block, s.delta + other * block, padded, lane_dots);
     }
   }
   int32_t* signs = s.votes;
@@ -420,6 +432,19 @@ inline void finish_block(const MergeView& merge, int64_t n, int64_t done, const 
   store_block(merge.out_dtype, s.combined, n, out, done);
 }
 
+// The chunk's inner products from their lanes; those that only some blocks counted are scaled up.
+template <class Acc>
+inline void finish_dots(const MergeView& merge, const Scratch<Acc>& s, double* dots) {
+  const double* lane_dots = s.lane_dots;
+  for (int t = 0; t < merge.count; ++t) {
+    for (int other = t; other < merge.count; ++other, lane_dots += lanes, ++dots) {
+      double sum = 0;
+      for (int64_t lane = 0; lane < lanes; ++lane) sum += lane_dots[lane];
+      *dots += other == t ? sum : merge.dot_stride * sum;
+    }
+  }
+}
+
 template <class Acc>
 void chunk_of(MergePass pass, const MergeView& merge, int64_t begin, int64_t n, void* memory, void* out, ChunkStatistics* statistics) {
   int64_t bytes = 0;
@@ -427,12 +452,20 @@ void chunk_of(MergePass pass, const MergeView& merge, int64_t begin, int64_t n, 
   const bool rows = merge.select == Select::row_magnitude || merge.select == Select::rank_dropout;
   const int64_t group = rows ? group_length(merge, n) : n;
   const ThresholdLoops& loops = *TASKLOOM_PASTE(taskloom_threshold_loops_, TASKLOOM_LEVEL)();
+  const bool counting = pass == MergePass::merge && merge.statistics;
+  if (counting) std::memset(s.lane_dots, 0, static_cast<size_t>(merge.count * (merge.count + 1) / 2 * lanes) * sizeof(double));
+  const bool fused = sizeof(Acc) == 4 && fused_serves(merge);
   for (int64_t first = 0; first < n; first += group) {
     const int64_t length = n - first < group ? n - first : group;
     if (rows) fill_multipliers(merge, begin + first, length, group, loops, s);
     for (int64_t done = 0; done < length; done += block) {
       const int64_t size = length - done < block ? length - done : block;
       const int64_t at = begin + first + done;
+      if (fused && pass == MergePass::merge && fused_block(merge, at, size, out, first + done, s.lane_dots, statistics)) continue;
+      if (fused && pass == MergePass::norms && merge.select == Select::dropout) {
+        fused_dropout_norms(merge, at, size, s.words, statistics);
+        continue;
+      }
       prepare_block(merge, pass, at, size, done, rows ? group : 0, s, statistics);
       if (pass == MergePass::norms) continue;
       if (pass == MergePass::signs) {
@@ -446,6 +479,7 @@ void chunk_of(MergePass pass, const MergeView& merge, int64_t begin, int64_t n, 
       finish_block(merge, size, first + done, s, out);
     }
   }
+  if (counting) finish_dots(merge, s, statistics->dots);
 }
 
 void chunk(bool wide, MergePass pass, const MergeView& merge, int64_t begin, int64_t n, void* scratch, void* out,
