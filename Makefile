@@ -1,28 +1,66 @@
 PYTHON ?= python3
-BIN := .venv/bin
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip --disable-pip-version-check
+CXX_FILES = $(shell find csrc cmake -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: test demo lint peers clean
+.PHONY: build
+.PHONY: test
+.PHONY: test-slow
+.PHONY: demo
+.PHONY: lint
+.PHONY: format
+.PHONY: bench
+.PHONY: peers
+.PHONY: wheel
+.PHONY: clean
 
-.venv/.requirements: requirements/dev.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -r requirements/dev.txt
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.requirements: requirements/dev.txt | $(BIN)/python
+	$(PIP) install --quiet torch==2.13.0
+	$(PIP) install --quiet -r requirements/dev.txt
 	touch $@
 
-.venv/.built: .venv/.requirements pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --no-deps -e . -Ccmake.define.TASKLOOM_WERROR=ON
+# An editable install maps the modules that were there when it was made: one that comes, goes or moves needs another build, an edit none.
+$(VENV)/.modules: FORCE | $(BIN)/python
+	@find python triton_kernels -name '*.py' | sort > $@.now
+	@cmp -s $@.now $@ || cp $@.now $@
+	@rm $@.now
+.PHONY: FORCE
+FORCE:
+
+$(VENV)/.built: $(VENV)/.requirements $(VENV)/.modules pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
+	$(PIP) install --quiet --no-build-isolation --no-deps -e . -Ccmake.define.TASKLOOM_WERROR=ON
 	touch $@
 
-test: .venv/.built
+build: $(VENV)/.built
+
+test: build
 	$(BIN)/python -m pytest
 
-demo: .venv/.built
+test-slow: build
+	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+demo: build
 	$(BIN)/taskloom demo --out demo_out
 
-lint: .venv/.built
+lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	@echo clang-format --dry-run; $(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/.requirements
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# BENCH_JSON=NAME.json keeps the figures as benchmarks/results/NAME.json; pytest's status 5 means that there was nothing to measure.
+bench: build
+	mkdir -p benchmarks/results
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only \
+	  $(if $(BENCH_JSON),--benchmark-json=benchmarks/results/$(BENCH_JSON)) || test $$? -eq 5
 
 # What we are compared with runs in an environment of its own.
 .venv-peers/.requirements: requirements/peers.txt
@@ -33,5 +71,17 @@ lint: .venv/.built
 
 peers: .venv-peers/.requirements
 
+$(VENV)/.wheel-requirements: requirements/wheel.txt $(VENV)/.requirements
+	$(PIP) install --quiet -r requirements/wheel.txt
+	touch $@
+
+# torch brings its own libraries: a repaired wheel must not carry copies of them.
+wheel: $(VENV)/.wheel-requirements
+	rm -f dist/taskloom-*.whl wheelhouse/taskloom-*.whl
+	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(BIN)/auditwheel show dist/taskloom-*.whl
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir wheelhouse dist/taskloom-*.whl
+	ls -l wheelhouse
+
 clean:
-	rm -rf build dist .venv/.built
+	rm -rf build dist wheelhouse $(VENV)/.built $(VENV)/.modules

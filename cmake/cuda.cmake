@@ -1,8 +1,6 @@
-# libtaskloom_cuda: built where nvcc is, against the same torch headers (a CPU-only torch has them), linked to libtorch_cpu alone.
-# aoti_torch_get_current_cuda_stream is resolved at load time from a CUDA torch, so the library allows that undefined symbol.
+# libtaskloom_cuda: built where nvcc is, against the same torch headers as the CPU library (a CPU-only torch has them).
 set(TASKLOOM_CUDA_COMPILER_TEXT "")
 set(TASKLOOM_CUDA_ARCHITECTURES_BUILT "")
-file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/*/*_cuda.cu)
 
 if(TASKLOOM_CUDA STREQUAL "OFF")
   message(STATUS "taskloom: CUDA library not built (TASKLOOM_CUDA=OFF)")
@@ -26,13 +24,20 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(TASKLOOM_CUDA_COMPILER_TEXT "nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
 set(TASKLOOM_CUDA_ARCHITECTURES_BUILT ${TASKLOOM_CUDA_ARCHITECTURES})
 
-if(NOT cuda_sources)
-  message(STATUS "taskloom: CUDA library not built (no CUDA kernels yet)")
-  return()
-endif()
+# The few symbols that only a CUDA torch has come from libtorch_cuda.so. torch loads it for itself alone, so the library has to name it
+# as needed to see them; a stub of that name serves at link time, and nothing stays undefined.
+add_library(taskloom_torch_cuda_stub SHARED cmake/torch_cuda_stub.cpp)
+set_target_properties(taskloom_torch_cuda_stub PROPERTIES
+  OUTPUT_NAME torch_cuda LIBRARY_OUTPUT_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/stub")
+
+file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/*/*_cuda.cu)
 add_library(taskloom_cuda SHARED ${cuda_sources})
-target_link_libraries(taskloom_cuda PRIVATE taskloom_flags taskloom_torch)
+target_link_libraries(taskloom_cuda PRIVATE taskloom_flags taskloom_torch taskloom_torch_cuda_stub)
+target_link_options(taskloom_cuda PRIVATE LINKER:--no-undefined)
 target_compile_definitions(taskloom_cuda PRIVATE USE_CUDA)
-target_compile_options(taskloom_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-fmad=false --expt-relaxed-constexpr -Xcompiler=-Wall,-ffp-contract=off>)
+target_compile_options(taskloom_cuda PRIVATE -fmad=false --threads=2 -Xcompiler=-Wall,-Wextra,-ffp-contract=off)
+if(TASKLOOM_WERROR)
+  target_compile_options(taskloom_cuda PRIVATE -Werror=all-warnings -Xcompiler=-Werror)
+endif()
 set_target_properties(taskloom_cuda PROPERTIES
   CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden SKIP_BUILD_RPATH ON INSTALL_RPATH "")

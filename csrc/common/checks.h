@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "common/cpu_level.h"
 #include "common/dtype.h"
 #include "common/parallel.h"
 
@@ -37,14 +38,17 @@ inline void check_dtype(const Tensor& tensor, ScalarType expected, const char* n
                   static_cast<int>(tensor.scalar_type()));
 }
 
+inline void run_on_torch_threads(void*, int64_t count, ParallelFor::Body body, void* argument) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) body(index, argument);
+  });
+}
+
 // torch's own threads, one index per task.
 inline ParallelFor torch_parallel() {
-  return {[](void*, int64_t count, ParallelFor::Body body, void* argument) {
-            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t index = begin; index < end; ++index) body(index, argument);
-            });
-          },
-          nullptr};
+  // A level that cannot be had raises here: what is thrown inside torch's parallel_for loses its message.
+  cpu_level();
+  return {run_on_torch_threads, nullptr};
 }
 
 }  // namespace taskloom

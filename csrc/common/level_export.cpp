@@ -1,7 +1,7 @@
 // The op library's own CPU level, for tests and `taskloom doctor`: the library has no Python interface besides its ops.
-#include "common/cpu_level.h"
-
 #include <exception>
+
+#include "common/cpu_level.h"
 
 extern "C" {
 

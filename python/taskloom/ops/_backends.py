@@ -56,6 +56,11 @@ class _Requested:
 _requested = _Requested()
 
 
+def requested_backend() -> str:
+    """The backend that was asked for, by a block or by TASKLOOM_BACKEND."""
+    return _requested.name
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Run ops on one backend inside the block, for the whole process.
@@ -80,13 +85,17 @@ def backend(name: str) -> Iterator[None]:
         _requested.name = before
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def active_transform() -> str | None:
     """The innermost torch.func transform or forward AD that is active, by the name that users know; None outside of any."""
     interpreter: Any = torch._C._functorch.peek_interpreter_stack()
     if interpreter is not None:
         return f"torch.func's {interpreter.key().name.lower()} transform"
     return "forward-mode AD" if forward_ad._current_level >= 0 else None
+
+
+# What torch.compiler.assume_constant_result sets; that decorator imports torch._dynamo, a second that a program without torch.compile
+# need not spend.
+active_transform.__dict__["_dynamo_marked_constant"] = True
 
 
 def _device(name: str, tensors: tuple[Tensor, ...]) -> str:

@@ -45,7 +45,10 @@ def _load_cuda() -> CudaState:
         return CudaState(False, "this build has no CUDA library: nvcc was not found when it was built")
     if torch.version.cuda is None:
         return CudaState(False, "torch is a CPU-only build")
-    torch.ops.load_library(path)
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return CudaState(False, f"it could not be loaded beside torch's CUDA {torch.version.cuda}: {error}")
     return CudaState(True, f"built into this package, loaded beside torch's CUDA {torch.version.cuda}")
 
 

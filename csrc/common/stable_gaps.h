@@ -1,0 +1,26 @@
+// What torch's stable interface lacks at our target version, one function each, with the torch version that closes the gap.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/c/shim.h>
+
+#include <cstdint>
+
+#ifdef USE_CUDA
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#endif
+
+namespace taskloom {
+
+#ifdef USE_CUDA
+// The stream that torch works on. torch::stable::accelerator::Stream gives no cudaStream_t before torch 2.13 (Stream::nativeHandle).
+// A CPU-only torch lacks this symbol, which is why libtaskloom_cuda is loaded beside a CUDA torch only.
+inline cudaStream_t current_cuda_stream(int32_t device) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+#endif
+
+}  // namespace taskloom
