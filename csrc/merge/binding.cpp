@@ -8,7 +8,6 @@
 #include <map>
 #include <stdexcept>
 #include <string>
-#include <thread>
 
 #include "merge/executor.h"
 
@@ -156,7 +155,7 @@ py::list execute_merge(const py::list& inputs, const py::list& outputs, const py
   run.models = plan.attr("models").cast<std::vector<std::string>>();
   run.allow_nonfinite = plan.attr("allow_nonfinite").cast<bool>();
   run.magnitude_histogram = magnitude_histogram;
-  run.threads = threads > 0 ? threads : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  run.threads = std::max(1, threads);
   for (const py::handle job : plan.attr("jobs")) run.jobs.push_back(job_of(job, element_bits, plan.attr("seed").cast<uint64_t>()));
   auto last = std::chrono::steady_clock::now();
   int64_t latest = 0;

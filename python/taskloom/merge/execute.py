@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,6 +56,11 @@ class ExecutionResult:
     bytes_written: int
 
 
+def available_threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _bytes_read(job: TensorJob) -> int:
     return sum(tensor_bytes(source.dtype, job.shape) for source in (job.base, *job.tuned) if source is not None)
 
@@ -72,7 +78,7 @@ def run_native(
     native = importlib.import_module("taskloom._native")
     start = time.perf_counter()
     try:
-        results = native.execute_merge(inputs, outputs, plan, BITS, threads, magnitude_histogram, progress)
+        results = native.execute_merge(inputs, outputs, plan, BITS, threads or available_threads(), magnitude_histogram, progress)
     except (RuntimeError, ValueError) as error:
         raise MergeError(str(error)) from error
     tensors = [

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
+from taskloom.merge.execute import available_threads
 from taskloom.merge.planner import PlannedMerge
 
 # Resident memory of the interpreter with the packages of a merge, and one thread's tile of one tensor (float32) in the streaming pass.
@@ -36,11 +36,6 @@ class Preview:
     def to_dict(self) -> dict[str, Any]:
         """The preview as plain types."""
         return asdict(self)
-
-
-def available_threads() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def preview(planned: PlannedMerge, *, method: str, base_model: str | None, threads: int = 0) -> Preview:
