@@ -14,6 +14,7 @@ constexpr int64_t chunk = 1 << 18;
 constexpr int64_t small = 1 << 16;
 constexpr int64_t sample_run = 16;
 constexpr int64_t vector_room = 64;
+constexpr int64_t most_between = 64 << 20;
 
 // Scratch of one thread, kept for its next chunk: fresh pages cost more than the work done on them.
 template <class T>
@@ -86,12 +87,24 @@ void small_thresholds(const Delta& delta, int64_t numel, const int64_t* ranks, i
   }
 }
 
+// Entries of a sample of `numel` magnitudes.
+int64_t sample_size(int64_t numel) { return std::max(std::clamp<int64_t>(numel / 64, 1 << 13, 1 << 17), numel / 512); }
+
+// Half the width of a bracket, in entries of the sample: several standard deviations of a rank in it.
+double bracket_margin(double size, double share) { return 6.0 * std::sqrt(size * share * (1 - share)) + 16; }
+
+// Thresholds that may be sought at once, so that the magnitudes kept between their brackets stay within `most_between` bytes.
+int64_t thresholds_at_once(int64_t numel, int64_t width) {
+  const double size = static_cast<double>(sample_size(numel));
+  const double between = 2 * bracket_margin(size, 0.5) / size * static_cast<double>(numel * width);
+  return std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(most_between) / between));
+}
+
 // Magnitudes at jittered places: runs of `sample_run`, one in each of equal stretches.
 template <class Bits>
 std::vector<Bits> draw_sample(const Delta& delta, int64_t numel) {
   constexpr bool wide = sizeof(Bits) == 8;
-  const int64_t wanted = std::max(std::clamp<int64_t>(numel / 64, 1 << 13, 1 << 17), numel / 512);
-  const int64_t runs = wanted / sample_run;
+  const int64_t runs = sample_size(numel) / sample_run;
   const int64_t stretch = numel / runs;
   std::vector<Bits> sample(static_cast<size_t>(runs * sample_run));
   uint64_t state = 0x9E3779B97F4A7C15ull;
@@ -108,7 +121,7 @@ template <class Bits>
 BracketCount bracket_of(std::vector<Bits>& sample, int64_t numel, int64_t rank) {
   const double size = static_cast<double>(sample.size());
   const double share = static_cast<double>(rank) / static_cast<double>(numel);
-  const double margin = 6.0 * std::sqrt(size * share * (1 - share)) + 16;
+  const double margin = bracket_margin(size, share);
   auto at = [&](double position) {
     const int64_t index = std::clamp<int64_t>(static_cast<int64_t>(position), 0, static_cast<int64_t>(sample.size()) - 1);
     std::nth_element(sample.begin(), sample.begin() + index, sample.end(), std::greater<Bits>());
@@ -215,8 +228,8 @@ bool resolve(const Wanted& wanted, const Delta& delta, int64_t numel, int64_t ch
 }
 
 template <class Bits>
-void large_thresholds(const Delta* deltas, int64_t numel, std::vector<Wanted>& wanted, int cuts, Threshold* out,
-                      const ParallelFor& parallel) {
+void thresholds_together(const Delta* deltas, int64_t numel, std::vector<Wanted>& wanted, int cuts, Threshold* out,
+                         const ParallelFor& parallel) {
   constexpr bool wide = sizeof(Bits) == 8;
   const int64_t count = static_cast<int64_t>(wanted.size());
   parallel(count, [&](int64_t i) {
@@ -261,6 +274,17 @@ void large_thresholds(const Delta* deltas, int64_t numel, std::vector<Wanted>& w
     const Wanted& item = wanted[static_cast<size_t>(i)];
     if (missed[static_cast<size_t>(i)])
       out[item.task * cuts + item.cut] = exact_threshold(wide, deltas[item.task], numel, item.rank, parallel);
+  }
+}
+
+template <class Bits>
+void large_thresholds(const Delta* deltas, int64_t numel, const std::vector<Wanted>& wanted, int cuts, Threshold* out,
+                      const ParallelFor& parallel) {
+  const auto count = static_cast<int64_t>(wanted.size());
+  const int64_t together = thresholds_at_once(numel, sizeof(Bits));
+  for (int64_t first = 0; first < count; first += together) {
+    std::vector<Wanted> part(wanted.begin() + first, wanted.begin() + std::min(count, first + together));
+    thresholds_together<Bits>(deltas, numel, part, cuts, out, parallel);
   }
 }
 
