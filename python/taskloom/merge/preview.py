@@ -7,14 +7,16 @@ from math import prod
 from typing import Any
 
 from taskloom.merge.execute import available_threads
+from taskloom.merge.plan import TensorJob
 from taskloom.merge.planner import PlannedMerge
 
-# Resident memory of the interpreter with the packages of a merge, and one thread's tile of one tensor (float32) in the streaming pass.
-_PROCESS = 64 * 2**20
-_TILE = 2**20
+# Memory of the interpreter with the packages of a merge, and of one thread's pieces of the models and the output.
+_PROCESS = 32 * 2**20
+_PIECE = 2**20
 
-# Counters of an exact selection by radix: 2**11 of 8 bytes in each of three passes.
-_COUNTERS = 3 * 2**11 * 8
+# Most bytes that the executor keeps of one tensor: magnitudes near a threshold, or a bit per entry that was selected at random.
+_KEPT = 64 * 2**20
+_SHARE_NEAR_THRESHOLD = 0.06
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,22 @@ class Preview:
         return asdict(self)
 
 
+def _kept_bytes(job: TensorJob) -> int:
+    """Bytes that the executor keeps of one tensor between its passes over it."""
+    stages, entries = job.stages, prod(job.shape) * len(job.tuned)
+    if stages is None or stages.select == "all":
+        return 0
+    if stages.select == "magnitude":
+        return min(_KEPT, int(4 * _SHARE_NEAR_THRESHOLD * entries)) if stages.scope == "tensor" else 0
+    return min(_KEPT, entries // 8) if stages.rescale == "l1" else 0
+
+
 def preview(planned: PlannedMerge, *, method: str, base_model: str | None, threads: int = 0) -> Preview:
     """Sum a plan up without reading any weight."""
     jobs = planned.plan.jobs
     merged = [job for job in jobs if job.stages is not None]
-    copies = len(planned.plan.models) + 2
-    selecting = any(job.stages is not None and job.stages.select == "magnitude" for job in merged)
-    memory = _PROCESS + (threads or available_threads()) * copies * (_TILE + (_COUNTERS if selecting else 0))
+    pieces = len(planned.plan.models) + 2
+    memory = _PROCESS + (threads or available_threads()) * pieces * _PIECE + max((_kept_bytes(job) for job in merged), default=0)
     return Preview(
         method=method,
         base_model=base_model,
