@@ -2,6 +2,7 @@
 // Arithmetic is float32 (float64 where a tensor is float64), tasks in order 0..T-1, each product rounded before its add. Torch-free.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -50,7 +51,9 @@ struct SparseMerge {
   uint64_t seed = 0;
   bool statistics = false;  // fill conflicts and dots
 
+  // Whether any tensor is float64: then all deltas are taken and compared in float64.
   bool wide() const;
+  Delta delta(std::size_t task) const { return {tasks[task].tuned, base, tasks[task].dtype, base_dtype}; }
   bool by_row() const { return select == Select::row_magnitude || select == Select::rank_dropout; }
 };
 
@@ -115,6 +118,8 @@ struct MergeOutput {
   void* context = nullptr;
 };
 
+// Sets each task's `outer` and `inner` cuts from its ranks, for Select::magnitude over the whole tensor.
+void find_magnitude_cuts(SparseMerge* merge, const ParallelFor& parallel);
 // Sets each task's `factor` for its rescale mode (a pass over the inputs for l1).
 void set_rescale_factors(SparseMerge* merge, const ParallelFor& parallel);
 // Elected positive entries less elected negative ones: what `zero_sign` is taken from when zeros follow the majority.
