@@ -13,7 +13,7 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
   m.def(
       "sparse_merge(Tensor? base, Tensor[] tuned, float[] weight, str select, bool by_row, SymInt[] rank_begin, SymInt[] rank_end, Tensor? "
       "threshold, Tensor? equal_kept, Tensor[] masks, float[] density, float[] epsilon, int seed, int key, str rescale, str elect, int "
-      "zero_sign, str vote, int consensus_k, float[] tall_mask_lambda, str combine, float scale, ScalarType dtype) -> Tensor");
+      "zero_sign, str vote, int consensus_k, float[] tall_mask_lambda, str combine, float scale, *, ScalarType dtype) -> Tensor");
   m.def(
       "sparse_merge_out(Tensor? base, Tensor[] tuned, float[] weight, str select, bool by_row, SymInt[] rank_begin, SymInt[] rank_end, "
       "Tensor? threshold, Tensor? equal_kept, Tensor[] masks, float[] density, float[] epsilon, int seed, int key, str rescale, str elect, "

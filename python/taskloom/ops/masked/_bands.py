@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
+from math import inf
 from typing import Any, Literal
 
 from torch import Tensor
@@ -26,8 +26,8 @@ def check_number(op: str, name: str, value: Any, low: float | None = None, high:
     """Raise unless ``value`` is a finite number between ``low`` and ``high``."""
     if not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name}: expected a number, got {type(value).__name__}")
-    inside = (low is None or value >= low) and (high is None or value <= high)
-    if not (isfinite(value) and inside):
+    # Comparisons, because math.isfinite cannot be traced; a NaN fails them.
+    if not (-inf < value < inf and (low is None or value >= low) and (high is None or value <= high)):
         bounds = "a finite number" if low is None else f"at least {low:g}" if high is None else f"a number in [{low:g}, {high:g}]"
         raise ValueError(f"{op}: {name}: expected {bounds}, got {value}")
 

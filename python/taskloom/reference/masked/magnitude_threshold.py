@@ -23,8 +23,8 @@ from taskloom.reference.masked.packed_mask import pack_mask
 def magnitude_threshold(tuned: Sequence[Tensor], base: Sequence[Tensor], rank: Sequence[int], by_row: bool) -> tuple[Tensor, Tensor]:
     """The rank-th largest magnitude of all tensors as one vector (or of each row), and how many that equal it are among the first rank."""
     bits, dtype = concatenated_bits(tuned, base)
-    rows = as_rows(bits.reshape(tuned[0].shape)) if by_row else bits.reshape(1, -1)
-    above_all = torch.full_like(rows[:, :1], 2**63 - 1 if dtype == torch.float64 else 2**31 - 1)
+    rows = as_rows(bits.reshape(tuned[0].shape)) if by_row else bits.unsqueeze(0)
+    above_all = torch.full((len(rows), 1), 2**63 - 1 if dtype == torch.float64 else 2**31 - 1, device=bits.device)
     descending = torch.cat([above_all, rows.sort(dim=-1, descending=True).values], dim=-1)
     places = torch.tensor(rank, dtype=torch.int64, device=bits.device)
     found = descending[:, places]

@@ -19,7 +19,7 @@ def _multiply(factor: int, words: Tensor) -> tuple[Tensor, Tensor]:
 
 def philox_blocks(seed: int, key: int, blocks: Tensor) -> Tensor:
     """Four 32-bit words for each counter ``(block, key)`` under the key ``seed``: int64 of shape ``[len(blocks), 4]``."""
-    counter = [blocks & _WORD, blocks >> 32, torch.full_like(blocks, key & _WORD), torch.full_like(blocks, key >> 32)]
+    counter = [blocks & _WORD, (blocks >> 32) & _WORD, torch.full_like(blocks, key & _WORD), torch.full_like(blocks, key >> 32)]
     key0, key1 = seed & _WORD, seed >> 32
     for _ in range(10):
         high0, low0 = _multiply(_MULTIPLIERS[0], counter[0])
