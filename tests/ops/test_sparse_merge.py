@@ -116,6 +116,21 @@ def test_selection_is_that_of_magnitude_mask(scope: Any) -> None:
     assert taskloom.sparse_merge(base, tuned, 0.3, select="magnitude", **band).equal(expected)
 
 
+@pytest.mark.parametrize("stages", [SELECTIONS["row band"], SELECTIONS["rank dropout"]])
+def test_rows_longer_than_a_chunk(stages: dict[str, Any]) -> None:
+    base, tuned = checkpoints(2, (1 << 18) + 9)
+    got = taskloom.sparse_merge(base, tuned, 0.3, **stages)
+    with taskloom.backend("reference"):
+        assert got.equal(taskloom.sparse_merge(base, tuned, 0.3, **stages))
+
+
+def test_meta_tensors_give_shapes() -> None:
+    base, tuned = checkpoints(3, 5)
+    merged = taskloom.sparse_merge(base.to("meta"), [task.to("meta") for task in tuned], select="magnitude", density=0.5, gamma=0.1)
+    assert merged.is_meta
+    assert merged.shape == (3, 5)
+
+
 def test_a_merge_of_many_is_the_sum_of_single_merges() -> None:
     base, tuned = checkpoints(301, tasks=5)
     stages = {"select": "magnitude", "density": 0.2, "gamma": 0.01}
@@ -297,6 +312,12 @@ X, Y = normal(3), normal(3, seed=1)
         (ValueError, "density: has no meaning with select='all'", lambda: taskloom.sparse_merge(X, [Y], density=0.5)),
         (ValueError, "gamma: has no meaning", lambda: taskloom.sparse_merge(X, [Y], select="dropout", density=0.5, gamma=0.1)),
         (ValueError, "density: .*needs density or threshold", lambda: taskloom.sparse_merge(X, [Y], select="magnitude")),
+        (
+            ValueError,
+            "threshold: expected no density",
+            lambda: taskloom.sparse_merge(X, [Y], select="magnitude", gamma=0.1, threshold=[taskloom.magnitude_threshold(X, rank=1)]),
+        ),
+        (ValueError, "threshold: .*per task", lambda: taskloom.sparse_merge(X, [Y], select="magnitude", threshold=[])),
         (ValueError, "epsilon: .*needs", lambda: taskloom.sparse_merge(X, [Y], select="rank_dropout", density=0.5)),
         (ValueError, "epsilon: .*inside", lambda: taskloom.sparse_merge(X, [Y], select="rank_dropout", density=0.5, epsilon=0.5)),
         (ValueError, "masks: .*one mask per task", lambda: taskloom.sparse_merge(X, [Y], select="mask", masks=[])),

@@ -76,8 +76,8 @@ def _magnitude_arguments(
 ) -> dict[str, Any]:
     tasks = len(tuned)
     if threshold is not None:
-        if density is not None:
-            raise ValueError(f"{OP}: threshold: expected no density beside it")
+        if density is not None or gamma != 0 or at_least_one:
+            raise ValueError(f"{OP}: threshold: expected no density, gamma or at_least_one beside it")
         if len(threshold) != tasks or not all(isinstance(cut, MagnitudeThreshold) for cut in threshold):
             raise ValueError(f"{OP}: threshold: expected a list of one MagnitudeThreshold per task ({tasks}), got {len(threshold)}")
         if scope != "tensor":
