@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from taskloom.merge.planner import name_key
+from taskloom._selection import name_key
 
 Deltas = list[np.ndarray]
 

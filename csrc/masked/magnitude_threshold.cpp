@@ -349,8 +349,7 @@ void add_magnitude_histogram(const Delta& delta, bool wide, int64_t numel, int s
 }
 
 std::vector<Threshold> joint_magnitude_thresholds(const std::vector<DeltaSegment>& segments, const std::vector<int64_t>& ranks,
-                                                  std::vector<int64_t>* tie_ends, const ParallelFor& parallel) {
-  bool wide = false;
+                                                  std::vector<int64_t>* tie_ends, const ParallelFor& parallel, bool wide) {
   int64_t total = 0;
   for (const DeltaSegment& segment : segments) {
     wide = wide || is_wide(segment.delta);
@@ -392,6 +391,59 @@ std::vector<Threshold> joint_magnitude_thresholds(const std::vector<DeltaSegment
     }
   }
   return found;
+}
+
+namespace {
+
+// Entries of one row's magnitudes above its cut, and equal to it.
+template <class Bits>
+Threshold counted_row_threshold(const Bits* bits, int64_t n, int64_t rank, Bits* scratch) {
+  constexpr bool wide = sizeof(Bits) == 8;
+  if (rank == 0) return trivial(wide, n, 0);
+  Cut cut = threshold_loops().row_cut(wide, bits, n, rank, scratch);
+  if (rank == n) cut.bits = *std::min_element(bits, bits + n);
+  int64_t above = 0, equal = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    above += bits[i] > cut.bits;
+    equal += bits[i] == cut.bits;
+  }
+  return {cut, above, equal, rank - above};
+}
+
+template <class Bits>
+void row_thresholds(const Delta& delta, int64_t begin, int64_t n, const int64_t* ranks, int cuts, Threshold* found) {
+  constexpr bool wide = sizeof(Bits) == 8;
+  Bits* bits = thread_scratch<Bits>(2 * n);
+  threshold_loops().magnitudes(wide, delta, begin, n, bits);
+  for (int i = 0; i < cuts; ++i) found[i] = counted_row_threshold(bits, n, ranks[i], bits + n);
+}
+
+}  // namespace
+
+std::vector<Threshold> row_magnitude_thresholds(const Delta& delta, int64_t rows, int64_t row_length, const int64_t* ranks, int cuts,
+                                                bool wide, const ParallelFor& parallel) {
+  std::vector<Threshold> found(static_cast<size_t>(rows * cuts));
+  const int64_t group = std::max<int64_t>(1, chunk / std::max<int64_t>(1, row_length));
+  parallel(chunk_count(rows, group), [&](int64_t index) {
+    for (int64_t row = index * group; row < std::min(rows, (index + 1) * group); ++row) {
+      Threshold* out = found.data() + row * cuts;
+      if (wide) {
+        row_thresholds<int64_t>(delta, row * row_length, row_length, ranks, cuts, out);
+      } else {
+        row_thresholds<int32_t>(delta, row * row_length, row_length, ranks, cuts, out);
+      }
+    }
+  });
+  return found;
+}
+
+Cut cut_of_threshold(const Delta& delta, int64_t numel, int64_t bits, int64_t equal_kept, bool wide, const ParallelFor& parallel) {
+  if (equal_kept <= 0) return {bits, 0};
+  const std::vector<int64_t> equal = equal_per_chunk(wide, delta, numel, bits, parallel);
+  int64_t total = 0;
+  for (const int64_t value : equal) total += value;
+  if (equal_kept >= total) return {bits, INT64_MAX};
+  return {bits, locate_tie(wide, delta, numel, bits, equal_kept, [&](int64_t c) { return equal[static_cast<size_t>(c)]; })};
 }
 
 }  // namespace taskloom

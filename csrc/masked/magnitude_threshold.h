@@ -82,12 +82,19 @@ struct DeltaSegment {
 };
 
 // One task's delta over several tensors seen as one vector, in order: a Threshold per rank, and per rank the tie_end of each segment
-// (tie_ends[rank_index * segments + segment]).
+// (tie_ends[rank_index * segments + segment]). Compared in float64 where `wide` or any tensor is float64.
 std::vector<Threshold> joint_magnitude_thresholds(const std::vector<DeltaSegment>& segments, const std::vector<int64_t>& ranks,
-                                                  std::vector<int64_t>* tie_ends, const ParallelFor& parallel);
+                                                  std::vector<int64_t>* tie_ends, const ParallelFor& parallel, bool wide = false);
 
 // Adds the histogram of one 16-bit digit of the magnitudes to counts[65536]; see ThresholdLoops::histogram.
 void add_magnitude_histogram(const Delta& delta, bool wide, int64_t numel, int shift, int64_t prefix, int64_t* counts,
                              const ParallelFor& parallel);
+
+// Thresholds of ranks[0 .. cuts) (0 <= rank <= row_length) of each row: found[row * cuts + i], tie_end counted from the row's start.
+std::vector<Threshold> row_magnitude_thresholds(const Delta& delta, int64_t rows, int64_t row_length, const int64_t* ranks, int cuts,
+                                                bool wide, const ParallelFor& parallel);
+
+// The cut of a threshold that was found elsewhere, of which the `equal_kept` lowest indices that equal it are kept.
+Cut cut_of_threshold(const Delta& delta, int64_t numel, int64_t bits, int64_t equal_kept, bool wide, const ParallelFor& parallel);
 
 }  // namespace taskloom

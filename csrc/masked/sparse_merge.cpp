@@ -131,6 +131,22 @@ bool SparseMerge::wide() const {
   return wide;
 }
 
+void find_magnitude_cuts(SparseMerge* merge, const ParallelFor& parallel) {
+  std::vector<Delta> deltas;
+  std::vector<int64_t> ranks;
+  for (size_t t = 0; t < merge->tasks.size(); ++t) {
+    deltas.push_back(merge->delta(t));
+    ranks.push_back(merge->tasks[t].rank_end);
+    ranks.push_back(merge->tasks[t].rank_begin);
+  }
+  const std::vector<Threshold> found =
+      magnitude_thresholds(deltas.data(), static_cast<int>(deltas.size()), merge->numel, ranks.data(), 2, merge->wide(), parallel);
+  for (size_t t = 0; t < merge->tasks.size(); ++t) {
+    merge->tasks[t].outer = found[2 * t].cut;
+    merge->tasks[t].inner = found[2 * t + 1].cut;
+  }
+}
+
 void set_rescale_factors(SparseMerge* merge, const ParallelFor& parallel) {
   for (MergeTask& task : merge->tasks) task.factor = 1;
   if (merge->rescale == Rescale::density && merge->select == Select::dropout) {

@@ -2,6 +2,7 @@
 // Arithmetic is float32 (float64 where a tensor is float64), tasks in order 0..T-1, each product rounded before its add. Torch-free.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -55,7 +56,9 @@ struct SparseMerge {
   bool statistics = false;             // fill conflicts and dots
   std::shared_ptr<uint8_t[]> records;  // memory of the tasks' `record`
 
+  // Whether any tensor is float64: then all deltas are taken and compared in float64.
   bool wide() const;
+  Delta delta(std::size_t task) const { return {tasks[task].tuned, base, tasks[task].dtype, base_dtype}; }
   bool by_row() const { return select == Select::row_magnitude || select == Select::rank_dropout; }
 };
 
@@ -120,6 +123,8 @@ struct MergeOutput {
   void* context = nullptr;
 };
 
+// Sets each task's `outer` and `inner` cuts from its ranks, for Select::magnitude over the whole tensor.
+void find_magnitude_cuts(SparseMerge* merge, const ParallelFor& parallel);
 // Sets each task's `factor` for its rescale mode (a pass over the inputs for l1, which also records what was selected at random).
 void set_rescale_factors(SparseMerge* merge, const ParallelFor& parallel);
 // Frees what was recorded; the merge selects anew.

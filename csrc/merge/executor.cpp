@@ -86,13 +86,6 @@ class Executor {
     return merge;
   }
 
-  static std::vector<Delta> deltas_of(const SparseMerge& merge) {
-    std::vector<Delta> deltas;
-    for (const MergeTask& task : merge.tasks) deltas.push_back({task.tuned, merge.base, task.dtype, merge.base_dtype});
-    // Every delta of a tensor is taken in one width, so a float64 task makes the others' comparisons float64 too.
-    return deltas;
-  }
-
   void find_model_cuts() {
     std::vector<size_t> members;
     for (size_t i = 0; i < run_.jobs.size(); ++i) {
@@ -114,11 +107,11 @@ class Executor {
     }
     for (size_t t = 0; t < run_.models.size(); ++t) {
       std::vector<DeltaSegment> segments;
-      for (const size_t i : members) segments.push_back({deltas_of(*prepared_[i])[t], prepared_[i]->numel});
+      for (const size_t i : members) segments.push_back({prepared_[i]->delta(t), prepared_[i]->numel});
       const MergeTask& task = prepared_[members.front()]->tasks[t];
       std::vector<int64_t> tie_ends;
       const std::vector<Threshold> found =
-          joint_magnitude_thresholds(segments, {task.rank_end, task.rank_begin}, &tie_ends, pool_.parallel());
+          joint_magnitude_thresholds(segments, {task.rank_end, task.rank_begin}, &tie_ends, pool_.parallel(), wide);
       for (size_t s = 0; s < members.size(); ++s) {
         MergeTask& own = prepared_[members[s]]->tasks[t];
         own.outer = {found[0].cut.bits, tie_ends[s]};
@@ -127,27 +120,12 @@ class Executor {
     }
   }
 
-  void find_cuts(SparseMerge* merge) {
-    std::vector<int64_t> ranks;
-    for (const MergeTask& task : merge->tasks) {
-      ranks.push_back(task.rank_end);
-      ranks.push_back(task.rank_begin);
-    }
-    const std::vector<Delta> deltas = deltas_of(*merge);
-    const std::vector<Threshold> found = magnitude_thresholds(deltas.data(), static_cast<int>(deltas.size()), merge->numel, ranks.data(), 2,
-                                                              merge->wide(), pool_.parallel());
-    for (size_t t = 0; t < merge->tasks.size(); ++t) {
-      merge->tasks[t].outer = found[2 * t].cut;
-      merge->tasks[t].inner = found[2 * t + 1].cut;
-    }
-  }
-
   const SparseMerge& prepare(size_t index) {
     const MergeJob& job = run_.jobs[index];
     std::optional<SparseMerge>& slot = prepared_[index];
     if (!slot) {
       slot = bound(job);
-      if (slot->select == Select::magnitude) find_cuts(&*slot);
+      if (slot->select == Select::magnitude) find_magnitude_cuts(&*slot, pool_.parallel());
     }
     set_rescale_factors(&*slot, pool_.parallel());
     return *slot;
@@ -266,9 +244,9 @@ class Executor {
   std::vector<std::vector<int64_t>> histograms(const SparseMerge& merge) {
     std::vector<std::vector<int64_t>> all;
     const bool wide = merge.wide();
-    for (const Delta& delta : deltas_of(merge)) {
+    for (size_t t = 0; t < merge.tasks.size(); ++t) {
       std::vector<int64_t> digits(histogram_bins), exponents(256);
-      add_magnitude_histogram(delta, wide, merge.numel, wide ? 48 : 16, 0, digits.data(), pool_.parallel());
+      add_magnitude_histogram(merge.delta(t), wide, merge.numel, wide ? 48 : 16, 0, digits.data(), pool_.parallel());
       for (int64_t digit = 0; digit < histogram_bins / 2; ++digit) {
         const int64_t exponent = wide ? std::clamp<int64_t>((digit >> 4) - 1023 + 127, 0, 255) : digit >> 7;
         exponents[static_cast<size_t>(exponent)] += digits[static_cast<size_t>(digit)];

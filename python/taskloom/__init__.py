@@ -12,9 +12,16 @@ if TYPE_CHECKING:
     from taskloom import ops as ops
     from taskloom.ops import (
         Explanation,
+        MagnitudeThreshold,
         backend,
         explain,
+        magnitude_histogram,
+        magnitude_mask,
+        magnitude_threshold,
         pack_mask,
+        sparse_merge,
+        split_threshold,
+        threshold_from_histograms,
         unpack_mask,
     )
 
@@ -22,9 +29,16 @@ _SUBPACKAGES = ("merge", "methods", "nn", "ops", "reference", "triton_kernels")
 
 __all__ = [
     "Explanation",
+    "MagnitudeThreshold",
     "backend",
     "explain",
+    "magnitude_histogram",
+    "magnitude_mask",
+    "magnitude_threshold",
     "pack_mask",
+    "sparse_merge",
+    "split_threshold",
+    "threshold_from_histograms",
     "unpack_mask",
 ]
 

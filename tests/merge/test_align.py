@@ -10,12 +10,12 @@ import pytest
 from safetensors.numpy import load_file
 from toy_checkpoints import recipe_of, save_model, save_sharded, toy_tensors
 
+from taskloom._selection import name_key
 from taskloom.merge import merge_checkpoints
 from taskloom.merge.align import Alignment, align
 from taskloom.merge.checkpoint import Checkpoint, open_checkpoint
 from taskloom.merge.errors import CheckpointError, RecipeError
 from taskloom.merge.locate import locate
-from taskloom.merge.planner import name_key
 from taskloom.merge.run import prepare
 from taskloom.merge.tied import ties_embeddings
 

@@ -22,9 +22,8 @@ from numpy_merge import (
     words_of,
 )
 
+from taskloom._selection import band_ranks, name_key
 from taskloom.merge import merge_state_dicts
-from taskloom.merge.plan import band_ranks
-from taskloom.merge.planner import name_key
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "b.weight": (37, 53),

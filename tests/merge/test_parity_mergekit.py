@@ -22,7 +22,7 @@ from parity import (
     select_ranks,
 )
 
-from taskloom.merge.plan import band_ranks
+from taskloom._selection import band_ranks
 
 _ABSENT = f"no mergekit in {PEERS}: run make peers, or set TASKLOOM_PEERS"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (PEERS / "bin" / "mergekit-yaml").is_file(), reason=_ABSENT)]

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from taskloom._selection import band_ranks
 from taskloom.merge.errors import RecipeError
 from taskloom.merge.parameters import layer_positions
-from taskloom.merge.plan import Stages, band_ranks
+from taskloom.merge.plan import Stages
 from taskloom.merge.recipe import load_recipe
 from taskloom.merge.resolve import Task, check_uniform_selection, segment_length, tensor_stages
 

@@ -29,3 +29,10 @@ def restored_threads() -> Iterator[None]:
 def restored_level() -> Iterator[None]:
     yield
     _library.force_cpu_level("")
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

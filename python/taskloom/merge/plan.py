@@ -122,26 +122,3 @@ class MergePlan:
     allow_nonfinite: bool = False
     weight_map: dict[str, str] = field(default_factory=dict)
     total_size: int = 0
-
-
-def band_ranks(
-    numel: int, density: float, gamma: float = 0.0, *, at_least_one: bool = False, on_overflow: Literal["drop", "density"] = "drop"
-) -> tuple[int, int]:
-    """Half-open range of descending magnitude ranks that a density and a removed top share keep of ``numel`` entries.
-
-    ``n_top = int(gamma * numel)`` ranks are removed and the next ``n_keep = int(density * numel)`` kept (Python float product,
-    truncated). Where both do not fit, ``drop`` keeps fewer (official Breadcrumbs), ``density`` removes fewer (mergekit).
-    ``at_least_one`` keeps one entry of a non-empty tensor for any positive density (mergekit's TIES).
-    """
-    if numel == 0:
-        return 0, 0
-    keep = min(numel, int(density * numel))
-    if at_least_one and density > 0:
-        keep = max(1, keep)
-    top = min(numel, int(gamma * numel))
-    if top + keep > numel:
-        if on_overflow == "density":
-            top = numel - keep
-        else:
-            keep = numel - top
-    return top, top + keep

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from taskloom._selection import name_key
 from taskloom.merge.align import AlignedTensor, Alignment, align, some
 from taskloom.merge.checkpoint import Checkpoint, open_checkpoint
 from taskloom.merge.errors import RecipeError
@@ -60,14 +61,6 @@ class PlannedMerge:
 def source_bytes(job: TensorJob, source: TensorSource) -> int:
     """Bytes of one input tensor of a job."""
     return PlannedTensor(job.name, source.dtype, job.shape).nbytes
-
-
-def name_key(name: str) -> int:
-    """FNV-1a hash (64 bits) of a tensor's name in UTF-8: the same on every machine, so random masks are too."""
-    value = 0xCBF29CE484222325
-    for byte in name.encode("utf-8"):
-        value = (value ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
-    return value
 
 
 def _check_count(recipe: Recipe, tasks: Sequence[ModelInput]) -> None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
+from taskloom._selection import band_ranks
 from taskloom.merge.errors import RecipeError
 from taskloom.merge.parameters import Position, Setting, resolve
-from taskloom.merge.plan import Combine, Rescale, Scope, Stages, band_ranks
+from taskloom.merge.plan import Combine, Rescale, Scope, Stages
 from taskloom.merge.stages import ELECT_STAGE, Method, Value
 
 # mergekit leaves a mean undivided where the weights sum to less than this.
