@@ -6,4 +6,7 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
   m.def("pack_mask(Tensor mask) -> Tensor");
   m.def("unpack_mask(Tensor packed, SymInt[] shape) -> Tensor");
   m.def("magnitude_threshold(Tensor tuned, Tensor? base, int[] ranks) -> (Tensor, Tensor)");
+  m.def("task_mask(Tensor base, Tensor tuned, Tensor multi_task_vector, float tall_mask_lambda) -> Tensor");
+  m.def("multi_task_vector(Tensor base, Tensor[] tuned, float[] weight) -> Tensor");
+  m.def("mask_count(Tensor[] packed, SymInt numel, int k) -> (Tensor, Tensor)");
 }

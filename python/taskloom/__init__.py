@@ -14,7 +14,10 @@ if TYPE_CHECKING:
         Explanation,
         backend,
         explain,
+        mask_count,
+        multi_task_vector,
         pack_mask,
+        task_mask,
         unpack_mask,
     )
 
@@ -24,7 +27,10 @@ __all__ = [
     "Explanation",
     "backend",
     "explain",
+    "mask_count",
+    "multi_task_vector",
     "pack_mask",
+    "task_mask",
     "unpack_mask",
 ]
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from taskloom.ops._backends import Explanation, backend, explain
-from taskloom.ops.masked import pack_mask, unpack_mask
+from taskloom.ops.masked import (
+    mask_count,
+    multi_task_vector,
+    pack_mask,
+    task_mask,
+    unpack_mask,
+)
 
 __all__ = [
     "Explanation",
     "backend",
     "explain",
+    "mask_count",
+    "multi_task_vector",
     "pack_mask",
+    "task_mask",
     "unpack_mask",
 ]
