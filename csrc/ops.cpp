@@ -9,4 +9,9 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
   m.def("task_mask(Tensor base, Tensor tuned, Tensor multi_task_vector, float tall_mask_lambda) -> Tensor");
   m.def("multi_task_vector(Tensor base, Tensor[] tuned, float[] weight) -> Tensor");
   m.def("mask_count(Tensor[] packed, SymInt numel, int k) -> (Tensor, Tensor)");
+  m.def("masked_compress(Tensor values, Tensor packed) -> Tensor");
+  m.def("masked_restore(Tensor compressed, Tensor packed, Tensor base) -> Tensor");
+  m.def("masked_update(Tensor target, Tensor mask, Tensor delta, float scale) -> Tensor");
+  m.def("masked_update_(Tensor(a!) target, Tensor mask, Tensor delta, float scale) -> ()");
+  m.def("masked_switch_(Tensor(a!) target, Tensor base, Tensor delta, Tensor old_packed, Tensor new_packed) -> ()");
 }

@@ -85,19 +85,20 @@ inline void expand_words(const uint64_t* words, Lane* __restrict__ lanes) {
 }
 
 template <class Lane>
-inline void gather_lanes(const Lane* from, const int32_t* positions, int64_t count, Lane* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from[positions[i]];
+inline void gather_lanes(const void* data, int64_t at, const int32_t* positions, int64_t count, uint8_t* to) {
+  const Lane* from = static_cast<const Lane*>(data) + at;
+  for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * sizeof(Lane), from + positions[i], sizeof(Lane));
 }
 
-// Elements at `positions`, counted from element `at`, next to each other; their bits are not changed.
-inline void gather_elements(int64_t size, const void* data, int64_t at, const int32_t* positions, int64_t count, void* to) {
+// Elements of 2, 4 or 8 bytes at `positions`, counted from element `at`, next to each other; their bits are not changed.
+inline void gather_elements(int64_t size, const void* data, int64_t at, const int32_t* positions, int64_t count, uint8_t* to) {
   switch (size) {
     case 2:
-      return gather_lanes(static_cast<const uint16_t*>(data) + at, positions, count, static_cast<uint16_t*>(to));
+      return gather_lanes<uint16_t>(data, at, positions, count, to);
     case 4:
-      return gather_lanes(static_cast<const uint32_t*>(data) + at, positions, count, static_cast<uint32_t*>(to));
+      return gather_lanes<uint32_t>(data, at, positions, count, to);
     default:
-      return gather_lanes(static_cast<const uint64_t*>(data) + at, positions, count, static_cast<uint64_t*>(to));
+      return gather_lanes<uint64_t>(data, at, positions, count, to);
   }
 }
 

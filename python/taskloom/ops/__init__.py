@@ -5,6 +5,11 @@ from __future__ import annotations
 from taskloom.ops._backends import Explanation, backend, explain
 from taskloom.ops.masked import (
     mask_count,
+    masked_compress,
+    masked_restore,
+    masked_switch_,
+    masked_update,
+    masked_update_,
     multi_task_vector,
     pack_mask,
     task_mask,
@@ -16,6 +21,11 @@ __all__ = [
     "backend",
     "explain",
     "mask_count",
+    "masked_compress",
+    "masked_restore",
+    "masked_switch_",
+    "masked_update",
+    "masked_update_",
     "multi_task_vector",
     "pack_mask",
     "task_mask",

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from taskloom.reference.masked.mask_count import mask_count
+from taskloom.reference.masked.masked_compress import masked_compress, masked_restore
+from taskloom.reference.masked.masked_switch import masked_switch_
+from taskloom.reference.masked.masked_update import masked_update, masked_update_
 from taskloom.reference.masked.multi_task_vector import multi_task_vector
 from taskloom.reference.masked.packed_mask import pack_mask, unpack_mask
 from taskloom.reference.masked.task_mask import task_mask
 
 __all__ = [
     "mask_count",
+    "masked_compress",
+    "masked_restore",
+    "masked_switch_",
+    "masked_update",
+    "masked_update_",
     "multi_task_vector",
     "pack_mask",
     "task_mask",
