@@ -54,10 +54,20 @@ def check_untracked(op: str, twin: str | None, **tensors: Tensor) -> None:
             raise RuntimeError(f"{op}: {name} requires grad and the op is in place; use torch.no_grad(){other}")
 
 
+def check_writable(op: str, name: str, tensor: Tensor) -> None:
+    """Raise ValueError where ``tensor`` repeats elements (as after expand), so that writing to it would mean nothing."""
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(f"{op}: {name}: expected a tensor that can be written to, got strides {tensor.stride()}, which repeat elements")
+
+
 def mark_changed(tensor: Tensor) -> None:
     """Tell autograd that an op wrote to ``tensor``, so that a backward which needs the old values raises."""
     if not (torch.compiler.is_compiling() or tensor.is_inference()):
         torch.autograd.graph.increment_version(tensor)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:
@@ -70,7 +80,7 @@ def _memory(tensor: Tensor) -> tuple[int, int]:
 
 def check_apart(op: str, target: Tensor, **others: Tensor) -> None:
     """Raise ValueError where memory of ``target`` lies between the first and the last element of another argument."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not all(map(_has_memory, (target, *others.values()))):
         return
     begin, end = _memory(target)
     for name, other in others.items():

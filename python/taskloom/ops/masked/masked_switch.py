@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from taskloom.ops._backends import choose
-from taskloom.ops._checks import check_apart, check_floating, check_packed, check_shape, check_untracked, mark_changed
+from taskloom.ops._checks import check_apart, check_floating, check_packed, check_shape, check_untracked, check_writable, mark_changed
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
 
@@ -40,7 +40,7 @@ def masked_switch_(target: Tensor, base: Tensor, delta: Tensor, old_packed: Tens
     TypeError
         If a tensor has another dtype.
     ValueError
-        If the shapes do not fit, or ``target`` shares memory with another argument.
+        If the shapes do not fit, or ``target`` shares memory with another argument or repeats elements.
     RuntimeError
         If a tensor requires grad while gradients are recorded.
 
@@ -55,9 +55,11 @@ def masked_switch_(target: Tensor, base: Tensor, delta: Tensor, old_packed: Tens
         check_shape(op, name, tensor, target.shape, "target")
     check_packed(op, "old_packed", old_packed, target.numel())
     check_packed(op, "new_packed", new_packed, target.numel())
+    check_writable(op, "target", target)
     check_untracked(op, None, target=target, base=base, delta=delta)
+    chosen = choose(op, target, base, delta, old_packed, new_packed)
     check_apart(op, target, base=base, delta=delta, old_packed=old_packed, new_packed=new_packed)
-    if choose(op, target, base, delta, old_packed, new_packed) == "reference":
+    if chosen == "reference":
         return reference.masked_switch_(target, base, delta, old_packed, new_packed)
     _ops.masked_switch_.default(target, base, delta, old_packed, new_packed)
     mark_changed(target)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from taskloom.ops._backends import choose
-from taskloom.ops._checks import check_floating, check_packed, check_shape, check_untracked, mark_changed
+from taskloom.ops._checks import check_floating, check_packed, check_shape, check_untracked, check_writable, mark_changed
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
 
@@ -93,9 +93,9 @@ def masked_update_(target: Tensor, mask: Tensor, delta: Tensor, scale: float = 1
     TypeError
         If a tensor has another dtype.
     ValueError
-        If the shapes do not fit.
+        If the shapes do not fit, or ``target`` repeats elements, as an expanded tensor does.
     RuntimeError
-        If a tensor requires grad while gradients are recorded, or entries of ``target`` share memory.
+        If a tensor requires grad while gradients are recorded.
 
     Notes
     -----
@@ -103,6 +103,7 @@ def masked_update_(target: Tensor, mask: Tensor, delta: Tensor, scale: float = 1
     """
     op = "masked_update_"
     _check(op, target, mask, delta)
+    check_writable(op, "target", target)
     check_untracked(op, "masked_update", target=target, delta=delta)
     if choose(op, target, mask, delta) == "reference":
         return reference.masked_update_(target, mask, delta, scale)

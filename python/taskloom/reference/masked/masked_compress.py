@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from taskloom.reference.masked.packed_mask import unpack_mask
@@ -14,4 +15,7 @@ def masked_compress(values: Tensor, packed: Tensor) -> Tensor:
 
 def masked_restore(compressed: Tensor, packed: Tensor, base: Tensor) -> Tensor:
     """Base with its set entries replaced by ``compressed``, in order."""
-    return base.masked_scatter(unpack_mask(packed, base.shape), compressed)
+    mask = unpack_mask(packed, (base.numel(),))
+    # Entries before the first set one take the padding at place -1.
+    spread = torch.cat([compressed, compressed.new_zeros(1)])[mask.cumsum(0) - 1]
+    return torch.where(mask, spread, base.reshape(-1)).reshape(base.shape)
