@@ -14,4 +14,6 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
   m.def("masked_update(Tensor target, Tensor mask, Tensor delta, float scale) -> Tensor");
   m.def("masked_update_(Tensor(a!) target, Tensor mask, Tensor delta, float scale) -> ()");
   m.def("masked_switch_(Tensor(a!) target, Tensor base, Tensor delta, Tensor old_packed, Tensor new_packed) -> ()");
+  m.def("block_scale_merge(Tensor[] base, Tensor[] deltas, Tensor coef, Tensor[] partition) -> Tensor[]");
+  m.def("block_scale_merge_backward(Tensor[] gradients, Tensor[] deltas, Tensor[] partition, int groups) -> Tensor");
 }

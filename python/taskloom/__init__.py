@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from taskloom.ops import (
         Explanation,
         backend,
+        block_scale_merge,
         explain,
         mask_count,
         masked_compress,
@@ -31,6 +32,7 @@ _SUBPACKAGES = ("merge", "methods", "nn", "ops", "reference", "triton_kernels")
 __all__ = [
     "Explanation",
     "backend",
+    "block_scale_merge",
     "explain",
     "mask_count",
     "masked_compress",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from taskloom.ops._backends import Explanation, backend, explain
 from taskloom.ops.masked import (
+    block_scale_merge,
     mask_count,
     masked_compress,
     masked_restore,
@@ -19,6 +20,7 @@ from taskloom.ops.masked import (
 __all__ = [
     "Explanation",
     "backend",
+    "block_scale_merge",
     "explain",
     "mask_count",
     "masked_compress",

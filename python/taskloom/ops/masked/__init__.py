@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from taskloom.ops.masked.block_scale_merge import block_scale_merge, block_scale_merge_backward
 from taskloom.ops.masked.mask_count import mask_count
 from taskloom.ops.masked.masked_compress import masked_compress, masked_restore
 from taskloom.ops.masked.masked_switch import masked_switch_
@@ -11,6 +12,8 @@ from taskloom.ops.masked.packed_mask import pack_mask, unpack_mask
 from taskloom.ops.masked.task_mask import task_mask
 
 __all__ = [
+    "block_scale_merge",
+    "block_scale_merge_backward",
     "mask_count",
     "masked_compress",
     "masked_restore",
