@@ -50,15 +50,19 @@ inline int64_t count_bits(const uint64_t* words, int64_t count) {
   return bits;
 }
 
-// The positions of the set bits of one block, ascending; their number.
-inline int64_t set_positions(const uint64_t* words, int32_t* positions) {
+// Where a block sets at most this many entries they are gathered, computed and put back; where it sets more, the block is computed whole.
+constexpr int64_t sparse_limit = 8;
+
+// The positions of a block's set bits, 1 to sparse_limit of them; the last one is repeated, so that the loops over them have one length.
+inline void set_positions(const uint64_t* words, int32_t* positions) {
   int64_t count = 0;
   for (int64_t w = 0; w < mask_block_words; ++w) {
     for (uint64_t bits = words[w]; bits != 0; bits &= bits - 1) {
       positions[count++] = static_cast<int32_t>(64 * w + __builtin_ctzll(bits));
     }
   }
-  return count;
+  const int32_t last = positions[count - 1];
+  for (int64_t i = 0; i < sparse_limit; ++i) positions[i] = i < count ? positions[i] : last;
 }
 
 template <class Lane>
@@ -85,20 +89,20 @@ inline void expand_words(const uint64_t* words, Lane* __restrict__ lanes) {
 }
 
 template <class Lane>
-inline void gather_lanes(const void* data, int64_t at, const int32_t* positions, int64_t count, uint8_t* to) {
+inline void gather_lanes(const void* data, int64_t at, const int32_t* positions, uint8_t* to) {
   const Lane* from = static_cast<const Lane*>(data) + at;
-  for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * sizeof(Lane), from + positions[i], sizeof(Lane));
+  for (int64_t i = 0; i < sparse_limit; ++i) std::memcpy(to + i * sizeof(Lane), from + positions[i], sizeof(Lane));
 }
 
-// Elements of 2, 4 or 8 bytes at `positions`, counted from element `at`, next to each other; their bits are not changed.
-inline void gather_elements(int64_t size, const void* data, int64_t at, const int32_t* positions, int64_t count, uint8_t* to) {
+// sparse_limit elements of 2, 4 or 8 bytes at `positions`, counted from element `at`, next to each other; their bits are not changed.
+inline void gather_elements(int64_t size, const void* data, int64_t at, const int32_t* positions, uint8_t* to) {
   switch (size) {
     case 2:
-      return gather_lanes<uint16_t>(data, at, positions, count, to);
+      return gather_lanes<uint16_t>(data, at, positions, to);
     case 4:
-      return gather_lanes<uint32_t>(data, at, positions, count, to);
+      return gather_lanes<uint32_t>(data, at, positions, to);
     default:
-      return gather_lanes<uint64_t>(data, at, positions, count, to);
+      return gather_lanes<uint64_t>(data, at, positions, to);
   }
 }
 

@@ -6,16 +6,14 @@
 namespace taskloom {
 namespace {
 
-constexpr int64_t sparse_limit = mask_block / 16;
-
 template <class Acc>
 inline void add(Acc* __restrict__ sum, const Acc* __restrict__ delta, int64_t n) {
   for (int64_t i = 0; i < n; ++i) sum[i] += delta[i];
 }
 
 // Base's n values as lanes of the target's dtype: its own bits where the dtypes agree.
-template <class Acc, class Lane>
-inline void base_lanes(const MaskedSwitch& change, const void* base, int64_t at, int64_t n, const Acc* values, Lane* lanes) {
+template <class Lane, class Acc>
+inline void base_lanes(const MaskedSwitch& change, const void* base, int64_t at, int64_t n, const Acc* values, void* lanes) {
   if (change.base.dtype == change.target_dtype) {
     std::memcpy(lanes, static_cast<const Lane*>(base) + at, static_cast<size_t>(n) * sizeof(Lane));
   } else {
@@ -24,21 +22,21 @@ inline void base_lanes(const MaskedSwitch& change, const void* base, int64_t at,
 }
 
 template <class Acc, class Lane>
-void change_sparse(const MaskedSwitch& change, int64_t at, const uint64_t* wanted, const int32_t* positions, int64_t count) {
-  alignas(64) Acc base[sparse_limit], delta[sparse_limit];
-  alignas(64) uint8_t gathered[8 * sparse_limit] = {};
-  alignas(64) Lane off[sparse_limit], on[sparse_limit];
-  gather_elements(element_size(change.base.dtype), change.base.data, at, positions, count, gathered);
-  load_block(change.base.dtype, gathered, 0, count, base);
-  base_lanes(change, gathered, 0, count, base, off);
-  gather_elements(element_size(change.delta.dtype), change.delta.data, at, positions, count, gathered);
-  load_block(change.delta.dtype, gathered, 0, count, delta);
-  add(base, delta, count);
-  store_block(change.target_dtype, base, count, on, 0);
+void change_sparse(const MaskedSwitch& change, int64_t at, const uint64_t* wanted, const int32_t* positions) {
+  alignas(64) Acc base[sparse_limit] = {}, delta[sparse_limit] = {};
+  alignas(64) uint8_t gathered[8 * sparse_limit] = {}, off[8 * sparse_limit] = {}, on[8 * sparse_limit] = {};
+  gather_elements(element_size(change.base.dtype), change.base.data, at, positions, gathered);
+  load_block(change.base.dtype, gathered, 0, sparse_limit, base);
+  base_lanes<Lane>(change, gathered, 0, sparse_limit, base, off);
+  gather_elements(element_size(change.delta.dtype), change.delta.data, at, positions, gathered);
+  load_block(change.delta.dtype, gathered, 0, sparse_limit, delta);
+  add(base, delta, sparse_limit);
+  store_block(change.target_dtype, base, sparse_limit, on, 0);
   Lane* target = static_cast<Lane*>(change.target) + at;
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < sparse_limit; ++i) {
     const int32_t position = positions[i];
-    target[position] = (wanted[position >> 6] >> (position & 63)) & 1 ? on[i] : off[i];
+    const uint8_t* value = (wanted[position >> 6] >> (position & 63)) & 1 ? on : off;
+    std::memcpy(target + position, value + i * sizeof(Lane), sizeof(Lane));
   }
 }
 
@@ -48,7 +46,7 @@ void change_dense(const MaskedSwitch& change, int64_t at, int64_t n, const uint6
   alignas(64) Lane off[mask_block], on[mask_block], changed_lanes[mask_block], wanted_lanes[mask_block];
   load_block(change.base.dtype, change.base.data, at, n, base);
   load_block(change.delta.dtype, change.delta.data, at, n, delta);
-  base_lanes(change, change.base.data, at, n, base, off);
+  base_lanes<Lane>(change, change.base.data, at, n, base, off);
   add(base, delta, n);
   store_block(change.target_dtype, base, n, on, 0);
   expand_words(changed, changed_lanes);
@@ -73,7 +71,8 @@ void change_lanes(const MaskedSwitch& change, int64_t begin, int64_t n) {
     if (count > sparse_limit) {
       change_dense<Acc, Lane>(change, at, size, changed, wanted);
     } else if (count > 0) {
-      change_sparse<Acc, Lane>(change, at, wanted, positions, set_positions(changed, positions));
+      set_positions(changed, positions);
+      change_sparse<Acc, Lane>(change, at, wanted, positions);
     }
   }
 }

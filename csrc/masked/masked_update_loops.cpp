@@ -6,9 +6,6 @@
 namespace taskloom {
 namespace {
 
-// At most this many set entries of a block are gathered, computed and put back; where there are more, the whole block is computed.
-constexpr int64_t sparse_limit = mask_block / 16;
-
 template <class Acc>
 inline void add_scaled(Acc* __restrict__ target, const Acc* __restrict__ delta, Acc scale, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
@@ -18,18 +15,17 @@ inline void add_scaled(Acc* __restrict__ target, const Acc* __restrict__ delta, 
 }
 
 template <class Acc, class Lane>
-void update_sparse(const MaskedUpdate& update, int64_t at, const int32_t* positions, int64_t count) {
-  alignas(64) Acc target[sparse_limit], delta[sparse_limit];
-  alignas(64) Lane lanes[sparse_limit];
-  alignas(64) uint8_t gathered[8 * sparse_limit] = {};
-  gather_elements(sizeof(Lane), update.target.data, at, positions, count, gathered);
-  load_block(update.target.dtype, gathered, 0, count, target);
-  gather_elements(element_size(update.delta.dtype), update.delta.data, at, positions, count, gathered);
-  load_block(update.delta.dtype, gathered, 0, count, delta);
-  add_scaled(target, delta, static_cast<Acc>(update.scale), count);
-  store_block(update.target.dtype, target, count, lanes, 0);
+void update_sparse(const MaskedUpdate& update, int64_t at, const int32_t* positions) {
+  alignas(64) Acc target[sparse_limit] = {}, delta[sparse_limit] = {};
+  alignas(64) uint8_t gathered[8 * sparse_limit] = {}, stored[8 * sparse_limit] = {};
+  gather_elements(sizeof(Lane), update.target.data, at, positions, gathered);
+  load_block(update.target.dtype, gathered, 0, sparse_limit, target);
+  gather_elements(element_size(update.delta.dtype), update.delta.data, at, positions, gathered);
+  load_block(update.delta.dtype, gathered, 0, sparse_limit, delta);
+  add_scaled(target, delta, static_cast<Acc>(update.scale), sparse_limit);
+  store_block(update.target.dtype, target, sparse_limit, stored, 0);
   Lane* out = static_cast<Lane*>(update.out) + at;
-  for (int64_t i = 0; i < count; ++i) out[positions[i]] = lanes[i];
+  for (int64_t i = 0; i < sparse_limit; ++i) std::memcpy(out + positions[i], stored + i * sizeof(Lane), sizeof(Lane));
 }
 
 template <class Acc, class Lane>
@@ -65,7 +61,9 @@ void update_lanes(const MaskedUpdate& update, int64_t begin, int64_t n) {
       continue;
     }
     if (out != target) std::memcpy(out + at, target + at, static_cast<size_t>(size) * sizeof(Lane));
-    if (count > 0) update_sparse<Acc, Lane>(update, at, positions, set_positions(words, positions));
+    if (count == 0) continue;
+    set_positions(words, positions);
+    update_sparse<Acc, Lane>(update, at, positions);
   }
 }
 
