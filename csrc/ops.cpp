@@ -18,4 +18,14 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
       "sparse_merge_out(Tensor? base, Tensor[] tuned, float[] weight, str select, bool by_row, SymInt[] rank_begin, SymInt[] rank_end, "
       "Tensor? threshold, Tensor? equal_kept, Tensor[] masks, float[] density, float[] epsilon, int seed, int key, str rescale, str elect, "
       "int zero_sign, str vote, int consensus_k, float[] tall_mask_lambda, str combine, float scale, Tensor(a!) out) -> ()");
+  m.def("task_mask(Tensor base, Tensor tuned, Tensor multi_task_vector, float tall_mask_lambda) -> Tensor");
+  m.def("multi_task_vector(Tensor base, Tensor[] tuned, float[] weight) -> Tensor");
+  m.def("mask_count(Tensor[] packed, SymInt numel, int k) -> (Tensor, Tensor)");
+  m.def("masked_compress(Tensor values, Tensor packed) -> Tensor");
+  m.def("masked_restore(Tensor compressed, Tensor packed, Tensor base) -> Tensor");
+  m.def("masked_update(Tensor target, Tensor mask, Tensor delta, float scale) -> Tensor");
+  m.def("masked_update_(Tensor(a!) target, Tensor mask, Tensor delta, float scale) -> ()");
+  m.def("masked_switch_(Tensor(a!) target, Tensor base, Tensor delta, Tensor old_packed, Tensor new_packed) -> ()");
+  m.def("block_scale_merge(Tensor[] base, Tensor[] deltas, Tensor coef, Tensor[] partition) -> Tensor[]");
+  m.def("block_scale_merge_backward(Tensor[] gradients, Tensor[] deltas, Tensor[] partition, int groups) -> Tensor");
 }

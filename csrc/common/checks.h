@@ -6,6 +6,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstdint>
+
 #include "common/cpu_level.h"
 #include "common/dtype.h"
 #include "common/parallel.h"
@@ -36,6 +38,31 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
 inline void check_dtype(const Tensor& tensor, ScalarType expected, const char* name, const char* type) {
   STD_TORCH_CHECK(tensor.scalar_type() == expected, name, ": expected a ", type, " tensor, got ScalarType ",
                   static_cast<int>(tensor.scalar_type()));
+}
+
+// The elements of a contiguous tensor, which must outlive them.
+inline Elements elements_of(const Tensor& contiguous, const char* name) {
+  return {contiguous.const_data_ptr(), dtype_of(contiguous, name)};
+}
+
+inline void check_numel(const Tensor& tensor, int64_t expected, const char* name, const char* of) {
+  STD_TORCH_CHECK(tensor.numel() == expected, name, ": expected ", expected, " entries as in ", of, ", got ", tensor.numel());
+}
+
+inline void check_packed(const Tensor& packed, int64_t numel, const char* name) {
+  check_dtype(packed, ScalarType::Byte, name, "uint8");
+  STD_TORCH_CHECK(packed.numel() == (numel + 7) / 8, name, ": expected ", (numel + 7) / 8, " bytes for ", numel, " entries, got ",
+                  packed.numel());
+}
+
+inline Tensor empty_of_shape(const Tensor& like, ScalarType dtype) { return torch::stable::empty(like.sizes(), dtype); }
+
+// Whether two contiguous tensors share a byte.
+inline bool share_memory(const Tensor& a, const Tensor& b) {
+  const auto a_begin = reinterpret_cast<uintptr_t>(a.const_data_ptr()), b_begin = reinterpret_cast<uintptr_t>(b.const_data_ptr());
+  const auto a_end = a_begin + static_cast<uintptr_t>(a.numel()) * a.element_size();
+  const auto b_end = b_begin + static_cast<uintptr_t>(b.numel()) * b.element_size();
+  return a_begin < b_end && b_begin < a_end;
 }
 
 inline void run_on_torch_threads(void*, int64_t count, ParallelFor::Body body, void* argument) {

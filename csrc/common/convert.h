@@ -65,9 +65,13 @@ template <class Acc>
 inline void load_halves(const unaligned_u16* from, int64_t n, Acc* out) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
-    alignas(32) float values[8];
-    _mm256_store_ps(values, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-    for (int lane = 0; lane < 8; ++lane) out[i + lane] = static_cast<Acc>(values[lane]);
+    const __m256 values = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    if constexpr (sizeof(Acc) == 4) {
+      _mm256_storeu_ps(out + i, values);
+    } else {
+      _mm256_storeu_pd(out + i, _mm256_cvtps_pd(_mm256_castps256_ps128(values)));
+      _mm256_storeu_pd(out + i + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(values, 1)));
+    }
   }
   for (; i < n; ++i) out[i] = static_cast<Acc>(half_to_float(from[i]));
 }

@@ -18,4 +18,10 @@ static inline int64_t element_size(DType dtype) {
   }
 }
 
+// Contiguous elements of one storage type.
+struct Elements {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+};
+
 }  // namespace taskloom

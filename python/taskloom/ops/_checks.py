@@ -42,3 +42,48 @@ def check_packed(op: str, name: str, packed: Tensor, numel: int) -> None:
         raise ValueError(
             f"{op}: {name}: expected shape ({packed_bytes(numel)},), one bit for each of {numel} entries, got {tuple(packed.shape)}"
         )
+
+
+def check_untracked(op: str, twin: str | None, **tensors: Tensor) -> None:
+    """Raise RuntimeError where autograd would have to follow an in-place op that it knows nothing of."""
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor.requires_grad:
+            other = f", or {twin} where gradients must flow" if twin else ""
+            raise RuntimeError(f"{op}: {name} requires grad and the op is in place; use torch.no_grad(){other}")
+
+
+def check_writable(op: str, name: str, tensor: Tensor) -> None:
+    """Raise ValueError where ``tensor`` repeats elements (as after expand), so that writing to it would mean nothing."""
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(f"{op}: {name}: expected a tensor that can be written to, got strides {tensor.stride()}, which repeat elements")
+
+
+def mark_changed(tensor: Tensor) -> None:
+    """Tell autograd that an op wrote to ``tensor``, so that a backward which needs the old values raises."""
+    if not (torch.compiler.is_compiling() or tensor.is_inference()):
+        torch.autograd.graph.increment_version(tensor)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """First and last address (exclusive) of the elements."""
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def check_apart(op: str, target: Tensor, **others: Tensor) -> None:
+    """Raise ValueError where memory of ``target`` lies between the first and the last element of another argument."""
+    if torch.compiler.is_compiling() or not all(map(_has_memory, (target, *others.values()))):
+        return
+    begin, end = _memory(target)
+    for name, other in others.items():
+        other_begin, other_end = _memory(other)
+        if begin < other_end and other_begin < end:
+            raise ValueError(f"{op}: target: must not share memory with {name}")

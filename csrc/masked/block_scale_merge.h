@@ -1,0 +1,35 @@
+// block_scale_merge: base + sum of coefficient * delta, one coefficient per task and block or group of a block; and the coefficients'
+// gradients. Torch-free.
+#pragma once
+
+#include <cstdint>
+
+#include "common/cpu_level.h"
+#include "common/dtype.h"
+
+namespace taskloom {
+
+// One block of a merge. Task t's delta is deltas[t * delta_stride], its coefficients start at coef[t * coef_stride].
+struct ScaleBlock {
+  Elements base;  // backward: the gradient of the output
+  const Elements* deltas;
+  int64_t delta_stride, tasks;
+  const void* coef;  // float, or double where `wide`; forward only
+  int64_t coef_stride, groups;
+  const uint8_t* partition;  // the group of each entry; null: all are in group 0
+  void* out;                 // of base's dtype; forward only
+};
+
+constexpr int64_t scale_lanes = 4;  // running sums for each group
+
+// Both return the largest group number among entries begin .. begin + n; from `groups` on they count as the last group.
+struct BlockScaleMergeLoops {
+  int32_t (*merge)(bool wide, const ScaleBlock& block, int64_t begin, int64_t n);
+  // sums[t * groups + k] = the inner product of gradient and delta t over group k, in double; scratch holds scale_lanes * groups doubles
+  // for each task.
+  int32_t (*dots)(const ScaleBlock& block, int64_t begin, int64_t n, double* sums, double* scratch);
+};
+
+TASKLOOM_LOOPS(BlockScaleMergeLoops, block_scale_merge_loops)
+
+}  // namespace taskloom

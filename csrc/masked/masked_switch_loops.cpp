@@ -1,0 +1,97 @@
+// CPU loops of masked_switch_, compiled once per CPU level.
+#include "common/convert.h"
+#include "masked/mask_words.h"
+#include "masked/masked_switch.h"
+
+namespace taskloom {
+namespace {
+
+template <class Acc>
+inline void add(Acc* __restrict__ sum, const Acc* __restrict__ delta, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) sum[i] += delta[i];
+}
+
+// Base's n values as lanes of the target's dtype: its own bits where the dtypes agree.
+template <class Lane, class Acc>
+inline void base_lanes(const MaskedSwitch& change, const void* base, int64_t at, int64_t n, const Acc* values, void* lanes) {
+  if (change.base.dtype == change.target_dtype) {
+    std::memcpy(lanes, static_cast<const Lane*>(base) + at, static_cast<size_t>(n) * sizeof(Lane));
+  } else {
+    store_block(change.target_dtype, values, n, lanes, 0);
+  }
+}
+
+template <class Acc, class Lane>
+void change_sparse(const MaskedSwitch& change, int64_t at, const uint64_t* wanted, const int32_t* positions) {
+  alignas(64) Acc base[sparse_limit] = {}, delta[sparse_limit] = {};
+  alignas(64) uint8_t gathered[8 * sparse_limit] = {}, off[8 * sparse_limit] = {}, on[8 * sparse_limit] = {};
+  gather_elements(element_size(change.base.dtype), change.base.data, at, positions, gathered);
+  load_block(change.base.dtype, gathered, 0, sparse_limit, base);
+  base_lanes<Lane>(change, gathered, 0, sparse_limit, base, off);
+  gather_elements(element_size(change.delta.dtype), change.delta.data, at, positions, gathered);
+  load_block(change.delta.dtype, gathered, 0, sparse_limit, delta);
+  add(base, delta, sparse_limit);
+  store_block(change.target_dtype, base, sparse_limit, on, 0);
+  Lane* target = static_cast<Lane*>(change.target) + at;
+  for (int64_t i = 0; i < sparse_limit; ++i) {
+    const int32_t position = positions[i];
+    const uint8_t* value = (wanted[position >> 6] >> (position & 63)) & 1 ? on : off;
+    std::memcpy(target + position, value + i * sizeof(Lane), sizeof(Lane));
+  }
+}
+
+template <class Acc, class Lane>
+void change_dense(const MaskedSwitch& change, int64_t at, int64_t n, const uint64_t* changed, const uint64_t* wanted) {
+  alignas(64) Acc base[mask_block], delta[mask_block];
+  alignas(64) Lane off[mask_block], on[mask_block], changed_lanes[mask_block], wanted_lanes[mask_block];
+  load_block(change.base.dtype, change.base.data, at, n, base);
+  load_block(change.delta.dtype, change.delta.data, at, n, delta);
+  base_lanes<Lane>(change, change.base.data, at, n, base, off);
+  add(base, delta, n);
+  store_block(change.target_dtype, base, n, on, 0);
+  expand_words(changed, changed_lanes);
+  expand_words(wanted, wanted_lanes);
+  Lane* target = static_cast<Lane*>(change.target) + at;
+  for (int64_t i = 0; i < n; ++i) {
+    const Lane value = static_cast<Lane>((on[i] & wanted_lanes[i]) | (off[i] & ~wanted_lanes[i]));
+    target[i] = static_cast<Lane>((value & changed_lanes[i]) | (target[i] & ~changed_lanes[i]));
+  }
+}
+
+template <class Acc, class Lane>
+void change_lanes(const MaskedSwitch& change, int64_t begin, int64_t n) {
+  uint64_t changed[mask_block_words], wanted[mask_block_words];
+  int32_t positions[sparse_limit];
+  for (int64_t done = 0; done < n; done += mask_block) {
+    const int64_t at = begin + done, size = n - done < mask_block ? n - done : mask_block;
+    load_words(change.old_packed, at, size, mask_block_words, changed);
+    load_words(change.new_packed, at, size, mask_block_words, wanted);
+    for (int64_t w = 0; w < mask_block_words; ++w) changed[w] ^= wanted[w];
+    const int64_t count = count_bits(changed, mask_block_words);
+    if (count > sparse_limit) {
+      change_dense<Acc, Lane>(change, at, size, changed, wanted);
+    } else if (count > 0) {
+      set_positions(changed, positions);
+      change_sparse<Acc, Lane>(change, at, wanted, positions);
+    }
+  }
+}
+
+void change(bool wide, const MaskedSwitch& view, int64_t begin, int64_t n) {
+  switch (element_size(view.target_dtype)) {
+    case 2:
+      return wide ? change_lanes<double, uint16_t>(view, begin, n) : change_lanes<float, uint16_t>(view, begin, n);
+    case 4:
+      return wide ? change_lanes<double, uint32_t>(view, begin, n) : change_lanes<float, uint32_t>(view, begin, n);
+    default:
+      return change_lanes<double, uint64_t>(view, begin, n);
+  }
+}
+
+const MaskedSwitchLoops table = {change};
+
+}  // namespace
+
+TASKLOOM_EXPORT_LOOPS(MaskedSwitchLoops, masked_switch_loops, table)
+
+}  // namespace taskloom

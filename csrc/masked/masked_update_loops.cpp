@@ -1,0 +1,87 @@
+// CPU loops of masked_update, compiled once per CPU level.
+#include "common/convert.h"
+#include "masked/mask_words.h"
+#include "masked/masked_update.h"
+
+namespace taskloom {
+namespace {
+
+template <class Acc>
+inline void add_scaled(Acc* __restrict__ target, const Acc* __restrict__ delta, Acc scale, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const Acc product = scale * delta[i];
+    target[i] += product;
+  }
+}
+
+template <class Acc, class Lane>
+void update_sparse(const MaskedUpdate& update, int64_t at, const int32_t* positions) {
+  alignas(64) Acc target[sparse_limit] = {}, delta[sparse_limit] = {};
+  alignas(64) uint8_t gathered[8 * sparse_limit] = {}, stored[8 * sparse_limit] = {};
+  gather_elements(sizeof(Lane), update.target.data, at, positions, gathered);
+  load_block(update.target.dtype, gathered, 0, sparse_limit, target);
+  gather_elements(element_size(update.delta.dtype), update.delta.data, at, positions, gathered);
+  load_block(update.delta.dtype, gathered, 0, sparse_limit, delta);
+  add_scaled(target, delta, static_cast<Acc>(update.scale), sparse_limit);
+  store_block(update.target.dtype, target, sparse_limit, stored, 0);
+  Lane* out = static_cast<Lane*>(update.out) + at;
+  for (int64_t i = 0; i < sparse_limit; ++i) std::memcpy(out + positions[i], stored + i * sizeof(Lane), sizeof(Lane));
+}
+
+template <class Acc, class Lane>
+void update_dense(const MaskedUpdate& update, int64_t at, int64_t n, const uint64_t* words) {
+  alignas(64) Acc target[mask_block], delta[mask_block];
+  alignas(64) Lane lanes[mask_block], chosen[mask_block];
+  load_block(update.target.dtype, update.target.data, at, n, target);
+  load_block(update.delta.dtype, update.delta.data, at, n, delta);
+  add_scaled(target, delta, static_cast<Acc>(update.scale), n);
+  store_block(update.target.dtype, target, n, lanes, 0);
+  expand_words(words, chosen);
+  const Lane* from = static_cast<const Lane*>(update.target.data) + at;
+  Lane* out = static_cast<Lane*>(update.out) + at;
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<Lane>((from[i] & ~chosen[i]) | (lanes[i] & chosen[i]));
+}
+
+template <class Acc, class Lane>
+void update_lanes(const MaskedUpdate& update, int64_t begin, int64_t n) {
+  uint64_t words[mask_block_words];
+  int32_t positions[sparse_limit];
+  const auto* target = static_cast<const Lane*>(update.target.data);
+  auto* out = static_cast<Lane*>(update.out);
+  for (int64_t done = 0; done < n; done += mask_block) {
+    const int64_t at = begin + done, size = n - done < mask_block ? n - done : mask_block;
+    if (update.packed) {
+      load_words(update.mask, at, size, mask_block_words, words);
+    } else {
+      pack_words(update.mask + at, size, words);
+    }
+    const int64_t count = count_bits(words, mask_block_words);
+    if (count > sparse_limit) {
+      update_dense<Acc, Lane>(update, at, size, words);
+      continue;
+    }
+    if (out != target) std::memcpy(out + at, target + at, static_cast<size_t>(size) * sizeof(Lane));
+    if (count == 0) continue;
+    set_positions(words, positions);
+    update_sparse<Acc, Lane>(update, at, positions);
+  }
+}
+
+void update(bool wide, const MaskedUpdate& update, int64_t begin, int64_t n) {
+  switch (element_size(update.target.dtype)) {
+    case 2:
+      return wide ? update_lanes<double, uint16_t>(update, begin, n) : update_lanes<float, uint16_t>(update, begin, n);
+    case 4:
+      return wide ? update_lanes<double, uint32_t>(update, begin, n) : update_lanes<float, uint32_t>(update, begin, n);
+    default:
+      return update_lanes<double, uint64_t>(update, begin, n);
+  }
+}
+
+const MaskedUpdateLoops table = {update};
+
+}  // namespace
+
+TASKLOOM_EXPORT_LOOPS(MaskedUpdateLoops, masked_update_loops, table)
+
+}  // namespace taskloom
