@@ -397,3 +397,12 @@ def test_specials_leave_other_entries_alone() -> None:
     finite = tuned.isfinite()
     assert got[finite].equal((base + 0.5 * (tuned - base))[finite])
     assert not got[~finite].isfinite().any()
+
+
+def test_out_marks_the_target_as_changed() -> None:
+    base, tuned = checkpoints(33)
+    scale = torch.ones(33, requires_grad=True)
+    loss = (scale * base).sum()
+    taskloom.sparse_merge(base, tuned, out=base)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -12,6 +12,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from taskloom.ops._compile import constant_under_compile
 from taskloom.ops._library import CUDA, native_devices
 
 Backend = Literal["native", "triton", "reference"]
@@ -85,17 +86,13 @@ def backend(name: str) -> Iterator[None]:
         _requested.name = before
 
 
+@constant_under_compile
 def active_transform() -> str | None:
     """The innermost torch.func transform or forward AD that is active, by the name that users know; None outside of any."""
     interpreter: Any = torch._C._functorch.peek_interpreter_stack()
     if interpreter is not None:
         return f"torch.func's {interpreter.key().name.lower()} transform"
     return "forward-mode AD" if forward_ad._current_level >= 0 else None
-
-
-# What torch.compiler.assume_constant_result sets; that decorator imports torch._dynamo, a second that a program without torch.compile
-# need not spend.
-active_transform.__dict__["_dynamo_marked_constant"] = True
 
 
 def _device(name: str, tensors: tuple[Tensor, ...]) -> str:

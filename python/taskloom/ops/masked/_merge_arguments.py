@@ -10,6 +10,7 @@ from torch import Tensor
 
 from taskloom._selection import name_key
 from taskloom.ops._checks import check_floating, check_packed, check_shape
+from taskloom.ops._compile import constant_under_compile
 from taskloom.ops.masked._bands import OnOverflow, Scope, check_choice, check_number, check_word, rank_band, segment_length
 from taskloom.ops.masked.magnitude_mask import given_band
 from taskloom.ops.masked.magnitude_threshold import MagnitudeThreshold
@@ -55,7 +56,7 @@ def signed_word(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_under_compile
 def tensor_key(key: int | str) -> int:
     """The key of a tensor's random words: given, or the hash of the tensor's name that checkpoint merges use."""
     if isinstance(key, str):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from taskloom.ops._backends import choose
-from taskloom.ops._checks import FLOATING, check_floating, check_shape
+from taskloom.ops._checks import FLOATING, check_floating, check_shape, mark_changed
 from taskloom.ops._register import register
 from taskloom.ops.masked._bands import OnOverflow, Scope, check_word
 from taskloom.ops.masked._merge_arguments import (
@@ -197,6 +197,7 @@ def sparse_merge(
             out.copy_(reference.sparse_merge(**arguments, dtype=out.dtype))
         else:
             _ops.sparse_merge_out.default(**arguments, out=out)
+            mark_changed(out)
         return out
     dtype = out_dtype or (tuned[0] if base is None else base).dtype
     if dtype not in FLOATING:

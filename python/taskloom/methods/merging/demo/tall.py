@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+import taskloom
 from taskloom.methods.merging.projected_digits import State
 
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)
@@ -54,51 +52,19 @@ class TallCompression:
         return self.stored_bytes / self.separate_bytes
 
 
-def task_mask(base: Tensor, tuned: Tensor, vector: Tensor, threshold: float) -> Tensor:
-    """Packed TALL mask of one tensor: ``|tuned - base| > threshold * |vector - (tuned - base)|``.
-
-    Parameters
-    ----------
-    base, tuned, vector
-        Float32 tensors of one shape with N entries: base weights, a task's weights, the multi-task vector.
-    threshold
-        lambda; smaller keeps more.
-
-    Returns
-    -------
-    Tensor
-        uint8 [ceil(N / 8)], least significant bit first, tail bits zero.
-    """
-    delta = tuned - base
-    mask = delta.abs() > threshold * (vector - delta).abs()
-    return torch.from_numpy(np.packbits(mask.flatten().numpy(), bitorder="little"))
-
-
-def masked_update(base: Tensor, vector: Tensor, mask: Tensor) -> Tensor:
-    """``base + mask * vector`` for a packed mask, in a new tensor."""
-    bits = np.unpackbits(mask.numpy(), count=base.numel(), bitorder="little")
-    return base + vector * torch.from_numpy(bits).view(base.shape)
-
-
 def multi_task_vector(base: State, tuned: Sequence[State]) -> State:
     """Sum of the task vectors, with coefficient 1."""
-    vector = {}
-    for name, origin in base.items():
-        total = torch.zeros_like(origin)
-        for state in tuned:
-            total += state[name] - origin
-        vector[name] = total
-    return vector
+    return {name: taskloom.multi_task_vector(origin, [state[name] for state in tuned]) for name, origin in base.items()}
 
 
 def build_masks(base: State, tuned: State, vector: State, threshold: float) -> State:
     """Packed mask of every tensor of one task."""
-    return {name: task_mask(origin, tuned[name], vector[name], threshold) for name, origin in base.items()}
+    return {name: taskloom.task_mask(origin, tuned[name], vector[name], threshold) for name, origin in base.items()}
 
 
 def restore(base: State, vector: State, masks: State) -> State:
     """The state dict that base, multi-task vector and a task's masks stand for."""
-    return {name: masked_update(origin, vector[name], masks[name]) for name, origin in base.items()}
+    return {name: taskloom.masked_update(origin, masks[name], vector[name]) for name, origin in base.items()}
 
 
 def select_threshold(base: State, tuned: State, vector: State, accuracy: Callable[[State], float]) -> float:
@@ -108,7 +74,7 @@ def select_threshold(base: State, tuned: State, vector: State, accuracy: Callabl
 
 
 def _share_of_ones(masks: State, base: State) -> float:
-    ones = sum(int(np.bitwise_count(mask.numpy()).sum()) for mask in masks.values())
+    ones = sum(int(taskloom.mask_count([mask], base[name].numel(), 1)[1][1]) for name, mask in masks.items())
     return ones / sum(origin.numel() for origin in base.values())
 
 
