@@ -18,11 +18,19 @@ inline __mmask16 lanes_inside(int64_t left) {
   return left >= lane_count ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << left) - 1);
 }
 
+inline void prefetch_bytes(const void* data, int64_t bytes) {
+  constexpr int64_t cache_line = 64;
+  for (int64_t byte = 0; byte < bytes; byte += cache_line) _mm_prefetch(static_cast<const char*>(data) + byte, _MM_HINT_T0);
+}
+
 template <DType dtype>
 struct Storage;
 
 template <>
 struct Storage<DType::bf16> {
+  static void prefetch(const void* data, int64_t at, int64_t n) {
+    prefetch_bytes(static_cast<const unaligned_u16*>(data) + at, n * static_cast<int64_t>(sizeof(unaligned_u16)));
+  }
   static __m512 load(const void* data, int64_t at, __mmask16 inside) {
     const __m256i raw = _mm256_maskz_loadu_epi16(inside, static_cast<const unaligned_u16*>(data) + at);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
@@ -40,6 +48,9 @@ struct Storage<DType::bf16> {
 
 template <>
 struct Storage<DType::f16> {
+  static void prefetch(const void* data, int64_t at, int64_t n) {
+    prefetch_bytes(static_cast<const unaligned_u16*>(data) + at, n * static_cast<int64_t>(sizeof(unaligned_u16)));
+  }
   static __m512 load(const void* data, int64_t at, __mmask16 inside) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(inside, static_cast<const unaligned_u16*>(data) + at));
   }
@@ -51,6 +62,9 @@ struct Storage<DType::f16> {
 
 template <>
 struct Storage<DType::f32> {
+  static void prefetch(const void* data, int64_t at, int64_t n) {
+    prefetch_bytes(static_cast<const unaligned_f32*>(data) + at, n * static_cast<int64_t>(sizeof(unaligned_f32)));
+  }
   static __m512 load(const void* data, int64_t at, __mmask16 inside) {
     return _mm512_maskz_loadu_ps(inside, static_cast<const unaligned_f32*>(data) + at);
   }

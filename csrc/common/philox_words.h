@@ -13,58 +13,36 @@ namespace taskloom {
 namespace {
 
 #ifdef __AVX512F__
-constexpr int64_t philox_group = 16;  // blocks that philox_group_words makes
+constexpr int64_t philox_group = 8;  // blocks that philox_group_words makes
 
-struct PhiloxProduct {
-  __m512i high, low;
-};
-
-inline PhiloxProduct philox_product(__m512i factor, __m512i value) {
-  const __m512i even = _mm512_mul_epu32(factor, value);
-  const __m512i odd = _mm512_mul_epu32(factor, _mm512_srli_epi64(value, 32));
-  constexpr __mmask16 odd_lanes = 0xaaaa;
-  return {_mm512_mask_blend_epi32(odd_lanes, _mm512_srli_epi64(even, 32), odd),
-          _mm512_mask_blend_epi32(odd_lanes, even, _mm512_slli_epi64(odd, 32))};
-}
-
+// Each counter's word in the low half of a 64-bit lane: a product's high word is then one shift away, and what a lane's high half holds
+// after an exclusive or does not matter, because the next product ignores it.
 inline void philox_group_words(uint64_t seed, uint64_t tensor_key, uint64_t first, uint32_t* words) {
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  __m512i c0 = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(first))), lane);
-  __m512i c1 = _mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(first >> 32)));
-  __m512i c2 = _mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(tensor_key)));
-  __m512i c3 = _mm512_set1_epi32(static_cast<int>(static_cast<uint32_t>(tensor_key >> 32)));
+  __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(first & 0xffffffffu)), _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0));
+  __m512i c1 = _mm512_set1_epi64(static_cast<int64_t>(first >> 32));
+  __m512i c2 = _mm512_set1_epi64(static_cast<int64_t>(tensor_key & 0xffffffffu));
+  __m512i c3 = _mm512_set1_epi64(static_cast<int64_t>(tensor_key >> 32));
   const __m512i factor0 = _mm512_set1_epi64(0xD2511F53ll);
   const __m512i factor1 = _mm512_set1_epi64(0xCD9E8D57ll);
   uint32_t k0 = static_cast<uint32_t>(seed);
   uint32_t k1 = static_cast<uint32_t>(seed >> 32);
   constexpr int exclusive_or = 0x96;  // of three operands
   for (int round = 0; round < 10; ++round) {
-    const PhiloxProduct p0 = philox_product(factor0, c0);
-    const PhiloxProduct p1 = philox_product(factor1, c2);
-    c0 = _mm512_ternarylogic_epi32(p1.high, c1, _mm512_set1_epi32(static_cast<int>(k0)), exclusive_or);
-    c2 = _mm512_ternarylogic_epi32(p0.high, c3, _mm512_set1_epi32(static_cast<int>(k1)), exclusive_or);
-    c1 = p1.low;
-    c3 = p0.low;
+    const __m512i p0 = _mm512_mul_epu32(factor0, c0);
+    const __m512i p1 = _mm512_mul_epu32(factor1, c2);
+    c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1, _mm512_set1_epi64(k0), exclusive_or);
+    c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3, _mm512_set1_epi64(k1), exclusive_or);
+    c1 = p1;
+    c3 = p0;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  // Four vectors by word become sixteen groups of four words by block.
-  const __m512i a = _mm512_unpacklo_epi32(c0, c1);
-  const __m512i b = _mm512_unpackhi_epi32(c0, c1);
-  const __m512i c = _mm512_unpacklo_epi32(c2, c3);
-  const __m512i d = _mm512_unpackhi_epi32(c2, c3);
-  const __m512i q0 = _mm512_unpacklo_epi64(a, c);  // blocks 0, 4, 8, 12
-  const __m512i q1 = _mm512_unpackhi_epi64(a, c);  // 1, 5, 9, 13
-  const __m512i q2 = _mm512_unpacklo_epi64(b, d);
-  const __m512i q3 = _mm512_unpackhi_epi64(b, d);
-  const __m512i r0 = _mm512_shuffle_i32x4(q0, q1, 0x44);  // 0, 4, 1, 5
-  const __m512i r1 = _mm512_shuffle_i32x4(q2, q3, 0x44);  // 2, 6, 3, 7
-  const __m512i r2 = _mm512_shuffle_i32x4(q0, q1, 0xee);  // 8, 12, 9, 13
-  const __m512i r3 = _mm512_shuffle_i32x4(q2, q3, 0xee);
-  _mm512_storeu_si512(words, _mm512_shuffle_i32x4(r0, r1, 0x88));       // 0, 1, 2, 3
-  _mm512_storeu_si512(words + 16, _mm512_shuffle_i32x4(r0, r1, 0xdd));  // 4, 5, 6, 7
-  _mm512_storeu_si512(words + 32, _mm512_shuffle_i32x4(r2, r3, 0x88));
-  _mm512_storeu_si512(words + 48, _mm512_shuffle_i32x4(r2, r3, 0xdd));
+  // The words of a block side by side: first and second, third and fourth, then block by block.
+  constexpr __mmask16 odd_lanes = 0xaaaa;
+  const __m512i low = _mm512_mask_blend_epi32(odd_lanes, c0, _mm512_slli_epi64(c1, 32));
+  const __m512i high = _mm512_mask_blend_epi32(odd_lanes, c2, _mm512_slli_epi64(c3, 32));
+  _mm512_storeu_si512(words, _mm512_permutex2var_epi64(low, _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0), high));
+  _mm512_storeu_si512(words + 16, _mm512_permutex2var_epi64(low, _mm512_set_epi64(15, 7, 14, 6, 13, 5, 12, 4), high));
 }
 #elif defined(__AVX2__)
 constexpr int64_t philox_group = 8;

@@ -9,7 +9,7 @@
 namespace taskloom {
 namespace {
 
-constexpr int64_t chunk = 1 << 18;
+constexpr int64_t chunk = 1 << 17;
 // Up to here all magnitudes are copied and partially sorted: cheaper than a sample and a pass.
 constexpr int64_t small = 1 << 16;
 constexpr int64_t sample_run = 16;

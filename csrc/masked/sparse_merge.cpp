@@ -8,7 +8,7 @@
 namespace taskloom {
 namespace {
 
-constexpr int64_t chunk = 1 << 18;
+constexpr int64_t chunk = 1 << 17;
 // mergekit leaves a delta alone where either norm is below this.
 constexpr double least_norm = 1e-7;
 constexpr double parallel_cosine = 0.9995;

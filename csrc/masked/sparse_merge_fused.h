@@ -215,6 +215,8 @@ template <DType dtype>
 inline void dropout_norms(const MergeView& merge, const MergeTask& task, int64_t limit, int64_t at, int64_t n, uint32_t* words,
                           double* before, double* after) {
   const bool keeps_all = limit >= int64_t{1} << 32;
+  // The random words take about as long to make as the entries to arrive.
+  Storage<dtype>::prefetch(task.tuned, at, n);
   if (!keeps_all) philox_words(merge.seed, task.key, at, n, words);
   const __m512i bound = _mm512_set1_epi32(static_cast<int32_t>(static_cast<uint32_t>(limit)));
   __m512 sum_before = _mm512_setzero_ps(), sum_after = _mm512_setzero_ps();

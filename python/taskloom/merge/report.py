@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,11 +105,10 @@ def _total(stats: Sequence[TensorStats], models: int) -> Figures:
     return _figures(sum(tensor.numel for tensor in stats), kept, sum(tensor.conflicts for tensor in stats), dots)
 
 
-def _installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+def _versions() -> dict[str, str]:
+    # Compiled in, because importlib.metadata takes longer to import than many a merge takes.
+    native = importlib.import_module("taskloom._native")
+    return {"taskloom": native.build_info()["version"], "python": platform.python_version()}
 
 
 def build_report(
@@ -149,5 +148,5 @@ def build_report(
         total=_total([stats[name] for name in stats if name in merged], len(plan.models) if merged else 0),
         tensors=tensors,
         notes=list(notes),
-        versions={"taskloom": _installed("taskloom"), "python": platform.python_version()},
+        versions=_versions(),
     )
