@@ -32,7 +32,7 @@ def device() -> dict[str, Any]:
         "cpu": _field("/proc/cpuinfo", "model name") or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "load_average": os.getloadavg()[0],
     }
 
