@@ -20,6 +20,11 @@ enum class Elect : int32_t { none, sign_sum, sign_count };
 enum class Vote : int32_t { none, selected, tall };
 enum class Combine : int32_t { sum, weighted_mean, disjoint_mean };
 
+// Task t's random words have the tensor's key plus t times this.
+constexpr uint64_t task_key_step = 0x9E3779B97F4A7C15ull;
+// Ranks within a row are 32-bit.
+constexpr int64_t longest_ranked_row = INT32_MAX;
+
 struct MergeTask {
   const void* tuned = nullptr;
   DType dtype = DType::f32;

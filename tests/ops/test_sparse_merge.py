@@ -355,6 +355,7 @@ X, Y = normal(3), normal(3, seed=1)
         (TypeError, "key: expected an int", lambda: taskloom.sparse_merge(X, [Y], key=0.5)),
         (TypeError, "out_dtype", lambda: taskloom.sparse_merge(X, [Y], out_dtype=torch.int32)),
         (ValueError, "out: expected shape", lambda: taskloom.sparse_merge(X, [Y], out=normal(4))),
+        (ValueError, "out: expected a tensor that can be written to", lambda: taskloom.sparse_merge(X, [Y], out=normal(1).expand(3))),
         (ValueError, "out_dtype: expected torch.float32", lambda: taskloom.sparse_merge(X, [Y], out=normal(3), out_dtype=torch.half)),
         (RuntimeError, "out: .*no gradient", lambda: taskloom.sparse_merge(X, [Y], out=normal(3).requires_grad_())),
         (RuntimeError, "out: .*no gradient", lambda: taskloom.sparse_merge(X.clone().requires_grad_(), [Y], out=normal(3))),
@@ -381,6 +382,7 @@ def test_the_compiled_side_checks_what_memory_safety_needs() -> None:
         ([Y], {"select": "dropout"}),
         ([Y], {"select": "unknown"}),
         ([Y], {"vote": "tall"}),
+        ([Y], {"elect": "sign_sum", "zero_sign": 7}),
     ):
         with pytest.raises(RuntimeError):
             call(tuned, untouched, **changed)
