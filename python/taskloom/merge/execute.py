@@ -15,6 +15,9 @@ from taskloom.merge.errors import MergeError
 from taskloom.merge.header import BITS, tensor_bytes
 from taskloom.merge.plan import MergePlan, TensorJob
 
+# Above any machine's cores a thread only costs memory.
+_MOST_THREADS = 1024
+
 
 @dataclass(frozen=True)
 class TensorStats:
@@ -77,8 +80,9 @@ def run_native(
     """Run the executor on inputs and outputs given as it takes them: paths and (path, header, size), or 0 for memory."""
     native = importlib.import_module("taskloom._native")
     start = time.perf_counter()
+    team = min(threads or available_threads(), _MOST_THREADS)
     try:
-        results = native.execute_merge(inputs, outputs, plan, BITS, threads or available_threads(), magnitude_histogram, progress)
+        results = native.execute_merge(inputs, outputs, plan, BITS, team, magnitude_histogram, progress)
     except (RuntimeError, ValueError) as error:
         raise MergeError(str(error)) from error
     tensors = [
