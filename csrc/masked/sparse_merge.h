@@ -91,7 +91,7 @@ struct ChunkStatistics {
 struct MergeView {
   const void* base;
   DType base_dtype, out_dtype;
-  int64_t numel, row_length;
+  int64_t row_length;
   const MergeTask* tasks;
   int count;
   Select select;
@@ -110,7 +110,7 @@ struct MergeView {
 enum class MergePass : int32_t { merge, norms, signs };
 
 struct SparseMergeLoops {
-  int64_t (*scratch_bytes)(bool wide, const MergeView& merge, int64_t rows_group);
+  int64_t (*scratch_bytes)(bool wide, const MergeView& merge);
   // Entries begin .. begin + n (whole rows where selection is by row) into `out`, which starts at entry `begin`.
   void (*chunk)(bool wide, MergePass pass, const MergeView& merge, int64_t begin, int64_t n, void* scratch, void* out,
                 ChunkStatistics* statistics);

@@ -76,7 +76,7 @@ Scratch<Acc> carve(const MergeView& merge, void* memory, int64_t* bytes) {
   return s;
 }
 
-int64_t scratch_bytes(bool wide, const MergeView& merge, int64_t) {
+int64_t scratch_bytes(bool wide, const MergeView& merge) {
   int64_t bytes = 0;
   if (wide) {
     carve<double>(merge, nullptr, &bytes);
