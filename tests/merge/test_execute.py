@@ -175,3 +175,12 @@ def test_rows_whose_ranks_do_not_fit_are_refused() -> None:
     plan = MergePlan(inputs=(), outputs=(), jobs=(job,), models=("tuned",))
     with pytest.raises(MergeError, match=r"tensor 'long': rows of more than 2147483647 entries"):
         run_native(plan, [0], [0], threads=1, magnitude_histogram=False, progress=None)
+
+
+def test_too_little_memory_is_a_merge_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def exhausted(*_: object) -> None:
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr("taskloom._native.execute_merge", exhausted)
+    with pytest.raises(MergeError, match="not enough memory for the buffers of 3 threads"):
+        execute_plan(MergePlan(inputs=(), outputs=(), jobs=(), models=()), tmp_path, threads=3)
