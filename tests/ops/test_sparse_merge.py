@@ -168,6 +168,7 @@ def test_consensus_counts() -> None:
     for vote in ("selected", "tall"):
         assert taskloom.sparse_merge(base, tuned, vote=vote, consensus_k=0).equal(plain)
         assert taskloom.sparse_merge(base, tuned, vote=vote, consensus_k=4).equal(base)
+        assert taskloom.sparse_merge(base, tuned, vote=vote, consensus_k=2**40).equal(base)
 
 
 @pytest.mark.parametrize(("zero_sign", "expected"), [("positive", 2.0), ("negative", -2.0), ("majority", -2.0)])
