@@ -35,24 +35,24 @@ struct DeltaTensors {
   }
 };
 
-// The magnitude bits that entry `index` of a float32 or float64 tensor of thresholds stands for.
+// The magnitude bits that entry `index` of a float32 or float64 tensor of thresholds stands for; its sign counts for nothing.
 inline int64_t threshold_bits(const Tensor& threshold, int64_t index, bool wide) {
   const void* data = threshold.const_data_ptr();
   if (dtype_of(threshold, "threshold") == DType::f64) {
     int64_t bits;
     std::memcpy(&bits, static_cast<const double*>(data) + index, sizeof bits);
-    return bits;
+    return bits & INT64_MAX;
   }
   const float value = static_cast<const float*>(data)[index];
   if (wide) {
     const double widened = value;
     int64_t bits;
     std::memcpy(&bits, &widened, sizeof bits);
-    return bits;
+    return bits & INT64_MAX;
   }
   int32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
-  return bits;
+  return bits & INT32_MAX;
 }
 
 // Writes magnitude bits as entry `index` of a tensor of thresholds (float64 where wide, else float32).

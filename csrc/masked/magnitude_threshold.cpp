@@ -191,7 +191,10 @@ template <class Bits, class ChunkOf>
 bool resolve(const Wanted& wanted, const Delta& delta, int64_t numel, int64_t chunks, const ChunkOf& count_of, Threshold* out) {
   constexpr bool wide = sizeof(Bits) == 8;
   int64_t above = 0, equal_high = 0, equal_low = 0;
+  size_t room = 0;
+  for (int64_t c = 0; c < chunks; ++c) room += count_of(c).between.size();
   std::vector<Bits> between;
+  between.reserve(room);
   for (int64_t c = 0; c < chunks; ++c) {
     const ChunkCount<Bits>& count = count_of(c);
     above += count.above;

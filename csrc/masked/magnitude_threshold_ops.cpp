@@ -79,8 +79,9 @@ std::tuple<Tensor, Tensor> magnitude_threshold_cpu(std::vector<Tensor> tuned, st
   Tensor kept = by_row ? torch::stable::empty({rows, cuts}, ScalarType::Long) : torch::stable::empty({cuts}, ScalarType::Long);
   const ParallelFor parallel = torch_parallel();
   const Delta& first = segments.front().delta;
+  // One row is spread over the threads as a tensor is.
   const std::vector<Threshold> found =
-      by_row                 ? row_magnitude_thresholds(first, rows, length, ranks.data(), static_cast<int>(cuts), wide, parallel)
+      by_row && rows != 1    ? row_magnitude_thresholds(first, rows, length, ranks.data(), static_cast<int>(cuts), wide, parallel)
       : segments.size() == 1 ? thresholds_of_tensor(first, total, ranks, wide, parallel)
                              : thresholds_of_list(segments, total, ranks, wide, parallel);
   void* threshold = thresholds.mutable_data_ptr();

@@ -34,24 +34,17 @@ char* thread_buffer(int which, int64_t bytes) {
 MergeView view_of(const SparseMerge& merge) {
   const int count = static_cast<int>(merge.tasks.size());
   const int dot_stride = count <= 8 ? 1 : count * count / 64 + 1;
-  return {merge.base,
-          merge.base_dtype,
-          merge.out_dtype,
-          merge.numel,
-          merge.by_row() ? merge.row_length : 0,
-          merge.tasks.data(),
-          count,
-          merge.select,
-          merge.rescale,
-          merge.elect,
-          merge.zero_sign,
-          merge.vote,
-          merge.consensus_k,
-          merge.combine,
-          merge.scale,
-          merge.seed,
-          merge.statistics,
-          dot_stride};
+  return {
+      merge.base,         merge.base_dtype,
+      merge.out_dtype,    merge.by_row() ? merge.row_length : 0,
+      merge.tasks.data(), count,
+      merge.select,       merge.rescale,
+      merge.elect,        merge.zero_sign,
+      merge.vote,         merge.consensus_k,
+      merge.combine,      merge.scale,
+      merge.seed,         merge.statistics,
+      dot_stride,
+  };
 }
 
 int64_t chunk_length(const SparseMerge& merge) {
@@ -65,7 +58,8 @@ struct Totals {
   int64_t conflicts = 0, sign_sum = 0;
   int32_t nonfinite = 0;
 
-  explicit Totals(size_t tasks) : kept(tasks), dots(tasks * (tasks + 1) / 2), before(tasks), after(tasks) {}
+  // Inner products are many where tasks are: there is room for them only where they are counted.
+  Totals(size_t tasks, bool statistics) : kept(tasks), dots(statistics ? tasks * (tasks + 1) / 2 : 0), before(tasks), after(tasks) {}
 
   void add(const Totals& other) {
     for (size_t i = 0; i < kept.size(); ++i) kept[i] += other.kept[i];
@@ -84,13 +78,13 @@ Totals run(const SparseMerge& merge, MergePass pass, const MergeOutput& output, 
   const int64_t length = chunk_length(merge);
   const int64_t chunks = chunk_count(merge.numel, length);
   const int64_t size = element_size(merge.out_dtype);
-  std::vector<Totals> totals(static_cast<size_t>(chunks), Totals(merge.tasks.size()));
+  std::vector<Totals> totals(static_cast<size_t>(chunks), Totals(merge.tasks.size(), merge.statistics));
   parallel(chunks, [&](int64_t index) {
     const int64_t begin = index * length;
     const int64_t n = std::min(length, merge.numel - begin);
     Totals& own = totals[static_cast<size_t>(index)];
     ChunkStatistics statistics{own.kept.data(), own.dots.data(), own.before.data(), own.after.data(), 0, 0, 0};
-    char* scratch = thread_buffer(0, sparse_merge_loops().scratch_bytes(wide, view, 0));
+    char* scratch = thread_buffer(0, sparse_merge_loops().scratch_bytes(wide, view));
     const bool merging = pass == MergePass::merge;
     char* out = !merging ? nullptr : output.data != nullptr ? static_cast<char*>(output.data) + begin * size : thread_buffer(1, n * size);
     sparse_merge_loops().chunk(wide, pass, view, begin, n, scratch, out, &statistics);
@@ -99,7 +93,7 @@ Totals run(const SparseMerge& merge, MergePass pass, const MergeOutput& output, 
     own.sign_sum = statistics.sign_sum;
     own.nonfinite = statistics.nonfinite;
   });
-  Totals sum(merge.tasks.size());
+  Totals sum(merge.tasks.size(), merge.statistics);
   for (const Totals& own : totals) sum.add(own);
   return sum;
 }

@@ -20,6 +20,11 @@ enum class Elect : int32_t { none, sign_sum, sign_count };
 enum class Vote : int32_t { none, selected, tall };
 enum class Combine : int32_t { sum, weighted_mean, disjoint_mean };
 
+// Task t's random words have the tensor's key plus t times this.
+constexpr uint64_t task_key_step = 0x9E3779B97F4A7C15ull;
+// Ranks within a row are 32-bit.
+constexpr int64_t longest_ranked_row = INT32_MAX;
+
 struct MergeTask {
   const void* tuned = nullptr;
   DType dtype = DType::f32;
@@ -86,7 +91,7 @@ struct ChunkStatistics {
 struct MergeView {
   const void* base;
   DType base_dtype, out_dtype;
-  int64_t numel, row_length;
+  int64_t row_length;
   const MergeTask* tasks;
   int count;
   Select select;
@@ -105,7 +110,7 @@ struct MergeView {
 enum class MergePass : int32_t { merge, norms, signs };
 
 struct SparseMergeLoops {
-  int64_t (*scratch_bytes)(bool wide, const MergeView& merge, int64_t rows_group);
+  int64_t (*scratch_bytes)(bool wide, const MergeView& merge);
   // Entries begin .. begin + n (whole rows where selection is by row) into `out`, which starts at entry `begin`.
   void (*chunk)(bool wide, MergePass pass, const MergeView& merge, int64_t begin, int64_t n, void* scratch, void* out,
                 ChunkStatistics* statistics);

@@ -87,7 +87,9 @@ void fused_entries(const MergeView& merge, const FusedSelect* select, int64_t at
     __mmask16 positive[tasks], negative[tasks];
     __mmask16 any_positive = 0, any_negative = 0;
     for (int t = 0; t < tasks; ++t) {
-      delta[t] = _mm512_sub_ps(Storage<dtype>::load(merge.tasks[t].tuned, at + i, inside), base);
+      delta[t] = Storage<dtype>::load(merge.tasks[t].tuned, at + i, inside);
+      // Subtracting zero would change the bits of a signaling NaN, which rank it.
+      if (merge.base != nullptr) delta[t] = _mm512_sub_ps(delta[t], base);
       const __m512i bits = _mm512_and_si512(_mm512_castps_si512(delta[t]), absolute);
       nonfinite |= _mm512_cmpge_epi32_mask(bits, infinity);
       const __mmask16 keep = fused_keep(select[t], bits, i, inside);

@@ -76,7 +76,7 @@ Scratch<Acc> carve(const MergeView& merge, void* memory, int64_t* bytes) {
   return s;
 }
 
-int64_t scratch_bytes(bool wide, const MergeView& merge, int64_t) {
+int64_t scratch_bytes(bool wide, const MergeView& merge) {
   int64_t bytes = 0;
   if (wide) {
     carve<double>(merge, nullptr, &bytes);
@@ -144,8 +144,10 @@ inline void fill_rank_table(const MergeView& merge, const MergeTask& task, const
       const float raised = share * spread;
       probability = lowest + raised;
     }
-    s.rank_limits[rank] = keep_limit(static_cast<double>(probability));
-    s.rank_factors[rank] = merge.rescale == Rescale::density ? Acc{1} / static_cast<Acc>(probability) : Acc{1};
+    const int64_t limit = keep_limit(static_cast<double>(probability));
+    s.rank_limits[rank] = limit;
+    // What is never kept has a factor all the same, which is multiplied by zero: it must be finite.
+    s.rank_factors[rank] = merge.rescale == Rescale::density && limit > 0 ? Acc{1} / static_cast<Acc>(probability) : Acc{1};
   }
 }
 
@@ -328,7 +330,14 @@ inline void prepare_block(const MergeView& merge, MergePass pass, int64_t at, in
       for (int64_t i = 0; i < n; ++i) s.selected[t * block + i] = selective ? -static_cast<int32_t>(s.keep[i]) : 1;
     }
     if (pass == MergePass::norms) {
-      if (task.record != nullptr && selective) pack_keep(s.keep, n, task.record + at / 8);
+      if (task.record != nullptr) {
+        if (selective) {
+          pack_keep(s.keep, n, task.record + at / 8);
+        } else {
+          // A probability just below one keeps everything too, without a draw.
+          std::memset(task.record + at / 8, 0xff, static_cast<size_t>((n + 7) / 8));
+        }
+      }
       statistics->before[t] += absolute_sum(delta, padded);
       statistics->after[t] += absolute_sum(part, padded);
       continue;

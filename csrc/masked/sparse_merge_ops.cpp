@@ -12,8 +12,6 @@
 namespace taskloom {
 namespace {
 
-constexpr uint64_t task_key_step = 0x9E3779B97F4A7C15ull;
-
 template <class Enum>
 Enum named(const std::string& value, std::initializer_list<std::pair<const char*, Enum>> names, const char* argument) {
   for (const auto& [name, entry] : names) {
@@ -124,7 +122,11 @@ void bind_masks(const MergeArguments& arguments, BoundMerge* bound) {
 
 void bind_probabilities(const MergeArguments& arguments, SparseMerge* merge) {
   check_count(arguments.density.size(), arguments, "density");
-  if (merge->select == Select::rank_dropout) check_count(arguments.epsilon.size(), arguments, "epsilon");
+  if (merge->select == Select::rank_dropout) {
+    check_count(arguments.epsilon.size(), arguments, "epsilon");
+    STD_TORCH_CHECK(merge->row_length <= longest_ranked_row, "tuned: expected rows of at most ", longest_ranked_row,
+                    " entries to be ranked, got ", merge->row_length);
+  }
   for (size_t t = 0; t < merge->tasks.size(); ++t) {
     MergeTask& task = merge->tasks[t];
     task.density = arguments.density[t];
@@ -163,6 +165,7 @@ BoundMerge bind(const MergeArguments& arguments, const ParallelFor& parallel) {
   merge.combine = named<Combine>(
       arguments.combine, {{"sum", Combine::sum}, {"weighted_mean", Combine::weighted_mean}, {"disjoint_mean", Combine::disjoint_mean}},
       "combine");
+  STD_TORCH_CHECK(arguments.zero_sign >= -1 && arguments.zero_sign <= 1, "zero_sign: expected -1, 0 or 1, got ", arguments.zero_sign);
   STD_TORCH_CHECK(arguments.consensus_k >= 0 && arguments.consensus_k <= INT32_MAX, "consensus_k: expected a number of tasks, got ",
                   arguments.consensus_k);
   merge.consensus_k = static_cast<int>(arguments.consensus_k);

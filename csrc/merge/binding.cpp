@@ -79,7 +79,7 @@ JobStages stages_of(const py::handle& stages, uint64_t seed, uint64_t key) {
     task.density = entry(density, t, 1.0);
     task.epsilon = entry(epsilon, t, 0.0);
     task.tall_mask_lambda = entry(lambda, t, 1.0);
-    task.key = key + t * 0x9E3779B97F4A7C15ull;
+    task.key = key + t * task_key_step;
     merge.tasks.push_back(task);
   }
   return read;
@@ -104,8 +104,13 @@ MergeJob job_of(const py::handle& job, const py::handle& element_bits, uint64_t 
     read.stages = stages_of(job.attr("stages"), seed, job.attr("key").cast<uint64_t>());
     if (read.stages->merge.tasks.size() != read.tuned.size())
       throw std::invalid_argument("tensor '" + read.name + "': one weight per tuned tensor");
-    read.stages->merge.row_length = shape.empty() ? 1 : shape.back();
-    if (read.numel == 0) read.stages->merge.row_length = 0;
+    SparseMerge& merge = read.stages->merge;
+    merge.row_length = read.numel == 0 ? 0 : shape.empty() ? 1 : shape.back();
+    // One row is spread over the threads as a tensor is.
+    if (merge.select == Select::row_magnitude && merge.row_length == read.numel) merge.select = Select::magnitude;
+    if (merge.select == Select::rank_dropout && merge.row_length > longest_ranked_row)
+      throw std::invalid_argument("tensor '" + read.name + "': rows of more than " + std::to_string(longest_ranked_row) +
+                                  " entries cannot be ranked");
   } else if (!read.base) {
     throw std::invalid_argument("tensor '" + read.name + "': a copy needs a base");
   }

@@ -170,10 +170,8 @@ class Executor {
   void carry_out(size_t index) {
     const MergeJob& job = run_.jobs[index];
     const auto start = std::chrono::steady_clock::now();
-    const int64_t total = job_bytes(job);
-    const int64_t before = total;
     const int64_t out_bytes = std::max<int64_t>(1, job.floating ? job.numel * element_size(job.target.dtype) : job.bytes);
-    Sink sink{this, &job, static_cast<double>(before) / static_cast<double>(out_bytes)};
+    Sink sink{this, &job, static_cast<double>(job_bytes(job)) / static_cast<double>(out_bytes)};
     MergeOutput output;
     output.data = run_.outputs[static_cast<size_t>(job.target.file)].memory(job.target.offset);
     output.write = &write_chunk;

@@ -28,7 +28,11 @@ InputFile::InputFile(const std::string& path) : path_(path) {
     fail("cannot read the size of", path);
   }
   size_ = status.st_size;
-  void* mapped = size_ == 0 ? MAP_FAILED : ::mmap(nullptr, static_cast<size_t>(size_), PROT_READ, MAP_SHARED, descriptor, 0);
+  if (size_ == 0) {
+    ::close(descriptor);
+    throw std::runtime_error("cannot map " + path + ": it is empty");
+  }
+  void* mapped = ::mmap(nullptr, static_cast<size_t>(size_), PROT_READ, MAP_SHARED, descriptor, 0);
   ::close(descriptor);
   if (mapped == MAP_FAILED) {
     size_ = 0;
@@ -68,7 +72,13 @@ OutputFile::OutputFile(const std::string& path, const std::string& header, int64
     errno = cause;
     fail("cannot set the size of", path);
   }
-  write(0, header.data(), static_cast<int64_t>(header.size()));
+  try {
+    write(0, header.data(), static_cast<int64_t>(header.size()));
+  } catch (...) {
+    // A constructor that throws leaves nothing for the destructor.
+    ::close(std::exchange(descriptor_, -1));
+    throw;
+  }
 }
 
 OutputFile::OutputFile(OutputFile&& other) noexcept

@@ -22,7 +22,6 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   ParallelFor parallel() { return {&ThreadPool::run_in, this}; }
-  int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
  private:
   static void run_in(void* context, int64_t count, ParallelFor::Body body, void* argument);

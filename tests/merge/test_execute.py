@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from taskloom.merge import merge_checkpoints
 from taskloom.merge.errors import MergeError
+from taskloom.merge.execute import execute_plan, run_native
+from taskloom.merge.plan import MergePlan, OutputFile, Stages, TensorJob, TensorSource, TensorTarget
 
 SHAPES = {"layers.0.weight": (301, 700), "layers.1.weight": (64, 33), "norm.weight": (17,), "scalar": ()}
 
@@ -144,3 +149,38 @@ def test_slerp_follows_the_arc(tmp_path: Path) -> None:
             angle = np.arccos(cosine)
             expected = (np.sin(0.7 * angle) * first + np.sin(0.3 * angle) * second) / np.sin(angle)
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def small_files() -> Iterator[int]:
+    """No file may grow beyond so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    yield 4096
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_header_that_cannot_be_written_leaves_no_file_open(tmp_path: Path, small_files: int) -> None:
+    plan = MergePlan(inputs=(), outputs=(OutputFile("model.safetensors", b" " * (2 * small_files), 8),), jobs=(), models=())
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(MergeError, match=r"cannot write .*model\.safetensors: File too large"):
+        execute_plan(plan, tmp_path)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_rows_whose_ranks_do_not_fit_are_refused() -> None:
+    place = TensorSource(0, 0, "BF16")
+    stages = Stages(weight=(1.0,), select="rank_dropout", scope="row", density=(0.5,), epsilon=(0.1,))
+    job = TensorJob("long", (2**31,), TensorTarget(0, 0, "BF16"), place, (place,), stages)
+    plan = MergePlan(inputs=(), outputs=(), jobs=(job,), models=("tuned",))
+    with pytest.raises(MergeError, match=r"tensor 'long': rows of more than 2147483647 entries"):
+        run_native(plan, [0], [0], threads=1, magnitude_histogram=False, progress=None)
+
+
+def test_too_little_memory_is_a_merge_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def exhausted(*_: object) -> None:
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr("taskloom._native.execute_merge", exhausted)
+    with pytest.raises(MergeError, match="not enough memory for the buffers of 3 threads"):
+        execute_plan(MergePlan(inputs=(), outputs=(), jobs=(), models=()), tmp_path, threads=3)

@@ -105,6 +105,17 @@ def test_values_that_are_not_finite_leave_valid_json(models: Models, tmp_path: P
     assert norm["figures"]["cosines"] == [[None, None], [None, 1.0]]
 
 
+def test_inner_products_that_overflow_both_ways_have_no_sum(tmp_path: Path) -> None:
+    values = {"base": (0.0, 0.0), "a": (1e30, 1e30), "b": (1e30, -1e30)}
+    models = {
+        name: save_model(tmp_path / name, {key: np.full(9, value, np.float32) for key, value in zip("xy", pair, strict=True)})
+        for name, pair in values.items()
+    }
+    report = merge_checkpoints(recipe_of(models), tmp_path / "out")
+    assert report.total.norms == [None, None]
+    assert report.total.cosines == [[None, None], [None, None]]
+
+
 def test_slerp_reports_the_norm_of_its_delta(models: Models, tmp_path: Path) -> None:
     recipe = {"merge_method": "slerp", "base_model": str(models["base"]), "models": [{"model": str(models["a"])}], "parameters": {"t": 0.5}}
     report = merge_checkpoints(recipe, tmp_path / "out")

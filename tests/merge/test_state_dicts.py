@@ -143,6 +143,12 @@ def test_tensors_that_are_spread_over_threads(tmp_path: Path, method: str, setti
     _assert_same(_on_disk(tmp_path, method, base, tuned, parameters, threads=2), one)
 
 
+def test_any_whole_number_of_threads_and_of_votes_will_do() -> None:
+    base, *tuned = _models(count=3)
+    merged = merge_state_dicts(base, tuned, "consensus_ta", threads=2**40, consensus_k=2**40)
+    assert all(torch.equal(merged[name], value) for name, value in base.items())
+
+
 def test_linear_averages_the_base_too() -> None:
     base, *tuned = _models(count=3)
     merged = merge_state_dicts(base, tuned, "linear", weight=1.0)

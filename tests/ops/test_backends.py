@@ -133,6 +133,11 @@ def test_explain_on_cuda_says_why_the_library_is_not_loaded() -> None:
     assert _library.CUDA.reason in str(shown.obstacles["native"])
 
 
+def test_explain_takes_a_device_with_its_index() -> None:
+    for index in ("cpu:0", "cuda:1"):
+        assert taskloom.explain("pack_mask", device=index) == taskloom.explain("pack_mask", device=index.partition(":")[0])
+
+
 def test_explain_on_meta() -> None:
     assert taskloom.explain("pack_mask", MASK.to("meta")).chosen == "native"
     assert taskloom.pack_mask(MASK.to("meta")).shape == (2,)

@@ -52,6 +52,28 @@ def test_one_sided_selection_is_a_stable_top_k(make: Callable[..., Tensor], size
         assert taskloom.magnitude_mask(values, rank=count).equal(top_mask(values, count))
 
 
+def test_the_sign_of_a_given_threshold_counts_for_nothing() -> None:
+    for dtype in (torch.float32, torch.float64):
+        values = normal(1001, dtype=dtype)
+        cut = torch.tensor(0.5, dtype=dtype)
+        masks = [
+            taskloom.magnitude_mask(values, threshold=MagnitudeThreshold(threshold, torch.tensor(0)))
+            for threshold in (cut, -cut, -0.0 * cut)
+        ]
+        assert masks[0].equal(values.abs() > 0.5)
+        assert masks[1].equal(masks[0])
+        assert masks[2].equal(values != 0)
+
+
+def test_one_row_is_the_tensor() -> None:
+    values = normal(1, 1 << 17, dtype=torch.bfloat16)
+    ranks = [0, 1, 50_000, 1 << 17]
+    row, whole = (taskloom.magnitude_threshold(values, rank=ranks, scope=scope) for scope in ("row", "tensor"))
+    assert row.threshold.shape == (1, 4)
+    assert row.threshold[0].view(torch.int32).equal(whole.threshold.view(torch.int32))
+    assert row.equal_kept[0].equal(whole.equal_kept)
+
+
 def test_nan_ranks_above_infinity() -> None:
     values = torch.tensor([1.0, torch.inf, torch.nan, -torch.inf, -torch.nan])
     assert taskloom.magnitude_mask(values, rank=2).tolist() == [False, False, True, False, True]

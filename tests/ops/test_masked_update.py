@@ -80,6 +80,7 @@ def test_expanded_target_is_refused(backend: str) -> None:
         ({"mask": torch.zeros(8, dtype=torch.bool)}, ValueError, r"mask: expected shape \(9,\) as target"),
         ({"mask": torch.zeros(1, dtype=torch.uint8)}, ValueError, r"mask: expected shape \(2,\)"),
         ({"mask": torch.zeros(9)}, TypeError, "mask: expected torch.bool or packed torch.uint8, got torch.float32"),
+        ({"scale": torch.ones((), requires_grad=True)}, TypeError, "scale: expected a number, got a tensor that requires grad"),
     ],
 )
 def test_errors_leave_the_target(changes: dict[str, Any], error: type[Exception], message: str) -> None:

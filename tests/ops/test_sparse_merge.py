@@ -124,6 +124,30 @@ def test_rows_longer_than_a_chunk(stages: dict[str, Any]) -> None:
         assert got.equal(taskloom.sparse_merge(base, tuned, 0.3, **stages))
 
 
+@pytest.mark.parametrize(("tasks", "dtype"), [(2, torch.float32), (5, torch.float32), (2, torch.float64)])
+def test_a_probability_that_rounds_to_one_keeps_everything(tasks: int, dtype: torch.dtype) -> None:
+    base, tuned = checkpoints(1 << 20, tasks=tasks, dtype=dtype)
+    stages = {"select": "dropout", "rescale": "l1", "seed": 3}
+    got = taskloom.sparse_merge(base, tuned, 0.5, density=[1 - 1e-11, *[0.5] * (tasks - 1)], **stages)
+    assert got.equal(taskloom.sparse_merge(base, tuned, 0.5, density=[1.0, *[0.5] * (tasks - 1)], **stages))
+
+
+@pytest.mark.parametrize("density", [0.0, 1e-12])
+def test_a_probability_of_zero_by_rank_keeps_nothing(density: float) -> None:
+    base, tuned = checkpoints(13, 7, tasks=2)
+    stages = {"select": "rank_dropout", "density": [density, 0.5], "epsilon": [0.0, 0.2], "rescale": "density"}
+    got = taskloom.sparse_merge(base, tuned, 0.5, **stages)
+    with taskloom.backend("reference"):
+        assert got.equal(taskloom.sparse_merge(base, tuned, 0.5, **stages))
+    assert got.isfinite().all()
+
+
+def test_signaling_nans_rank_by_their_bits() -> None:
+    values = torch.tensor([0x7F81, 0x7FC0, 0x3F80, 0x7F82], dtype=torch.int16).view(torch.bfloat16)
+    kept = taskloom.sparse_merge(None, [values], select="magnitude", density=0.25)
+    assert kept.isnan().equal(taskloom.magnitude_mask(values, rank=1))
+
+
 def test_meta_tensors_give_shapes() -> None:
     base, tuned = checkpoints(3, 5)
     merged = taskloom.sparse_merge(base.to("meta"), [task.to("meta") for task in tuned], select="magnitude", density=0.5, gamma=0.1)
@@ -144,6 +168,7 @@ def test_consensus_counts() -> None:
     for vote in ("selected", "tall"):
         assert taskloom.sparse_merge(base, tuned, vote=vote, consensus_k=0).equal(plain)
         assert taskloom.sparse_merge(base, tuned, vote=vote, consensus_k=4).equal(base)
+        assert taskloom.sparse_merge(base, tuned, vote=vote, consensus_k=2**40).equal(base)
 
 
 @pytest.mark.parametrize(("zero_sign", "expected"), [("positive", 2.0), ("negative", -2.0), ("majority", -2.0)])
@@ -331,6 +356,7 @@ X, Y = normal(3), normal(3, seed=1)
         (TypeError, "key: expected an int", lambda: taskloom.sparse_merge(X, [Y], key=0.5)),
         (TypeError, "out_dtype", lambda: taskloom.sparse_merge(X, [Y], out_dtype=torch.int32)),
         (ValueError, "out: expected shape", lambda: taskloom.sparse_merge(X, [Y], out=normal(4))),
+        (ValueError, "out: expected a tensor that can be written to", lambda: taskloom.sparse_merge(X, [Y], out=normal(1).expand(3))),
         (ValueError, "out_dtype: expected torch.float32", lambda: taskloom.sparse_merge(X, [Y], out=normal(3), out_dtype=torch.half)),
         (RuntimeError, "out: .*no gradient", lambda: taskloom.sparse_merge(X, [Y], out=normal(3).requires_grad_())),
         (RuntimeError, "out: .*no gradient", lambda: taskloom.sparse_merge(X.clone().requires_grad_(), [Y], out=normal(3))),
@@ -357,6 +383,7 @@ def test_the_compiled_side_checks_what_memory_safety_needs() -> None:
         ([Y], {"select": "dropout"}),
         ([Y], {"select": "unknown"}),
         ([Y], {"vote": "tall"}),
+        ([Y], {"elect": "sign_sum", "zero_sign": 7}),
     ):
         with pytest.raises(RuntimeError):
             call(tuned, untouched, **changed)

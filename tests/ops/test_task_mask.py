@@ -93,6 +93,11 @@ def test_task_mask_errors(changes: dict[str, Any], error: type[Exception], messa
         ((torch.zeros(3), [torch.zeros(3), torch.zeros(2)]), ValueError, r"tuned\[1\]: expected shape \(3,\)"),
         ((torch.zeros(3), [torch.zeros(3, dtype=torch.int64)]), TypeError, r"tuned\[0\]: expected float32"),
         ((torch.zeros(3), [torch.zeros(3)], [1.0, 2.0]), ValueError, "weight: expected one number or one for each of 1 tasks, got 2"),
+        (
+            (torch.zeros(3), [torch.zeros(3)], torch.ones(1, requires_grad=True)),
+            TypeError,
+            "weight: expected a number, got a tensor that requires",
+        ),
     ],
 )
 def test_multi_task_vector_errors(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:

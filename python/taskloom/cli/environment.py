@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from taskloom.merge.execute import available_threads
+
 PACKAGES = (
     *("torch", "numpy", "triton", "safetensors", "PyYAML", "pydantic", "click", "rich"),
     *("matplotlib", "huggingface_hub", "scikit-learn", "transformers"),
@@ -63,13 +65,9 @@ def _cpu_model() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _machine() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    return {"platform": platform.platform(), "cpu": _cpu_model(), "cores": _usable_cores(), "memory_bytes": memory}
+    return {"platform": platform.platform(), "cpu": _cpu_model(), "cores": available_threads(), "memory_bytes": memory}
 
 
 def _extras() -> dict[str, dict[str, Any]]:
@@ -97,7 +95,7 @@ def _look_at_native(environment: Environment) -> None:
         return
     environment.build = dict(_native.build_info())
     environment.cpu_level["detected"] = _native.detected_cpu_level()
-    environment.threads["merge"] = _usable_cores()
+    environment.threads["merge"] = available_threads()
     try:
         environment.cpu_level["merge"] = _native.cpu_level()
     except RuntimeError as error:

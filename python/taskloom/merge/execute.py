@@ -15,6 +15,9 @@ from taskloom.merge.errors import MergeError
 from taskloom.merge.header import BITS, tensor_bytes
 from taskloom.merge.plan import MergePlan, TensorJob
 
+# Above any machine's cores a thread only costs memory.
+_MOST_THREADS = 1024
+
 
 @dataclass(frozen=True)
 class TensorStats:
@@ -61,6 +64,11 @@ def available_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def thread_count(asked: int) -> int:
+    """Threads that a merge takes where so many were asked for; 0 means all cores."""
+    return min(asked or available_threads(), _MOST_THREADS)
+
+
 def _bytes_read(job: TensorJob) -> int:
     return sum(tensor_bytes(source.dtype, job.shape) for source in (job.base, *job.tuned) if source is not None)
 
@@ -77,10 +85,13 @@ def run_native(
     """Run the executor on inputs and outputs given as it takes them: paths and (path, header, size), or 0 for memory."""
     native = importlib.import_module("taskloom._native")
     start = time.perf_counter()
+    team = thread_count(threads)
     try:
-        results = native.execute_merge(inputs, outputs, plan, BITS, threads or available_threads(), magnitude_histogram, progress)
+        results = native.execute_merge(inputs, outputs, plan, BITS, team, magnitude_histogram, progress)
     except (RuntimeError, ValueError) as error:
         raise MergeError(str(error)) from error
+    except MemoryError as error:
+        raise MergeError(f"not enough memory for the buffers of {team} threads") from error
     tensors = [
         TensorStats(
             name=job.name,

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-from taskloom.merge.execute import available_threads
+from taskloom.merge.execute import thread_count
 from taskloom.merge.plan import TensorJob
 from taskloom.merge.planner import PlannedMerge
 
@@ -55,7 +55,7 @@ def preview(planned: PlannedMerge, *, method: str, base_model: str | None, threa
     jobs = planned.plan.jobs
     merged = [job for job in jobs if job.stages is not None]
     pieces = len(planned.plan.models) + 2
-    memory = _PROCESS + (threads or available_threads()) * pieces * _PIECE + max((_kept_bytes(job) for job in merged), default=0)
+    memory = _PROCESS + thread_count(threads) * pieces * _PIECE + max((_kept_bytes(job) for job in merged), default=0)
     return Preview(
         method=method,
         base_model=base_model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,9 +99,18 @@ def _figures(numel: int, kept: Sequence[int], conflicts: int, dots: Sequence[Seq
     )
 
 
+def _sum(values: Iterable[float]) -> float:
+    """Exact where the sum is finite; fsum refuses infinities of both signs and sums that overflow."""
+    numbers = list(values)
+    try:
+        return math.fsum(numbers)
+    except (ValueError, OverflowError):
+        return sum(numbers)
+
+
 def _total(stats: Sequence[TensorStats], models: int) -> Figures:
     kept = [sum(tensor.kept[model] for tensor in stats) for model in range(models)]
-    dots = [[math.fsum(tensor.dots[row][column] for tensor in stats) for column in range(models)] for row in range(models)]
+    dots = [[_sum(tensor.dots[row][column] for tensor in stats) for column in range(models)] for row in range(models)]
     return _figures(sum(tensor.numel for tensor in stats), kept, sum(tensor.conflicts for tensor in stats), dots)
 
 

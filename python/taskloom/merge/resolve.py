@@ -165,7 +165,8 @@ def tensor_stages(
         elect=ELECT_STAGE[values.shared["elect"]] if method.elected else "none",
         zero_sign=values.shared.get("zero_sign", "positive"),
         vote=method.vote,
-        consensus_k=values.shared.get("consensus_k", 0),
+        # More than every task is as much as one more.
+        consensus_k=min(values.shared.get("consensus_k", 0), len(tasks) + 1),
         tall_mask_lambda=values.of_tasks.get("tall_mask_lambda", ()),
         combine=_combine(method, values, name),
         scale=values.shared.get("lambda", 1.0),

@@ -171,7 +171,7 @@ def explain(op: str, *tensors: Tensor, device: str | None = None) -> Explanation
     *tensors
         Its tensors; they give the device.
     device
-        Type of the device (``"cpu"``, ``"cuda"``) where there are no tensors at hand; default ``"cpu"``.
+        The device (``"cpu"``, ``"cuda"``, ``"cuda:1"``) where there are no tensors at hand; default ``"cpu"``.
 
     Raises
     ------
@@ -185,7 +185,7 @@ def explain(op: str, *tensors: Tensor, device: str | None = None) -> Explanation
         raise ValueError(
             f"op: {op!r} is unknown, the ops are {', '.join(sorted(OPS))}" + (f"; did you mean {close[0]!r}?" if close else "")
         )
-    kind = _device(op, tensors) if tensors else device or "cpu"
+    kind = _device(op, tensors) if tensors else (device or "cpu").partition(":")[0]
     obstacles = {candidate: _obstacle(OPS[op], candidate, kind) for candidate in _ORDER}
     requested = _requested.name
     able = [candidate for candidate in _ORDER if obstacles[candidate] is None and requested in ("auto", candidate)]

@@ -54,6 +54,13 @@ def check_untracked(op: str, twin: str | None, **tensors: Tensor) -> None:
             raise RuntimeError(f"{op}: {name} requires grad and the op is in place; use torch.no_grad(){other}")
 
 
+def plain_number(op: str, name: str, value: float | Tensor) -> float:
+    """``value`` as a float; raise TypeError where that would cut a gradient off."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise TypeError(f"{op}: {name}: expected a number, got a tensor that requires grad; the op has no gradient for it")
+    return float(value)
+
+
 def check_writable(op: str, name: str, tensor: Tensor) -> None:
     """Raise ValueError where ``tensor`` repeats elements (as after expand), so that writing to it would mean nothing."""
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):

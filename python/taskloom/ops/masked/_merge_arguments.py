@@ -216,7 +216,8 @@ def stage_arguments(
         "elect": elect,
         "zero_sign": _ZERO_SIGNS[zero_sign],
         "vote": vote,
-        "consensus_k": consensus_k,
+        # More than every task is as much as one more.
+        "consensus_k": min(consensus_k, tasks + 1),
         "tall_mask_lambda": lambdas,
         "combine": combine,
         "scale": scale,

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from taskloom.ops._backends import choose
-from taskloom.ops._checks import check_floating, check_packed, check_shape, check_untracked, check_writable, mark_changed
+from taskloom.ops._checks import (
+    check_floating,
+    check_packed,
+    check_shape,
+    check_untracked,
+    check_writable,
+    mark_changed,
+    plain_number,
+)
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
 
@@ -55,7 +63,7 @@ def masked_update(target: Tensor, mask: Tensor, delta: Tensor, scale: float = 1.
     Raises
     ------
     TypeError
-        If a tensor has another dtype.
+        If a tensor has another dtype, or ``scale`` is a tensor that requires grad.
     ValueError
         If the shapes do not fit.
 
@@ -67,9 +75,10 @@ def masked_update(target: Tensor, mask: Tensor, delta: Tensor, scale: float = 1.
     """
     op = "masked_update"
     _check(op, target, mask, delta)
+    scale = plain_number(op, "scale", scale)
     if choose(op, target, mask, delta) == "reference":
         return reference.masked_update(target, mask, delta, scale)
-    updated: Tensor = _ops.masked_update.default(target, mask, delta, float(scale))
+    updated: Tensor = _ops.masked_update.default(target, mask, delta, scale)
     return updated
 
 
@@ -91,7 +100,7 @@ def masked_update_(target: Tensor, mask: Tensor, delta: Tensor, scale: float = 1
     Raises
     ------
     TypeError
-        If a tensor has another dtype.
+        If a tensor has another dtype, or ``scale`` is a tensor that requires grad.
     ValueError
         If the shapes do not fit, or ``target`` repeats elements, as an expanded tensor does.
     RuntimeError
@@ -103,11 +112,12 @@ def masked_update_(target: Tensor, mask: Tensor, delta: Tensor, scale: float = 1
     """
     op = "masked_update_"
     _check(op, target, mask, delta)
+    scale = plain_number(op, "scale", scale)
     check_writable(op, "target", target)
     check_untracked(op, "masked_update", target=target, delta=delta)
     if choose(op, target, mask, delta) == "reference":
         return reference.masked_update_(target, mask, delta, scale)
-    _ops.masked_update_.default(target, mask, delta, float(scale))
+    _ops.masked_update_.default(target, mask, delta, scale)
     mark_changed(target)
     return target
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from taskloom.ops._backends import choose
-from taskloom.ops._checks import check_floating, check_shape
+from taskloom.ops._checks import check_floating, check_shape, plain_number
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
 from taskloom.reference.masked.arithmetic import accumulation_dtype
@@ -38,7 +38,7 @@ def multi_task_vector(base: Tensor, tuned: Sequence[Tensor], weight: float | Seq
     Raises
     ------
     TypeError
-        If a tensor has another dtype.
+        If a tensor has another dtype, or a weight is a tensor that requires grad.
     ValueError
         If there is no task, shapes differ, or there are not as many weights as tasks.
 
@@ -55,9 +55,10 @@ def multi_task_vector(base: Tensor, tuned: Sequence[Tensor], weight: float | Seq
     for place, one in enumerate(tuned):
         check_floating(op, f"tuned[{place}]", one)
         check_shape(op, f"tuned[{place}]", one, base.shape, "base")
-    weights = [float(weight)] * len(tuned) if isinstance(weight, (int, float)) else [float(one) for one in weight]
+    weights = [weight] * len(tuned) if isinstance(weight, (int, float)) else list(weight)
     if len(weights) != len(tuned):
         raise ValueError(f"{op}: weight: expected one number or one for each of {len(tuned)} tasks, got {len(weights)}")
+    weights = [plain_number(op, "weight", one) for one in weights]
     if choose(op, base, *tuned) == "reference":
         return reference.multi_task_vector(base, tuned, weights)
     total: Tensor = _ops.multi_task_vector.default(base, tuned, weights)

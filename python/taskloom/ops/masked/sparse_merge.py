@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from taskloom.ops._backends import choose
-from taskloom.ops._checks import FLOATING, check_floating, check_shape, mark_changed
+from taskloom.ops._checks import FLOATING, check_floating, check_shape, check_writable, mark_changed
 from taskloom.ops._register import register
 from taskloom.ops.masked._bands import OnOverflow, Scope, check_word
 from taskloom.ops.masked._merge_arguments import (
@@ -36,6 +36,7 @@ def _check_out(out: Tensor, out_dtype: torch.dtype | None, inputs: Sequence[Tens
     op = "sparse_merge"
     check_floating(op, "out", out)
     check_shape(op, "out", out, shape, "tuned[0]")
+    check_writable(op, "out", out)
     if out_dtype is not None and out_dtype != out.dtype:
         raise ValueError(f"{op}: out_dtype: expected {out.dtype} as out, got {out_dtype}")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (out, *inputs)):

@@ -8,11 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-
-def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 where a tensor is float64, else float32: what deltas are taken and compared in."""
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
+from taskloom.reference.masked.arithmetic import accumulation_dtype
 
 
 def delta(tuned: Tensor, base: Tensor | None, dtype: torch.dtype) -> Tensor:

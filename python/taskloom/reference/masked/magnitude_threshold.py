@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from taskloom.reference.masked.arithmetic import accumulation_dtype
 from taskloom.reference.masked.magnitude import (
-    accumulation_dtype,
     as_rows,
     concatenated_bits,
     delta,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from taskloom.reference.masked.magnitude import accumulation_dtype, delta
+from taskloom.reference.masked.arithmetic import accumulation_dtype
+from taskloom.reference.masked.magnitude import delta
 from taskloom.reference.masked.select import Selection, rank_probabilities, selected_entries
 
 # mergekit leaves a delta alone where either L1 norm is below the first, and a mean undivided where the weights sum to less than the other.
