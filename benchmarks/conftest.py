@@ -65,6 +65,14 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info.pop("node", None)
 
 
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+    """Leave the names of the folder and the branch out of the JSON, and say in words which row a benchmark was."""
+    for name in ("project", "branch"):
+        output_json["commit_info"].pop(name, None)
+    for found in output_json["benchmarks"]:
+        found["params"] = {key: found["extra_info"][key] for key in ("op", "use", "dtype")}
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     lines = config.stash.get(LINES, [])
     if not lines:

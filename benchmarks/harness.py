@@ -17,10 +17,10 @@ from spread import summary
 Call: TypeAlias = Callable[[], Any]
 Shape: TypeAlias = tuple[int, int]
 
-SHAPE: Shape = (2048, 4096)
+SHAPE: Shape = (2048, 2048)
 COPY_BYTES = 1 << 26
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
-_MOST_ROUNDS, _LEAST_ROUNDS, _ROW_SECONDS = 9, 3, 1.5
+_MOST_ROUNDS, _LEAST_ROUNDS, _ROW_SECONDS = 9, 3, 1.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Contest:
         The same in torch eager, by a name that says how.
     shared
         Takes out of the op's result what the peers give too; None where they draw other random numbers.
+    exact
+        Whether the gate expects the reference's values themselves, not values near them.
     changes
         The tensor that the calls write in place.
     sizes
@@ -47,6 +49,7 @@ class Contest:
     bytes: int
     peers: Mapping[str, Call]
     shared: Callable[[Any], Any] | None = lambda result: result
+    exact: bool = False
     changes: Tensor | None = None
     sizes: Mapping[str, float] = field(default_factory=dict)
 
@@ -76,14 +79,14 @@ def outcome(contest: Contest, call: Call) -> Any:
     return found
 
 
-def check_close(got: Any, expected: Any) -> None:
+def check_close(got: Any, expected: Any, exact: bool = False) -> None:
     """Raise unless two results are the same: discrete values exactly, others by the relative Frobenius error that their dtype allows."""
     for ours, theirs in zip(tree_leaves(got), tree_leaves(expected), strict=True):
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
             raise AssertionError(f"expected {theirs.dtype} of shape {tuple(theirs.shape)}, got {ours.dtype} of {tuple(ours.shape)}")
-        if not theirs.is_floating_point():
+        if exact or not theirs.is_floating_point():
             if not torch.equal(ours, theirs):
-                raise AssertionError(f"{int((ours != theirs).sum())} of {theirs.numel()} discrete values differ")
+                raise AssertionError(f"{int((ours != theirs).sum())} of {theirs.numel()} values differ, expected none")
             continue
         error = torch.linalg.vector_norm(ours.double() - theirs.double()) / torch.linalg.vector_norm(theirs.double())
         if not error <= TOLERANCES[theirs.dtype]:
@@ -95,7 +98,7 @@ def gate(contest: Contest) -> None:
     with taskloom.backend("native"):
         got = outcome(contest, contest.ours)
     with taskloom.backend("reference"):
-        check_close(got, outcome(contest, contest.ours))
+        check_close(got, outcome(contest, contest.ours), contest.exact)
 
 
 def large_copy() -> Call:

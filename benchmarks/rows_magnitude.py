@@ -32,6 +32,7 @@ def threshold_contest(shape: Shape, dtype: torch.dtype) -> Contest:
             "argsort": by_argsort,
         },
         shared=lambda found: found.threshold,
+        exact=True,
         sizes={"rank": rank},
     )
 
@@ -51,6 +52,7 @@ def row_threshold_contest(shape: Shape, dtype: torch.dtype) -> Contest:
             "topk": lambda: magnitudes().topk(rank, dim=-1, sorted=False).values.amin(-1),
         },
         shared=lambda found: found.threshold,
+        exact=True,
         sizes={"rank": rank},
     )
 

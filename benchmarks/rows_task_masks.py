@@ -112,6 +112,7 @@ def compress_contest(shape: Shape, dtype: torch.dtype) -> Contest:
             "index a bool mask": lambda: values[mask],
             "unpack and masked_select": lambda: values.masked_select(taskloom.unpack_mask(packed, shape)),
         },
+        exact=True,
         sizes={"density": density},
     )
 
@@ -131,6 +132,7 @@ def restore_contest(shape: Shape, dtype: torch.dtype) -> Contest:
         ours=lambda: taskloom.masked_restore(compressed, packed, base),
         bytes=2 * base.nbytes + total_bytes(compressed, packed),
         peers={"masked_scatter": lambda: base.masked_scatter(mask, compressed), "assign to a bool mask": by_indexing},
+        exact=True,
         sizes={"density": density},
     )
 

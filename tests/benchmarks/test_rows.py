@@ -74,7 +74,7 @@ def test_gate_fails_for_a_wrong_result(factor: float) -> None:
 
 def test_gate_fails_for_a_wrong_mask() -> None:
     results = iter([torch.tensor([True, False]), torch.tensor([True, True])])
-    with pytest.raises(AssertionError, match="1 of 2"):
+    with pytest.raises(AssertionError, match="1 of 2 values"):
         gate(Contest(lambda: next(results), 1, {}))
 
 
