@@ -59,7 +59,7 @@ format: $(VENV)/.requirements
 # BENCH_JSON=NAME.json keeps the figures as benchmarks/results/NAME.json; pytest's status 5 means that there was nothing to measure.
 bench: build
 	mkdir -p benchmarks/results
-	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only \
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only --benchmark-quiet \
 	  $(if $(BENCH_JSON),--benchmark-json=benchmarks/results/$(BENCH_JSON)) || test $$? -eq 5
 
 # What we are compared with runs in an environment of its own.

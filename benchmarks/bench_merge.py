@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ import merge_reference
 import process
 from checkpoints import LlamaSize, from_bf16, llama_of, llama_shapes, read_tensors, to_bf16, write_checkpoints
 from merge_reference import Setting
+from spread import spread, summary
 from taskloom.merge.shards import parse_size
 
 METHODS = ("ties", "dare_ties", "breadcrumbs", "task_arithmetic")
@@ -124,10 +124,6 @@ def measure_floor(files: Sequence[Path], out_bytes: int, workdir: Path, threads:
     return {"read_seconds": read, "write_seconds": process.seconds_to_write(workdir / "floor", out_bytes, threads)}
 
 
-def summary(samples: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(samples), "lowest": min(samples), "highest": max(samples)}
-
-
 def summarize(ours: list[dict[str, Any]], peer: list[dict[str, Any]], floor: list[dict[str, float]]) -> dict[str, Any]:
     """Medians and spreads; ratios are taken run by run, of what was measured next to each other."""
     floors = [sample["read_seconds"] + sample["write_seconds"] for sample in floor]
@@ -172,10 +168,6 @@ def measure_methods(
     }
 
 
-def _spread(figures: dict[str, float], digits: int = 2) -> str:
-    return f"{figures['median']:.{digits}f} ({figures['lowest']:.{digits}f}-{figures['highest']:.{digits}f})"
-
-
 def _megabytes(figures: dict[str, float]) -> str:
     return f"{figures['median'] / 1e6:.0f}"
 
@@ -188,19 +180,19 @@ def _column(result: dict[str, Any]) -> dict[str, str]:
     """One method's figures by their names in the table."""
     found, samples = result["summary"], result["samples"]
     ours, peer = found["ours"], found.get("peer")
-    figures = {"ours, s": _spread(ours["wall_seconds"])}
+    figures = {"ours, s": spread(ours["wall_seconds"])}
     if peer:
-        figures["peer, s"] = _spread(peer["wall_seconds"])
-        figures["peer / ours"] = _spread(found["peer_over_ours_wall_seconds"], 1)
-    figures["ours, CPU s"] = _spread(_cpu(samples["ours"]))
+        figures["peer, s"] = spread(peer["wall_seconds"])
+        figures["peer / ours"] = spread(found["peer_over_ours_wall_seconds"], 1)
+    figures["ours, CPU s"] = spread(_cpu(samples["ours"]))
     if peer:
-        figures["peer, CPU s"] = _spread(_cpu(samples["peer"]))
+        figures["peer, CPU s"] = spread(_cpu(samples["peer"]))
     figures["ours, anonymous MB"] = _megabytes(ours["peak_anonymous"])
     if peer:
         figures["peer, anonymous MB"] = _megabytes(peer["peak_anonymous"])
-    figures["executor, s"] = _spread(ours["executor_seconds"])
-    figures["floor, s"] = _spread(found["floor_seconds"])
-    figures["executor / floor"] = _spread(found["executor_over_floor"])
+    figures["executor, s"] = spread(ours["executor_seconds"])
+    figures["floor, s"] = spread(found["floor_seconds"])
+    figures["executor / floor"] = spread(found["executor_over_floor"])
     return figures
 
 
@@ -274,7 +266,7 @@ def stream(options: argparse.Namespace, setting: Setting, workdir: Path) -> dict
             highlight=False,
         )
     return {
-        "versions": environment.versions(None),
+        "versions": environment.versions(),
         "checkpoint": {"size": asdict(size), "parameters": size.parameters, "models": len(models), "bytes_in": bytes_in},
         "inputs": "as the page cache held them after they were written",
         "gates": gates,

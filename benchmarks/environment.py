@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from taskloom import _native
+
 ROOT = Path(__file__).resolve().parent.parent
 
 _VERSIONS = (
@@ -27,19 +29,20 @@ def _field(path: str, name: str) -> str | None:
 
 
 def device() -> dict[str, Any]:
-    """Processor, cores that may be used, memory and kernel."""
+    """Processor, cores that may be used, level that the CPU loops run at, memory and kernel."""
     return {
         "cpu": _field("/proc/cpuinfo", "model name") or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
+        "cpu_level": _native.cpu_level(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": platform.release().partition("-")[0],
         "load_average": os.getloadavg()[0],
     }
 
 
-def versions(peer: Path | None) -> dict[str, Any]:
+def versions(peer: Path | None = None) -> dict[str, Any]:
     """Versions on our side, and on the peer's where there is one."""
-    found: dict[str, Any] = {name: version(name) for name in ("taskloom", "numpy")}
+    found: dict[str, Any] = {name: version(name) for name in ("taskloom", "torch", "numpy")}
     found["python"] = platform.python_version()
     if peer is not None:
         answer = subprocess.run([peer / "bin" / "python", "-c", _VERSIONS], check=True, capture_output=True, text=True)

@@ -1,99 +1,161 @@
-"""What every benchmark shares: a row of the table, the measured copy ceiling, and the figures that go into the JSON beside the times."""
+"""What every benchmark of ops shares: a row of a family's table, its gate, and its measurement beside peers and a large copy."""
 
 from __future__ import annotations
 
-import platform
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import taskloom
-from taskloom.ops import _library
+from spread import summary
 
-COPY_BYTES = 1 << 27
+Call: TypeAlias = Callable[[], Any]
+Shape: TypeAlias = tuple[int, int]
+
+SHAPE: Shape = (2048, 2048)
+COPY_BYTES = 1 << 26
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+_MOST_ROUNDS, _LEAST_ROUNDS, _ROW_SECONDS = 9, 3, 1.0
 
 
 @dataclass(frozen=True)
 class Contest:
-    """One op on one set of inputs.
+    """One op on one set of inputs, beside other ways to the same result.
 
-    ``gate`` raises unless the op is right on a slice of these inputs; ``bytes`` is what it must move at least, every read and write;
-    ``peers`` are other ways to the same result, each timed beside the op in one run.
+    Attributes
+    ----------
+    ours
+        Calls the op.
+    bytes
+        What the op must move at least, reads and writes together.
+    peers
+        The same in torch eager, by a name that says how.
+    shared
+        Takes out of the op's result what the peers give too; None where they draw other random numbers.
+    exact
+        Whether the gate expects the reference's values themselves, not values near them.
+    changes
+        The tensor that the calls write in place.
+    sizes
+        What else the JSON says of the inputs, beside shape and dtype.
     """
 
-    ours: Callable[[], Any]
-    gate: Callable[[], None]
+    ours: Call
     bytes: int
-    peers: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    peers: Mapping[str, Call]
+    shared: Callable[[Any], Any] | None = lambda result: result
+    exact: bool = False
+    changes: Tensor | None = None
+    sizes: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a family's table: a name, and the contest for a dtype. Inputs are made when the row runs, and freed after it."""
+    """A line of a family's table: one use of an op. Inputs are made when the row runs, and freed after it."""
 
-    name: str
-    make: Callable[[torch.dtype], Contest]
+    op: str
+    make: Callable[[Shape, torch.dtype], Contest]
+    use: str = ""
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
-
-def seconds_of(call: Callable[[], Any], rounds: int) -> float:
-    """Median wall time of a call after one that is not counted (or of the only one, for calls that take seconds)."""
-    times = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-        if times[0] > 1:
-            break
-    return statistics.median(times[1:] or times)
+    @property
+    def name(self) -> str:
+        return f"{self.op}, {self.use}" if self.use else self.op
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second, read and written together, of a copy between two large tensors: the ceiling of everything that streams."""
+def outcome(contest: Contest, call: Call) -> Any:
+    """Copies of what a call gives; what it changed in place is put back."""
+    before = None if contest.changes is None else contest.changes.clone()
+    result = call()
+    if contest.changes is None or before is None:
+        return result
+    found = contest.changes.clone()
+    contest.changes.copy_(before)
+    return found
+
+
+def check_close(got: Any, expected: Any, exact: bool = False) -> None:
+    """Raise unless two results are the same: discrete values exactly, others by the relative Frobenius error that their dtype allows."""
+    for ours, theirs in zip(tree_leaves(got), tree_leaves(expected), strict=True):
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            raise AssertionError(f"expected {theirs.dtype} of shape {tuple(theirs.shape)}, got {ours.dtype} of {tuple(ours.shape)}")
+        if exact or not theirs.is_floating_point():
+            if not torch.equal(ours, theirs):
+                raise AssertionError(f"{int((ours != theirs).sum())} of {theirs.numel()} values differ, expected none")
+            continue
+        error = torch.linalg.vector_norm(ours.double() - theirs.double()) / torch.linalg.vector_norm(theirs.double())
+        if not error <= TOLERANCES[theirs.dtype]:
+            raise AssertionError(f"relative error {float(error):.1e}, expected at most {TOLERANCES[theirs.dtype]}")
+
+
+def gate(contest: Contest) -> None:
+    """Raise unless the op gives on these inputs what its reference gives."""
+    with taskloom.backend("native"):
+        got = outcome(contest, contest.ours)
+    with taskloom.backend("reference"):
+        check_close(got, outcome(contest, contest.ours), contest.exact)
+
+
+def large_copy() -> Call:
+    """A copy between two tensors that no cache holds: its bandwidth is the ceiling of everything that streams."""
     source, target = torch.ones(COPY_BYTES // 4), torch.ones(COPY_BYTES // 4)
-    return 2 * COPY_BYTES / seconds_of(lambda: target.copy_(source), 5)
+    return lambda: target.copy_(source)
 
 
-def device_name() -> str:
-    """The processor's model, as Linux names it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+def seconds_of(call: Call) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
-def environment() -> dict[str, Any]:
-    """Device and versions."""
-    return {
-        "device": device_name(),
-        "cpu_level": _library.cpu_level(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "taskloom": taskloom.__version__,
-        "python": platform.python_version(),
-    }
+def measure(contest: Contest, benchmark: Any, copy: Call) -> dict[str, Any]:
+    """Time the op and its peers in turn, each call after a large copy, and compare round by round.
 
+    Parameters
+    ----------
+    contest
+        Whose gate has passed.
+    benchmark
+        pytest-benchmark's fixture, which times the op.
+    copy
+        :func:`large_copy`, the same for all rows.
 
-def figures(contest: Contest, seconds: float) -> dict[str, Any]:
-    """The op's speed beside the copy ceiling, and its ratio to each peer, all measured now."""
-    ceiling = copy_bandwidth()
-    peers = {name: seconds_of(call, 3) for name, call in contest.peers.items()}
+    Returns
+    -------
+    dict
+        Medians with lowest and highest, ready for the JSON; empty where pytest-benchmark was told to measure nothing.
+    """
+    peers: dict[str, list[float]] = {name: [] for name in contest.peers}
+    copies: list[float] = []
+
+    def others() -> None:
+        for name, call in contest.peers.items():
+            copy()
+            peers[name].append(seconds_of(call))
+        copies.append(seconds_of(copy))
+
+    with taskloom.backend("native"):
+        first = seconds_of(others) + seconds_of(contest.ours)
+        for taken in (copies, *peers.values()):
+            taken.clear()
+        rounds = max(_LEAST_ROUNDS, min(_MOST_ROUNDS, int(_ROW_SECONDS / first)))
+        benchmark.pedantic(contest.ours, setup=others, rounds=rounds)
+    if benchmark.stats is None:
+        return {}
+    ours = benchmark.stats.stats.data
     return {
         "bytes": contest.bytes,
-        "gigabytes_per_second": contest.bytes / seconds / 1e9,
-        "copy_gigabytes_per_second": ceiling / 1e9,
-        "share_of_copy": contest.bytes / seconds / ceiling,
-        "peer_seconds": peers,
-        "times_as_fast_as": {name: value / seconds for name, value in peers.items()},
+        "seconds": summary(ours),
+        "gigabytes_per_second": summary([contest.bytes / own / 1e9 for own in ours]),
+        "copy_gigabytes_per_second": summary([2 * COPY_BYTES / taken / 1e9 for taken in copies]),
+        "share_of_copy": summary([contest.bytes / own / (2 * COPY_BYTES / taken) for own, taken in zip(ours, copies, strict=True)]),
+        "peers": {
+            name: {"seconds": summary(taken), "over_ours": summary([theirs / own for theirs, own in zip(taken, ours, strict=True)])}
+            for name, taken in peers.items()
+        },
     }
-
-
-def line(name: str, seconds: float, found: Mapping[str, Any]) -> str:
-    """One line of the printed table."""
-    ratios = ", ".join(f"{ratio:.1f}x {peer}" for peer, ratio in found["times_as_fast_as"].items())
-    return (
-        f"{name:<44}{1e3 * seconds:9.1f} ms{found['gigabytes_per_second']:8.2f} GB/s{100 * found['share_of_copy']:6.0f}% of copy  {ratios}"
-    )
