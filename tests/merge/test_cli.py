@@ -229,3 +229,13 @@ def test_nonfinite_values(recipe: Path, tmp_path: Path) -> None:
     refused = _run("merge", recipe, tmp_path / "out")
     assert (refused.exit_code, "--allow-nonfinite" in refused.output) == (1, True)
     assert _run("merge", recipe, tmp_path / "out", "--allow-nonfinite", "-q").exit_code == 0
+
+
+def test_room_that_is_missing_is_found_before_anything_is_merged(recipe: Path, tmp_path: Path) -> None:
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); " + _WATCHED
+    before = sorted(tmp_path.rglob("*"))
+    done = subprocess.run([sys.executable, "-c", limited, "merge", recipe, tmp_path / "out"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "cannot set the size of" in done.stderr
+    assert "File too large" in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
