@@ -23,6 +23,8 @@ macro(taskloom_level_loops target keyword pattern)
     target_compile_definitions(${target}_${level} PRIVATE TASKLOOM_LEVEL=${level})
     # Exceptions and RTTI would bring in weak symbols; -fno-math-errno lets sqrt become an instruction.
     target_compile_options(${target}_${level} PRIVATE
+      # Left to itself gcc turns loops that copy a block into "rep movs", which takes several times as long as the loop.
+      $<$<CXX_COMPILER_ID:GNU>:-fno-tree-loop-distribute-patterns>
       -O3 ${TASKLOOM_LEVEL_FLAGS_${level}} -fno-exceptions -fno-rtti -fno-math-errno -fno-trapping-math
       # gcc 12 takes the deliberately undefined operands inside its own AVX-512 header for mistakes.
       $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized;-Wno-uninitialized>)

@@ -37,6 +37,8 @@ int32_t merge_of(const ScaleBlock& block, int64_t begin, int64_t n) {
     for (int64_t t = 0; t < block.tasks; ++t) {
       const Elements& task = block.deltas[t * block.delta_stride];
       const Acc* __restrict__ coef = static_cast<const Acc*>(block.coef) + t * block.coef_stride;
+      const int64_t ahead = n - done - size < step ? n - done - size : step;
+      prefetch_block(task.dtype, task.data, at + size, ahead);
       load_block(task.dtype, task.data, at, size, delta);
       if (block.partition == nullptr || block.groups == 1) {
         const Acc factor = coef[0];
@@ -96,6 +98,8 @@ int32_t dots(const ScaleBlock& block, int64_t begin, int64_t n, double* sums, do
     for (int64_t i = size; i < padded; ++i) gradient[i] = delta[i] = 0;
     for (int64_t t = 0; t < block.tasks; ++t) {
       const Elements& task = block.deltas[t * block.delta_stride];
+      const int64_t ahead = n - done - size < step ? n - done - size : step;
+      prefetch_block(task.dtype, task.data, at + size, ahead);
       load_block(task.dtype, task.data, at, size, delta);
       if (!grouped) {
         sums[t * groups] += dot(gradient, delta, padded);
