@@ -61,8 +61,9 @@ def run_row(benchmark: Any, copy: Call, surroundings: dict[str, Any], request: p
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Leave the machine's name out of the JSON."""
+    """Leave the machine's name, and that of its build of the kernel, out of the JSON."""
     machine_info.pop("node", None)
+    machine_info["release"] = str(machine_info.get("release")).partition("-")[0]
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
