@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "common/cpu_level.h"
 #include "common/dtype.h"
@@ -53,6 +54,17 @@ inline void check_packed(const Tensor& packed, int64_t numel, const char* name) 
   check_dtype(packed, ScalarType::Byte, name, "uint8");
   STD_TORCH_CHECK(packed.numel() == (numel + 7) / 8, name, ": expected ", (numel + 7) / 8, " bytes for ", numel, " entries, got ",
                   packed.numel());
+}
+
+// Entries of a mask of `shape`, for which `packed` has to have the bytes.
+inline int64_t check_packed_shape(const Tensor& packed, const std::vector<int64_t>& shape) {
+  int64_t numel = 1;
+  for (const int64_t size : shape) {
+    STD_TORCH_CHECK(size >= 0, "shape: sizes must not be negative, got ", size);
+    STD_TORCH_CHECK(!__builtin_mul_overflow(numel, size, &numel), "shape: more entries than 64 bits count");
+  }
+  check_packed(packed, numel, "packed");
+  return numel;
 }
 
 inline Tensor empty_of_shape(const Tensor& like, ScalarType dtype) { return torch::stable::empty(like.sizes(), dtype); }

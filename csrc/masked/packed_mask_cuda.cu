@@ -68,14 +68,7 @@ Tensor pack_mask_cuda(const Tensor& mask) {
 }
 
 Tensor unpack_mask_cuda(const Tensor& packed, std::vector<int64_t> shape) {
-  check_dtype(packed, ScalarType::Byte, "packed", "uint8");
-  int64_t numel = 1;
-  for (const int64_t size : shape) {
-    STD_TORCH_CHECK(size >= 0, "shape: sizes must not be negative, got ", size);
-    numel *= size;
-  }
-  STD_TORCH_CHECK(packed.numel() == (numel + 7) / 8, "packed: expected ", (numel + 7) / 8, " bytes for ", numel, " entries, got ",
-                  packed.numel());
+  const int64_t numel = check_packed_shape(packed, shape);
   const Tensor flat = torch::stable::contiguous(packed);
   Tensor mask = torch::stable::new_empty(flat, shape, ScalarType::Bool);
   launch(flat, (numel + 7) / 8, unpack_mask_kernel, static_cast<const uint8_t*>(flat.const_data_ptr()), numel,
