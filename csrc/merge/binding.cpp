@@ -6,10 +6,12 @@
 #include <algorithm>
 #include <chrono>
 #include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
 #include "merge/executor.h"
+#include "merge/files.h"
 
 namespace py = pybind11;
 
@@ -117,6 +119,11 @@ MergeJob job_of(const py::handle& job, const py::handle& element_bits, uint64_t 
   return read;
 }
 
+// As the file system has it: a name need not be UTF-8.
+std::string path_of(const py::handle& path) {
+  return py::reinterpret_steal<py::bytes>(PyUnicode_EncodeFSDefault(py::str(path).ptr())).cast<std::string>();
+}
+
 py::dict result_of(const JobResult& result, size_t tasks) {
   py::dict read;
   py::list dots;
@@ -139,22 +146,22 @@ py::dict result_of(const JobResult& result, size_t tasks) {
 }
 
 // Inputs are paths, or 0 for the process's own memory (offsets are addresses); outputs are (path, header, size), or 0.
-py::list execute_merge(const py::list& inputs, const py::list& outputs, const py::object& plan, const py::dict& element_bits, int threads,
-                       bool magnitude_histogram, const py::object& progress) {
+MergeRun run_of(const py::list& inputs, const py::list& outputs, const py::object& plan, const py::dict& element_bits, int threads,
+                bool magnitude_histogram) {
   MergeRun run;
   for (const py::handle input : inputs) {
     if (py::isinstance<py::int_>(input)) {
       run.inputs.emplace_back(input.cast<uintptr_t>());
     } else {
-      run.inputs.emplace_back(input.cast<std::string>());
+      run.inputs.emplace_back(path_of(input));
     }
   }
   for (const py::handle output : outputs) {
     if (py::isinstance<py::int_>(output)) {
       run.outputs.emplace_back(output.cast<uintptr_t>());
     } else {
-      const auto [path, header, size] = output.cast<std::tuple<std::string, py::bytes, int64_t>>();
-      run.outputs.emplace_back(path, std::string(header), size);
+      const auto [path, header, size] = output.cast<std::tuple<py::object, py::bytes, int64_t>>();
+      run.outputs.emplace_back(path_of(path), std::string(header), size);
     }
   }
   run.models = plan.attr("models").cast<std::vector<std::string>>();
@@ -162,9 +169,38 @@ py::list execute_merge(const py::list& inputs, const py::list& outputs, const py
   run.magnitude_histogram = magnitude_histogram;
   run.threads = std::max(1, threads);
   for (const py::handle job : plan.attr("jobs")) run.jobs.push_back(job_of(job, element_bits, plan.attr("seed").cast<uint64_t>()));
+  return run;
+}
+
+// What the merge itself reports, apart from what a caller's progress function raises.
+class MergeFailure : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+template <class Work>
+auto reporting(const Work& work) {
+  try {
+    return work();
+  } catch (const py::error_already_set&) {
+    throw;
+  } catch (const std::runtime_error& error) {
+    throw MergeFailure(error.what());
+  } catch (const std::logic_error& error) {
+    throw MergeFailure(error.what());
+  }
+}
+
+std::unique_ptr<MergeExecutor> make_executor(const py::list& inputs, const py::list& outputs, const py::object& plan,
+                                             const py::dict& element_bits, int threads, bool magnitude_histogram) {
+  return reporting(
+      [&] { return std::make_unique<MergeExecutor>(run_of(inputs, outputs, plan, element_bits, threads, magnitude_histogram)); });
+}
+
+py::list run_output(MergeExecutor& executor, size_t output, const py::object& progress) {
   auto last = std::chrono::steady_clock::now();
   int64_t latest = 0;
-  run.progress = [&](int64_t done) {
+  const auto tick = [&](int64_t done) {
     latest = done;
     const auto now = std::chrono::steady_clock::now();
     if (now - last < std::chrono::milliseconds(100)) return;
@@ -173,15 +209,16 @@ py::list execute_merge(const py::list& inputs, const py::list& outputs, const py
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     if (!progress.is_none()) progress(done);
   };
-  std::vector<JobResult> results;
-  {
+  const std::vector<JobResult> results = reporting([&] {
     const py::gil_scoped_release release;
-    results = execute(run);
-  }
+    return executor.run(output, tick);
+  });
   if (!progress.is_none()) progress(latest);
   py::list read;
+  const std::vector<size_t>& jobs = executor.jobs_of(output);
   for (size_t i = 0; i < results.size(); ++i) {
-    read.append(run.jobs[i].stages ? py::object(result_of(results[i], run.jobs[i].tuned.size())) : py::object(py::none()));
+    const MergeJob& job = executor.plan().jobs[jobs[i]];
+    read.append(job.stages ? py::object(result_of(results[i], job.tuned.size())) : py::object(py::none()));
   }
   return read;
 }
@@ -189,9 +226,21 @@ py::list execute_merge(const py::list& inputs, const py::list& outputs, const py
 }  // namespace
 
 void bind_merge(py::module_& m) {
-  m.def("execute_merge", &execute_merge, py::arg("inputs"), py::arg("outputs"), py::arg("plan"), py::arg("element_bits"),
-        py::arg("threads"), py::arg("magnitude_histogram"), py::arg("progress"),
-        "Carry out a taskloom.merge.plan.MergePlan; one result per job, None for copies.");
+  py::register_exception<MergeFailure>(m, "MergeFailure", PyExc_RuntimeError);
+  py::class_<MergeExecutor>(m, "MergeExecutor", "Carries out a taskloom.merge.plan.MergePlan, one output file at a time.")
+      .def(py::init(&make_executor), py::arg("inputs"), py::arg("outputs"), py::arg("plan"), py::arg("element_bits"), py::arg("threads"),
+           py::arg("magnitude_histogram"))
+      .def(
+          "reserve",
+          [](const MergeExecutor& executor, const std::vector<size_t>& outputs) {
+            const py::gil_scoped_release release;
+            reporting([&] { executor.reserve(outputs); });
+          },
+          py::arg("outputs"), "Create output files with their room on the disk and their headers.")
+      .def("run", &run_output, py::arg("output"), py::arg("progress"),
+           "Merge the tensors of one output file; one result per job of it, in plan order, None for copies.");
+  m.def("exchange_names", &exchange_names, py::arg("first"), py::arg("second"),
+        "Swap the names of two files or folders in one step; False where the file system cannot.");
 }
 
 }  // namespace taskloom

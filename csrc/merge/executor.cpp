@@ -20,36 +20,42 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-class Executor {
- public:
-  explicit Executor(MergeRun& run)
-      : run_(run),
-        pool_(run.threads,
-              [this] {
-                if (run_.progress) run_.progress(done_.load(std::memory_order_relaxed));
-              }),
-        results_(run.jobs.size()),
-        prepared_(run.jobs.size()) {}
+}  // namespace
 
-  std::vector<JobResult> execute() {
-    find_model_cuts();
-    find_majority_signs();
-    std::vector<size_t> few;
-    size_t previous = run_.jobs.size();
-    for (size_t i = 0; i < run_.jobs.size(); ++i) {
-      if (run_.jobs[i].numel < large) {
-        few.push_back(i);
-        continue;
-      }
-      advise(run_.jobs[i], true);
-      if (previous < run_.jobs.size()) finish_large(previous);
-      previous = i;
+class MergeExecutor::State {
+ public:
+  explicit State(MergeRun run)
+      : run_(std::move(run)),
+        pool_(run_.threads,
+              [this] {
+                if (progress_ != nullptr && *progress_) (*progress_)(done_.load(std::memory_order_relaxed));
+              }),
+        jobs_of_(run_.outputs.size()),
+        results_(run_.jobs.size()),
+        prepared_(run_.jobs.size()) {
+    for (size_t i = 0; i < run_.jobs.size(); ++i) jobs_of_.at(static_cast<size_t>(run_.jobs[i].target.file)).push_back(i);
+  }
+
+  const MergeRun& plan() const { return run_; }
+  const std::vector<size_t>& jobs_of(size_t output) const { return jobs_of_.at(output); }
+
+  std::vector<JobResult> run(size_t output, const Progress& progress) {
+    progress_ = &progress;
+    OutputFile& file = run_.outputs.at(output);
+    file.open();
+    try {
+      prepare_model();
+      carry_out_all(jobs_of_[output]);
+      file.close();
+    } catch (...) {
+      progress_ = nullptr;
+      throw;
     }
-    if (previous < run_.jobs.size()) finish_large(previous);
-    pool_.parallel()(static_cast<int64_t>(few.size()), [&](int64_t i) { carry_out(few[static_cast<size_t>(i)]); });
-    for (OutputFile& output : run_.outputs) output.close();
-    if (run_.progress) run_.progress(done_);
-    return std::move(results_);
+    if (progress) progress(done_);
+    progress_ = nullptr;
+    std::vector<JobResult> results;
+    for (const size_t i : jobs_of_[output]) results.push_back(std::move(results_[i]));
+    return results;
   }
 
  private:
@@ -86,6 +92,35 @@ class Executor {
     return merge;
   }
 
+  void prepare_model() {
+    if (model_prepared_) return;
+    find_model_cuts();
+    find_majority_signs();
+    model_prepared_ = true;
+  }
+
+  void carry_out_all(const std::vector<size_t>& jobs) {
+    std::vector<size_t> few;
+    std::optional<size_t> previous;
+    for (const size_t i : jobs) {
+      if (run_.jobs[i].numel < large) {
+        few.push_back(i);
+        continue;
+      }
+      advise(run_.jobs[i], true);
+      if (previous) finish_large(*previous);
+      previous = i;
+    }
+    if (previous) finish_large(*previous);
+    pool_.parallel()(static_cast<int64_t>(few.size()), [&](int64_t i) { carry_out(few[static_cast<size_t>(i)]); });
+  }
+
+  // Mapped pages that cannot be read hold zeros from then on (see files.h), so what was made of them must not be used.
+  void check_readable(const MergeJob& job) const {
+    if (job.base) run_.inputs[static_cast<size_t>(job.base->file)].check_readable();
+    for (const Place& place : job.tuned) run_.inputs[static_cast<size_t>(place.file)].check_readable();
+  }
+
   void find_model_cuts() {
     std::vector<size_t> members;
     for (size_t i = 0; i < run_.jobs.size(); ++i) {
@@ -112,6 +147,7 @@ class Executor {
       std::vector<int64_t> tie_ends;
       const std::vector<Threshold> found =
           joint_magnitude_thresholds(segments, {task.rank_end, task.rank_begin}, &tie_ends, pool_.parallel(), wide);
+      for (const size_t i : members) check_readable(run_.jobs[i]);
       for (size_t s = 0; s < members.size(); ++s) {
         MergeTask& own = prepared_[members[s]]->tasks[t];
         own.outer = {found[0].cut.bits, tie_ends[s]};
@@ -141,6 +177,7 @@ class Executor {
         sum += elected_sign_sum(prepare(i), pool_.parallel());
         // One tensor's bits are little, those of all would not be.
         drop_records(&*prepared_[i]);
+        check_readable(job);
         members.push_back(i);
       }
     }
@@ -148,7 +185,7 @@ class Executor {
   }
 
   struct Sink {
-    Executor* executor;
+    State* executor;
     const MergeJob* job;
     double done_per_byte;
   };
@@ -156,6 +193,7 @@ class Executor {
   static void write_chunk(void* context, int64_t offset, const void* chunk, int64_t bytes) {
     const auto* sink = static_cast<const Sink*>(context);
     const Place& target = sink->job->target;
+    sink->executor->check_readable(*sink->job);
     sink->executor->run_.outputs[static_cast<size_t>(target.file)].write(target.offset + offset, chunk, bytes);
     sink->executor->done_ += static_cast<int64_t>(static_cast<double>(bytes) * sink->done_per_byte);
   }
@@ -181,6 +219,7 @@ class Executor {
     } else if (job.numel > 0) {
       merge(index, output);
     }
+    check_readable(job);
     results_[index].seconds = seconds_since(start);
   }
 
@@ -214,6 +253,7 @@ class Executor {
       return;
     }
     const SparseMerge& ready = prepare(index);
+    check_readable(job);
     JobResult& result = results_[index];
     result.statistics = sparse_merge(ready, output, pool_.parallel());
     check_finite(job, result.statistics);
@@ -281,15 +321,25 @@ class Executor {
     throw std::runtime_error("tensor '" + job.name + "': the difference of a model and the base overflows");
   }
 
-  MergeRun& run_;
+  MergeRun run_;
+  const Progress* progress_ = nullptr;
   std::atomic<int64_t> done_{0};
   ThreadPool pool_;
+  std::vector<std::vector<size_t>> jobs_of_;
   std::vector<JobResult> results_;
   std::vector<std::optional<SparseMerge>> prepared_;
+  bool model_prepared_ = false;
 };
 
-}  // namespace
+MergeExecutor::MergeExecutor(MergeRun run) : state_(std::make_unique<State>(std::move(run))) {}
+MergeExecutor::~MergeExecutor() = default;
 
-std::vector<JobResult> execute(MergeRun& run) { return Executor(run).execute(); }
+void MergeExecutor::reserve(const std::vector<size_t>& outputs) const {
+  for (const size_t output : outputs) state_->plan().outputs.at(output).reserve();
+}
+
+std::vector<JobResult> MergeExecutor::run(size_t output, const Progress& progress) { return state_->run(output, progress); }
+const std::vector<size_t>& MergeExecutor::jobs_of(size_t output) const { return state_->jobs_of(output); }
+const MergeRun& MergeExecutor::plan() const { return state_->plan(); }
 
 }  // namespace taskloom

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -52,9 +53,29 @@ struct MergeRun {
   bool allow_nonfinite = false;
   bool magnitude_histogram = false;
   int threads = 1;
-  std::function<void(int64_t done_bytes)> progress;  // called from the calling thread, after each of its chunks
 };
 
-std::vector<JobResult> execute(MergeRun& run);
+// Called from the calling thread, after each of its chunks, with the bytes of all runs so far.
+using Progress = std::function<void(int64_t done_bytes)>;
+
+// Carries a merge out, one output file at a time, in any order and as many of them as are wanted. What concerns the whole model (the cuts
+// of `scope: model`, the majority sign) is found by the first run, from all jobs, so that a file's content does not depend on which others
+// are made.
+class MergeExecutor {
+ public:
+  explicit MergeExecutor(MergeRun run);
+  ~MergeExecutor();
+  // Creates output files with their room on the disk and their headers: a full disk shows before anything is merged.
+  void reserve(const std::vector<size_t>& outputs) const;
+  // Merges the jobs of one output into it; results in the order of `jobs_of`.
+  std::vector<JobResult> run(size_t output, const Progress& progress);
+  // Indices of an output's jobs, in plan order.
+  const std::vector<size_t>& jobs_of(size_t output) const;
+  const MergeRun& plan() const;
+
+ private:
+  class State;
+  std::unique_ptr<State> state_;
+};
 
 }  // namespace taskloom

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from taskloom.merge import merge_checkpoints
 from taskloom.merge.errors import MergeError
-from taskloom.merge.execute import execute_plan, run_native
+from taskloom.merge.execute import Executor, execute_plan
 from taskloom.merge.plan import MergePlan, Stages, TensorJob, TensorSource, TensorTarget
 
 SHAPES = {"layers.0.weight": (301, 700), "layers.1.weight": (64, 33), "norm.weight": (17,), "scalar": ()}
@@ -180,13 +180,13 @@ def test_rows_whose_ranks_do_not_fit_are_refused() -> None:
     job = TensorJob("long", (2**31,), TensorTarget(0, 0, "BF16"), place, (place,), stages)
     plan = MergePlan(inputs=(), outputs=(), jobs=(job,), models=("tuned",))
     with pytest.raises(MergeError, match=r"tensor 'long': rows of more than 2147483647 entries"):
-        run_native(plan, [0], [0], threads=1, magnitude_histogram=False, progress=None)
+        Executor(plan, [0], [0], threads=1, magnitude_histogram=False)
 
 
 def test_too_little_memory_is_a_merge_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def exhausted(*_: object) -> None:
         raise MemoryError("std::bad_alloc")
 
-    monkeypatch.setattr("taskloom._native.execute_merge", exhausted)
+    monkeypatch.setattr("taskloom._native.MergeExecutor", exhausted)
     with pytest.raises(MergeError, match="not enough memory for the buffers of 3 threads"):
         execute_plan(MergePlan(inputs=(), outputs=(), jobs=(), models=()), tmp_path, threads=3)

@@ -35,10 +35,11 @@ def test_refuses_folders_that_would_lose_something(models: Models, tmp_path: Pat
     file.write_text("x")
     cut = tmp_path / "cut.partial"
     cut.mkdir()
+    (cut / "keep.txt").write_text("x")
     cases = {
         full: "is not empty",
         file: "is a file",
-        tmp_path / "cut": "left from a merge that was cut off",
+        tmp_path / "cut": "not a working folder that a merge left",
         models["a"]: "is the input model",
         models["base"] / "out": "lies inside the input model",
         tmp_path: "holds the input model",
@@ -120,7 +121,7 @@ def test_shards_load_and_hold_what_one_file_holds(models: Models, tmp_path: Path
     merge_checkpoints(recipe_of(models, "ties", parameters={"density": 0.5}), tmp_path / "whole")
     expected = load_file(tmp_path / "whole" / "model.safetensors")
     found: dict[str, Any] = {}
-    for file in report.files:
+    for file in (entry.name for entry in report.files):
         found |= load_file(tmp_path / "out" / file)
         with safe_open(tmp_path / "out" / file, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}
@@ -160,7 +161,7 @@ def test_tensors_of_every_other_dtype_are_copied_bit_by_bit(tmp_path: Path, size
     }
     report = merge_checkpoints(recipe, tmp_path / "out", shard_size=size)
     found = {}
-    for file in report.files:
+    for file in (entry.name for entry in report.files):
         raw = (tmp_path / "out" / file).read_bytes()
         for name, entry in read_header(tmp_path / "out" / file).items():
             found[name] = (entry.dtype, entry.shape, raw[entry.offset : entry.offset + entry.nbytes])
@@ -200,7 +201,7 @@ def test_files_that_come_along(models: Models, tmp_path: Path) -> None:
         "quantization_config": {"dtype": "float32"},
         "n": 1,
     }
-    assert report.files == ["model.safetensors"]
+    assert [file.name for file in report.files] == ["model.safetensors"]
     merge_checkpoints(recipe_of(models), tmp_path / "bare", copy_tokenizer=False, write_card=False)
     bare = {path.name for path in (tmp_path / "bare").iterdir()}
     assert bare == (written - {"tokenizer.json", "tokenizer_config.json", "vocab.txt", "chat_template.jinja", "README.md"})

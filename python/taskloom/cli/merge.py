@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from taskloom.cli.mergekit_flags import refuse_mergekit_flags
+from taskloom.cli.signals import signal_of, stopping_signals, with_notes
 from taskloom.merge.errors import MergeError
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def _merge(recipe: Path, out: Path | None, options: dict[str, Any]) -> None:
         from taskloom.merge.preview import preview
 
         if out is not None:
-            check_output(out, planned.cast.models)
+            check_output(out, planned.cast.models, overwrite=options["overwrite"], resume=options["resume"])
         shown = preview(planned, method=loaded.method.name, base_model=loaded.base_model, threads=options["threads"])
         if options["as_json"]:
             _print_json(shown.to_dict())
@@ -170,6 +171,8 @@ def _merge(recipe: Path, out: Path | None, options: dict[str, Any]) -> None:
             plot=options["plot"],
             copy_tokenizer=options["copy_tokenizer"],
             write_card=options["write_card"],
+            overwrite=options["overwrite"],
+            resume=options["resume"],
             progress=progress,
         )
     if options["as_json"]:
@@ -199,6 +202,8 @@ def _merge(recipe: Path, out: Path | None, options: dict[str, Any]) -> None:
 @click.option(
     "--write-card/--no-write-card", "--write-model-card/--no-write-model-card", default=True, show_default=True, help="Write README.md."
 )
+@click.option("--resume", is_flag=True, help="Go on with what the same merge left when it was cut off; start afresh where nothing is left.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing OUT, once the merge is complete; discard what a cut-off merge left.")
 @click.option("--allow-nonfinite", is_flag=True, help="Let NaN and infinities in the models pass instead of stopping.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar and no summary.")
 @click.option("--debug", is_flag=True, help="Show a traceback for errors.")
@@ -214,8 +219,13 @@ def merge(recipe: Path | None, out: Path | None, list_methods: bool, init: str |
             found = _required(recipe, "RECIPE")
             if not options["dry_run"]:
                 _required(out, "OUT")
-            _merge(found, out, options)
+            with stopping_signals():
+                _merge(found, out, options)
     except MergeError as error:
         if debug:
             raise
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(with_notes(str(error), error)) from error
+    except KeyboardInterrupt as error:
+        stop = signal_of(error)
+        click.echo(f"Error: {with_notes(f'stopped by {stop.name}', error)}", err=True)
+        click.get_current_context().exit(128 + stop)

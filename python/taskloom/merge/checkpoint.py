@@ -9,6 +9,7 @@ from typing import Any
 
 from taskloom.merge.errors import CheckpointError
 from taskloom.merge.header import TensorEntry, read_header
+from taskloom.merge.identity import FileIdentity
 from taskloom.merge.locate import Located
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -25,6 +26,11 @@ class Checkpoint:
     @property
     def label(self) -> str:
         return self.located.label
+
+    @property
+    def files(self) -> tuple[FileIdentity, ...]:
+        """The files that hold its tensors, as they were when it was opened."""
+        return tuple({entry.file: entry.identity for entry in self.tensors.values() if entry.identity is not None}.values())
 
     @property
     def folder(self) -> Path | None:

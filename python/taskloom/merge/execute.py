@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from taskloom.merge.errors import MergeError
+from taskloom.merge.digest import file_digest
+from taskloom.merge.errors import MergeError, OutputError
 from taskloom.merge.header import BITS, tensor_bytes
 from taskloom.merge.plan import MergePlan, TensorJob
 
@@ -50,13 +52,55 @@ class TensorStats:
 
 
 @dataclass(frozen=True)
-class ExecutionResult:
-    """A finished pass: figures of every merged tensor (not of copies), wall seconds, and bytes of tensors read and written."""
+class FinishedFile:
+    """An output file that is complete and on the disk.
 
-    tensors: list[TensorStats]
+    Attributes
+    ----------
+    name, bytes, digest
+        File name, size, and xxh3_128 of the content.
+    seconds
+        Wall time of its merge.
+    tensors
+        Figures of its merged tensors, in plan order.
+    """
+
+    name: str
+    bytes: int
+    digest: str
     seconds: float
+    tensors: tuple[TensorStats, ...]
+
+    @property
+    def has_histograms(self) -> bool:
+        """Whether magnitudes were counted in all of its merged tensors."""
+        return all(tensor.magnitude_histogram is not None for tensor in self.tensors)
+
+    def is_at(self, path: Path) -> bool:
+        """Whether the file at ``path`` is still this one."""
+        try:
+            return path.stat().st_size == self.bytes and file_digest(path) == self.digest
+        except OSError:
+            return False
+
+
+@dataclass(frozen=True)
+class ExecutionResult:
+    """A finished pass: its files in plan order, and bytes of tensors read and written."""
+
+    files: tuple[FinishedFile, ...]
     bytes_read: int
     bytes_written: int
+
+    @property
+    def tensors(self) -> list[TensorStats]:
+        """Figures of every merged tensor (not of copies)."""
+        return [tensor for file in self.files for tensor in file.tensors]
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the merge."""
+        return sum(file.seconds for file in self.files)
 
 
 def available_threads() -> int:
@@ -73,44 +117,99 @@ def _bytes_read(job: TensorJob) -> int:
     return sum(tensor_bytes(source.dtype, job.shape) for source in (job.base, *job.tuned) if source is not None)
 
 
-def run_native(
-    plan: MergePlan,
-    inputs: list[Any],
-    outputs: list[Any],
-    *,
-    threads: int,
-    magnitude_histogram: bool,
-    progress: Callable[[int], None] | None,
-) -> ExecutionResult:
-    """Run the executor on inputs and outputs given as it takes them: paths and (path, header, size), or 0 for memory."""
-    native = importlib.import_module("taskloom._native")
-    start = time.perf_counter()
-    team = thread_count(threads)
-    try:
-        results = native.execute_merge(inputs, outputs, plan, BITS, team, magnitude_histogram, progress)
-    except (RuntimeError, ValueError) as error:
-        raise MergeError(str(error)) from error
-    except MemoryError as error:
-        raise MergeError(f"not enough memory for the buffers of {team} threads") from error
-    tensors = [
-        TensorStats(
-            name=job.name,
-            numel=prod(job.shape),
-            kept=result["kept"],
-            conflicts=result["conflicts"],
-            dots=result["dots"],
-            seconds=result["seconds"],
-            magnitude_histogram=result["magnitude_histogram"] or None,
+def _job_bytes(job: TensorJob) -> int:
+    return _bytes_read(job) + tensor_bytes(job.target.dtype, job.shape)
+
+
+class Executor:
+    """The compiled executor of a plan, on inputs and outputs as it takes them: paths and (path, header, size), or 0 for memory.
+
+    Raises
+    ------
+    MergeError
+        If an input cannot be opened.
+    """
+
+    def __init__(self, plan: MergePlan, inputs: list[Any], outputs: list[Any], *, threads: int, magnitude_histogram: bool) -> None:
+        self._native = importlib.import_module("taskloom._native")
+        self._threads = thread_count(threads)
+        self._jobs: list[list[TensorJob]] = [[] for _ in outputs]
+        for job in plan.jobs:
+            self._jobs[job.target.file].append(job)
+        self._merge = self._guarded(
+            lambda: self._native.MergeExecutor(inputs, outputs, plan, BITS, self._threads, magnitude_histogram),
         )
-        for job, result in zip(plan.jobs, results, strict=True)
-        if result is not None and len(result["kept"]) == len(job.tuned)
-    ]
-    return ExecutionResult(
-        tensors=tensors,
-        seconds=time.perf_counter() - start,
-        bytes_read=sum(_bytes_read(job) for job in plan.jobs),
-        bytes_written=plan.total_size,
-    )
+
+    def _guarded(self, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except self._native.MergeFailure as error:
+            raise MergeError(str(error)) from error
+        except MemoryError as error:
+            raise MergeError(f"not enough memory for the buffers of {self._threads} threads") from error
+
+    def reserve(self, outputs: Sequence[int]) -> None:
+        """Create output files with their room on the disk; raises MergeError where that is not to be had."""
+        self._guarded(lambda: self._merge.reserve(outputs))
+
+    def run(self, output: int, progress: Callable[[int], None] | None = None) -> tuple[TensorStats, ...]:
+        """Merge one output's tensors; raises MergeError where a file cannot be read or written, or values are not finite."""
+        results = self._guarded(lambda: self._merge.run(output, progress))
+        return tuple(
+            TensorStats(
+                name=job.name,
+                numel=prod(job.shape),
+                kept=result["kept"],
+                conflicts=result["conflicts"],
+                dots=result["dots"],
+                seconds=result["seconds"],
+                magnitude_histogram=result["magnitude_histogram"] or None,
+            )
+            for job, result in zip(self._jobs[output], results, strict=True)
+            if result is not None and len(result["kept"]) == len(job.tuned)
+        )
+
+
+class _Finisher:
+    """Digests and syncs a file in a thread of its own while the next one is merged; one at a time, so that unwritten data stays bounded."""
+
+    def __init__(self, finished: Callable[[FinishedFile], None]) -> None:
+        self._finished = finished
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, path: Path, size: int, seconds: float, tensors: tuple[TensorStats, ...]) -> None:
+        self.wait()
+        self._thread = threading.Thread(target=self._finish, args=(path, size, seconds, tensors), name=f"finish {path.name}")
+        self._thread.start()
+
+    def _finish(self, path: Path, size: int, seconds: float, tensors: tuple[TensorStats, ...]) -> None:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            self._finished(FinishedFile(path.name, size, file_digest(path), seconds, tensors))
+        except OSError as error:
+            self._error = OutputError(f"{path}: cannot be finished: {error.strerror}")
+            self._error.__cause__ = error
+
+    def join(self) -> None:
+        """Wait for the thread, come what may: it writes to what the caller would take away."""
+        interruption: BaseException | None = None
+        while self._thread is not None and self._thread.is_alive():
+            try:
+                self._thread.join()
+            except KeyboardInterrupt as error:
+                interruption = error
+        if interruption is not None:
+            raise interruption
+
+    def wait(self) -> None:
+        self.join()
+        if self._error is not None:
+            raise self._error
 
 
 def execute_plan(
@@ -120,6 +219,9 @@ def execute_plan(
     threads: int = 0,
     magnitude_histogram: bool = False,
     progress: Callable[[int], None] | None = None,
+    finished: Mapping[str, FinishedFile] | None = None,
+    on_finished: Callable[[FinishedFile], None] | None = None,
+    check_inputs: Callable[[], None] | None = None,
 ) -> ExecutionResult:
     """Create the plan's output files in ``folder``, with every tensor in them, in one streaming pass.
 
@@ -128,19 +230,53 @@ def execute_plan(
     plan
         From :func:`taskloom.merge.planner.plan_merge`.
     folder
-        Existing folder without files of the outputs' names.
+        Existing folder without files of the outputs' names, but for those in ``finished``.
     threads
         Threads, the calling one included; 0 means all cores. The result does not depend on it.
     magnitude_histogram
         Count ``|delta|`` by exponent as well (one more pass).
     progress
         Called from the calling thread now and then, and at the end, with the number of tensor bytes done, read and written together.
+    finished
+        Files that are there already, by name; they are left as they are.
+    on_finished
+        Called for each new file once it is on the disk, from another thread, one file at a time.
+    check_inputs
+        Called after each file, before it counts as finished; raises where an input has changed.
 
     Raises
     ------
     MergeError
         If an input holds NaN or infinity and the plan does not allow them, or a file cannot be read or written.
     """
-    inputs = [str(path) for path in plan.inputs]
+    done = dict(finished or {})
+    wanted = [index for index, output in enumerate(plan.outputs) if output.name not in done]
     outputs = [(str(folder / output.name), output.header, output.size) for output in plan.outputs]
-    return run_native(plan, inputs, outputs, threads=threads, magnitude_histogram=magnitude_histogram, progress=progress)
+    inputs = [str(path) for path in plan.inputs]
+    executor = Executor(plan, inputs, outputs, threads=threads, magnitude_histogram=magnitude_histogram)
+    executor.reserve(wanted)
+
+    def finish(file: FinishedFile) -> None:
+        if on_finished is not None:
+            on_finished(file)
+        done[file.name] = file
+
+    skipped = sum(_job_bytes(job) for job in plan.jobs if plan.outputs[job.target.file].name in done)
+    shifted = None if progress is None else lambda count: progress(skipped + count)
+    finisher = _Finisher(finish)
+    try:
+        for index in wanted:
+            start = time.perf_counter()
+            stats = executor.run(index, shifted)
+            seconds = time.perf_counter() - start
+            if check_inputs is not None:
+                check_inputs()
+            finisher.start(folder / plan.outputs[index].name, plan.outputs[index].size, seconds, stats)
+    finally:
+        finisher.join()
+    finisher.wait()
+    return ExecutionResult(
+        files=tuple(done[output.name] for output in plan.outputs),
+        bytes_read=sum(_bytes_read(job) for job in plan.jobs),
+        bytes_written=plan.total_size,
+    )

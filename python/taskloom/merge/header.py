@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from taskloom.merge.errors import CheckpointError
+from taskloom.merge.identity import FileIdentity
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -51,13 +52,17 @@ FLOATING = ("F32", "BF16", "F16", "F64")
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file: safetensors dtype code, shape, and where its bytes are, counted from the file's start."""
+    """One tensor of a file: safetensors dtype code, shape, and where its bytes are, counted from the file's start.
+
+    ``identity`` is the file's, None for a tensor in memory.
+    """
 
     file: Path
     offset: int
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+    identity: FileIdentity | None = None
 
     @property
     def numel(self) -> int:
@@ -84,10 +89,11 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     return prod(shape) * BITS[dtype] // 8
 
 
-def _read_prefix(path: Path) -> tuple[bytes, int]:
+def _read_prefix(path: Path) -> tuple[bytes, FileIdentity]:
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
+            size = status.st_size
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise CheckpointError(f"{path}: not a safetensors file: {size} bytes, expected at least 8")
@@ -98,7 +104,8 @@ def _read_prefix(path: Path) -> tuple[bytes, int]:
                 )
             if 8 + length > size:
                 raise CheckpointError(f"{path}: truncated: the header needs {length} bytes, the file has {size - 8} after its length field")
-            return file.read(length), size
+            raw = file.read(length)
+            return raw, FileIdentity.of(path, status, raw)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -122,8 +129,8 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _parse_entry(path: Path, name: str, info: object, data_start: int) -> TensorEntry:
-    where = f"{path}: tensor {name!r}"
+def _parse_entry(identity: FileIdentity, name: str, info: object, data_start: int) -> TensorEntry:
+    where = f"{identity.file}: tensor {name!r}"
     if not name.isprintable() and any(0xD800 <= ord(character) < 0xE000 for character in name):
         raise CheckpointError(f"{where}: the name is not valid Unicode")
     if not isinstance(info, dict):
@@ -146,7 +153,7 @@ def _parse_entry(path: Path, name: str, info: object, data_start: int) -> Tensor
         raise CheckpointError(f"{where}: {dtype} of shape {shape} does not fill whole bytes")
     if end - begin != bits // 8:
         raise CheckpointError(f"{where}: data_offsets {offsets} span {end - begin} bytes, {dtype} of shape {shape} needs {bits // 8}")
-    return TensorEntry(path, data_start + begin, bits // 8, dtype, tuple(shape))
+    return TensorEntry(identity.file, data_start + begin, bits // 8, dtype, tuple(shape), identity)
 
 
 def _check_cover(path: Path, entries: dict[str, TensorEntry], data_start: int, size: int) -> None:
@@ -185,10 +192,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         If the file cannot be read, or its header breaks a rule of the format: length, JSON, duplicate names, dtypes, shapes,
         offsets outside the file, sizes that do not fit dtype and shape, overlaps, holes, trailing bytes.
     """
-    raw, size = _read_prefix(path)
+    raw, identity = _read_prefix(path)
     data_start = 8 + len(raw)
-    entries = {name: _parse_entry(path, name, info, data_start) for name, info in _parse_json(path, raw).items()}
-    _check_cover(path, entries, data_start, size)
+    entries = {name: _parse_entry(identity, name, info, data_start) for name, info in _parse_json(path, raw).items()}
+    _check_cover(path, entries, data_start, identity.size)
     return dict(sorted(entries.items(), key=lambda item: item[1].offset))
 
 

@@ -1,19 +1,21 @@
-"""The output folder: which ones are refused, the working folder beside it, and the files that are copied from the base."""
+"""The output folder: which ones are refused, and the files that are copied from the base."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from taskloom.merge.checkpoint import Checkpoint
 from taskloom.merge.errors import OutputError
 from taskloom.merge.plan import MergePlan
+
+REPORT = "merge_report.json"
+RECIPE = "taskloom_recipe.yml"
+INDEX = "model.safetensors.index.json"
 
 _LARGEST_COPIED = 256 * 2**20
 
@@ -23,7 +25,7 @@ _NOT_COPIED = (
     "adapter_config.json",
     "trainer_state.json",
     "*_results.json",
-    "merge_report.json",
+    REPORT,
     "requirements.txt",
     "optimizer*",
 )
@@ -43,8 +45,19 @@ _TOKENIZER = (
 _CONFIG_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
-def check_output(out: Path, models: Iterable[Checkpoint]) -> Path:
+def check_output(out: Path, models: Iterable[Checkpoint], *, overwrite: bool = False, resume: bool = False) -> Path:
     """Refuse an output folder that would lose something; returns its absolute path.
+
+    Parameters
+    ----------
+    out
+        The folder to write.
+    models
+        The input models.
+    overwrite
+        Let a folder with something in it pass, if a model or a merge's report is in it.
+    resume
+        Let a folder with something in it pass: it may be the same merge, complete.
 
     Raises
     ------
@@ -60,37 +73,11 @@ def check_output(out: Path, models: Iterable[Checkpoint]) -> Path:
     if resolved.exists() and not resolved.is_dir():
         raise OutputError(f"output {out}: is a file, expected a folder that does not exist yet or is empty")
     if resolved.is_dir() and any(resolved.iterdir()):
-        raise OutputError(f"output {out}: is not empty; choose another folder or empty this one")
-    partial = partial_folder(resolved)
-    if partial.exists():
-        raise OutputError(f"output {out}: {partial} is left from a merge that was cut off, or belongs to one that runs now; remove it")
+        if not overwrite and not resume:
+            raise OutputError(f"output {out}: is not empty; choose another folder, empty this one, or replace it with --overwrite")
+        if not any(resolved.glob("*.safetensors")) and not (resolved / REPORT).is_file():
+            raise OutputError(f"output {out}: holds no model and no {REPORT}; --overwrite replaces only what a merge could have written")
     return resolved
-
-
-def partial_folder(out: Path) -> Path:
-    """The working folder of a merge into ``out``."""
-    return out.with_name(out.name + ".partial")
-
-
-@contextmanager
-def working_folder(out: Path) -> Iterator[Path]:
-    """A fresh folder beside ``out`` that becomes ``out`` when the block ends, and is removed when it raises."""
-    partial = partial_folder(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-    except OSError as error:
-        raise OutputError(f"output {out}: cannot create {partial}: {error.strerror}") from error
-    try:
-        yield partial
-        # An empty folder at ``out`` is replaced; one that filled up meanwhile makes this fail.
-        os.replace(partial, out)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OutputError(f"output {out}: cannot be written: {error}") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _matches(path: Path, patterns: Iterable[str]) -> bool:
@@ -176,4 +163,4 @@ def write_index(plan: MergePlan, folder: Path) -> None:
     """Write ``model.safetensors.index.json`` where the output has more than one file."""
     if plan.weight_map:
         content = {"metadata": {"total_size": plan.total_size}, "weight_map": dict(sorted(plan.weight_map.items()))}
-        write_json(folder / "model.safetensors.index.json", content)
+        write_json(folder / INDEX, content)

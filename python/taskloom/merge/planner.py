@@ -47,6 +47,12 @@ class PlannedMerge:
     cast: Cast
     notes: tuple[str, ...]
 
+    def check_inputs(self) -> None:
+        """Look at every input file again; raises CheckpointError where one has changed since it was opened."""
+        for model in self.cast.models:
+            for identity in model.files:
+                identity.check_unchanged()
+
     @property
     def bytes_in(self) -> int:
         """Bytes of tensors that the merge reads."""

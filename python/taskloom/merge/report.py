@@ -5,17 +5,21 @@ from __future__ import annotations
 import importlib
 import math
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from taskloom.merge.identity import FileIdentity
 from taskloom.merge.output import write_json
 from taskloom.merge.planner import PlannedMerge
 from taskloom.merge.shards import PlannedTensor
 
 if TYPE_CHECKING:
     from taskloom.merge.execute import ExecutionResult, TensorStats
+    from taskloom.merge.journal import Fingerprint
+
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,38 @@ class TensorReport:
 
 
 @dataclass(frozen=True)
+class FileReport:
+    """One file of the output: its name, size, and the xxh3_128 of its content."""
+
+    name: str
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class InputReport:
+    """One file of an input model, as it was when it was read: size, time of its last change, and the xxh3_128 of its header."""
+
+    model: str
+    file: str
+    bytes: int
+    modified_ns: int
+    header_digest: str
+
+
+@dataclass(frozen=True)
+class FingerprintReport:
+    """Digests of what decides the output besides the inputs: the pinned recipe, and the layout of the files."""
+
+    recipe: str
+    layout: str
+
+
+@dataclass(frozen=True)
 class MergeReport:
     """A finished merge. ``seconds`` counts the streaming pass, ``total`` the figures over all merged tensors."""
 
+    version: int
     output: str
     method: str
     base_model: str | None
@@ -63,7 +96,9 @@ class MergeReport:
     seconds: float
     bytes_read: int
     bytes_written: int
-    files: list[str]
+    fingerprint: FingerprintReport
+    inputs: list[InputReport]
+    files: list[FileReport]
     total: Figures
     tensors: list[TensorReport]
     notes: list[str]
@@ -72,6 +107,34 @@ class MergeReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain types."""
         return asdict(self)
+
+    @property
+    def merge(self) -> Fingerprint:
+        """What decided the output: to be compared with another merge's."""
+        from taskloom.merge.journal import Fingerprint
+
+        files = {item.file: FileIdentity(Path(item.file), item.bytes, item.modified_ns, item.header_digest, (0, 0)) for item in self.inputs}
+        return Fingerprint(self.versions["taskloom"], self.fingerprint.recipe, self.fingerprint.layout, tuple(files.values()))
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> MergeReport:
+        """The inverse of :meth:`to_dict`; raises KeyError, TypeError or ValueError for anything else."""
+        if plain["version"] != VERSION:
+            raise ValueError(f"version {plain['version']!r}, expected {VERSION}")
+        tensors = [
+            TensorReport(**{**tensor, "figures": None if tensor["figures"] is None else Figures(**tensor["figures"])})
+            for tensor in plain["tensors"]
+        ]
+        return cls(
+            **{
+                **plain,
+                "fingerprint": FingerprintReport(**plain["fingerprint"]),
+                "inputs": [InputReport(**item) for item in plain["inputs"]],
+                "files": [FileReport(**item) for item in plain["files"]],
+                "total": Figures(**plain["total"]),
+                "tensors": tensors,
+            }
+        )
 
     def write(self, path: Path) -> None:
         """Write the report as JSON."""
@@ -114,14 +177,21 @@ def _total(stats: Sequence[TensorStats], models: int) -> Figures:
     return _figures(sum(tensor.numel for tensor in stats), kept, sum(tensor.conflicts for tensor in stats), dots)
 
 
-def _versions() -> dict[str, str]:
-    # Compiled in, because importlib.metadata takes longer to import than many a merge takes.
-    native = importlib.import_module("taskloom._native")
-    return {"taskloom": native.build_info()["version"], "python": platform.python_version()}
+def taskloom_version() -> str:
+    """The version that was compiled in; importlib.metadata takes longer to import than many a merge takes."""
+    version: str = importlib.import_module("taskloom._native").build_info()["version"]
+    return version
 
 
 def build_report(
-    planned: PlannedMerge, result: ExecutionResult, *, output: Path, method: str, base_model: str | None, notes: Sequence[str]
+    planned: PlannedMerge,
+    result: ExecutionResult,
+    merge: Fingerprint,
+    *,
+    output: Path,
+    method: str,
+    base_model: str | None,
+    notes: Sequence[str],
 ) -> MergeReport:
     """Put a plan and what its execution measured together."""
     plan = planned.plan
@@ -145,6 +215,7 @@ def build_report(
             )
         )
     return MergeReport(
+        version=VERSION,
         output=str(output),
         method=method,
         base_model=base_model,
@@ -153,9 +224,15 @@ def build_report(
         seconds=result.seconds,
         bytes_read=result.bytes_read,
         bytes_written=result.bytes_written,
-        files=[file.name for file in plan.outputs],
+        fingerprint=FingerprintReport(merge.recipe, merge.layout),
+        inputs=[
+            InputReport(model.label, str(item.file), item.size, item.modified_ns, item.header_digest)
+            for model in planned.cast.models
+            for item in model.files
+        ],
+        files=[FileReport(file.name, file.bytes, file.digest) for file in result.files],
         total=_total([stats[name] for name in stats if name in merged], len(plan.models) if merged else 0),
         tensors=tensors,
         notes=list(notes),
-        versions=_versions(),
+        versions={"taskloom": merge.taskloom, "python": platform.python_version()},
     )

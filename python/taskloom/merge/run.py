@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from taskloom.merge.card import model_card, rerun_recipe
-from taskloom.merge.errors import MergeError
-from taskloom.merge.output import check_output, copy_side_files, working_folder, write_index
+from taskloom.merge.errors import MergeError, OutputError
+from taskloom.merge.journal import Fingerprint
+from taskloom.merge.output import RECIPE, REPORT, check_output, copy_side_files, write_index
 from taskloom.merge.planner import PlannedMerge, open_models, plan_merge
 from taskloom.merge.recipe import Recipe, load_recipe
-from taskloom.merge.report import MergeReport, build_report
+from taskloom.merge.report import MergeReport, build_report, taskloom_version
 from taskloom.merge.shards import parse_size
 
 
@@ -33,6 +35,42 @@ def prepare(
     return recipe, plan_merge(recipe, open_models(recipe), shard_size=limit, seed=chosen, allow_nonfinite=allow_nonfinite)
 
 
+def fingerprint_of(recipe: Recipe, planned: PlannedMerge) -> Fingerprint:
+    """What decides every byte of a merge's safetensors files."""
+    import xxhash
+
+    layout = xxhash.xxh3_128()
+    for output in planned.plan.outputs:
+        layout.update(f"{output.name} {output.size} ".encode())
+        layout.update(output.header)
+    pinned = rerun_recipe(recipe, planned.cast, planned.plan.seed)
+    identities = {identity.file: identity for model in planned.cast.models for identity in model.files}
+    digest = xxhash.xxh3_128(pinned.encode()).hexdigest()
+    return Fingerprint(taskloom_version(), digest, layout.hexdigest(), tuple(identities.values()))
+
+
+def finished_report(out: Path, merge: Fingerprint) -> MergeReport:
+    """The report of an output that the same merge wrote.
+
+    Raises
+    ------
+    OutputError
+        If the output was made by another recipe, by another version or from other inputs, or is damaged; the message says which.
+    """
+    path = out / REPORT
+    try:
+        report = MergeReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise OutputError(f"output {out}: is there, but {path} cannot be read, so it cannot be told what made it: {error!r}") from error
+    difference = merge.difference(report.merge)
+    if difference is not None:
+        raise OutputError(f"output {out}: is there, and cannot be resumed: {difference}; --overwrite replaces it")
+    for file in report.files:
+        if not (out / file.name).is_file() or (out / file.name).stat().st_size != file.bytes:
+            raise OutputError(f"output {out}: {file.name} is not the file that its report names; --overwrite replaces it")
+    return report
+
+
 def run_plan(
     recipe: Recipe,
     planned: PlannedMerge,
@@ -42,10 +80,13 @@ def run_plan(
     plot: bool = False,
     copy_tokenizer: bool = True,
     write_card: bool = True,
+    overwrite: bool = False,
+    resume: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> MergeReport:
     """Carry out a planned merge; the arguments are those of :func:`merge_checkpoints`."""
     from taskloom.merge.execute import execute_plan
+    from taskloom.merge.working import WorkingFolder, sync_tree
 
     if threads < 0:
         raise MergeError(f"threads: expected 0 (all cores) or more, got {threads}")
@@ -53,25 +94,55 @@ def run_plan(
         from taskloom.merge.plots import require_matplotlib, write_plots
 
         require_matplotlib()
-    target = check_output(Path(out), planned.cast.models)
-    with working_folder(target) as folder:
-        result = execute_plan(planned.plan, folder, threads=threads, magnitude_histogram=plot, progress=progress)
-        write_index(planned.plan, folder)
-        notes = copy_side_files(planned.cast.reference, folder, dtype=recipe.output_dtype, copy_tokenizer=copy_tokenizer)
-        report = build_report(
-            planned,
-            result,
-            output=target,
-            method=recipe.method.name,
-            base_model=recipe.base_model,
-            notes=[*planned.notes, *notes],
-        )
-        report.write(folder / "merge_report.json")
-        (folder / "taskloom_recipe.yml").write_text(rerun_recipe(recipe, planned.cast, planned.plan.seed), encoding="utf-8")
-        if write_card:
-            (folder / "README.md").write_text(model_card(recipe, planned.cast, target.name), encoding="utf-8")
-        if plot:
-            write_plots(report, result.tensors, folder / "plots")
+    target = check_output(Path(out), planned.cast.models, overwrite=overwrite, resume=resume)
+    merge = fingerprint_of(recipe, planned)
+    with WorkingFolder(target, overwrite=overwrite) as place:
+        if resume and target.is_dir() and any(target.iterdir()):
+            try:
+                return finished_report(target, merge)
+            except OutputError:
+                if not overwrite:
+                    raise
+        place.begin(merge, files=len(planned.plan.outputs), resume=resume)
+        folder = place.folder
+        reusable = {name: file for name, file in place.finished.items() if not plot or file.has_histograms}
+        for name in place.finished.keys() - reusable.keys():
+            (folder / name).unlink()
+        place.finished = dict(reusable)
+        try:
+            result = execute_plan(
+                planned.plan,
+                folder,
+                threads=threads,
+                magnitude_histogram=plot,
+                progress=progress,
+                finished=reusable,
+                on_finished=place.finish,
+                check_inputs=planned.check_inputs,
+            )
+            notes = copy_side_files(planned.cast.reference, folder, dtype=recipe.output_dtype, copy_tokenizer=copy_tokenizer)
+            report = build_report(
+                planned,
+                result,
+                merge,
+                output=target,
+                method=recipe.method.name,
+                base_model=recipe.base_model,
+                notes=[*planned.notes, *notes],
+            )
+            report.write(folder / REPORT)
+            (folder / RECIPE).write_text(rerun_recipe(recipe, planned.cast, planned.plan.seed), encoding="utf-8")
+            if write_card:
+                (folder / "README.md").write_text(model_card(recipe, planned.cast, target.name), encoding="utf-8")
+            if plot:
+                write_plots(report, result.tensors, folder / "plots")
+            sync_tree(folder, without=place.finished)
+            # Whoever finds an index finds everything that it names.
+            write_index(planned.plan, folder)
+            sync_tree(folder, without=place.finished)
+        except OSError as error:
+            raise OutputError(f"output {target}: cannot be written: {error}") from error
+        place.put_in_place()
     return report
 
 
@@ -86,6 +157,8 @@ def merge_checkpoints(
     copy_tokenizer: bool = True,
     write_card: bool = True,
     allow_nonfinite: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> MergeReport:
     """Merge safetensors checkpoints by a recipe, in one streaming pass.
@@ -95,7 +168,7 @@ def merge_checkpoints(
     recipe
         Path of a YAML recipe, or the same content as a mapping (docs/recipes.md).
     out
-        Folder to write; must not exist or be empty. It appears only when the merge is complete.
+        Folder to write; must not exist or be empty. It appears only when the merge is complete and on the disk.
     threads
         Threads of the streaming pass; 0 means all cores.
     seed
@@ -110,6 +183,11 @@ def merge_checkpoints(
         Write README.md.
     allow_nonfinite
         Let NaN and infinities in the inputs pass instead of raising.
+    overwrite
+        Replace an existing ``out`` when the merge is complete; until then it stays as it is.
+    resume
+        Go on with what a merge of the same recipe and inputs left when it was cut off: output files that it finished are not made
+        again. Where nothing is left it starts from the beginning; where ``out`` is complete it returns its report.
     progress
         Called now and then, and at the end, with the number of tensor bytes done so far, read and written together.
 
@@ -125,5 +203,14 @@ def merge_checkpoints(
     """
     loaded, planned = prepare(recipe, seed=seed, shard_size=shard_size, allow_nonfinite=allow_nonfinite)
     return run_plan(
-        loaded, planned, out, threads=threads, plot=plot, copy_tokenizer=copy_tokenizer, write_card=write_card, progress=progress
+        loaded,
+        planned,
+        out,
+        threads=threads,
+        plot=plot,
+        copy_tokenizer=copy_tokenizer,
+        write_card=write_card,
+        overwrite=overwrite,
+        resume=resume,
+        progress=progress,
     )

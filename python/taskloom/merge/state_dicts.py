@@ -132,7 +132,7 @@ def _allocate(recipe: Recipe, alignment: Alignment, reference: StateDict) -> dic
 
 
 def _run(recipe: Recipe, cast: Cast, alignment: Alignment, outputs: StateDict, *, threads: int, allow_nonfinite: bool) -> None:
-    from taskloom.merge.execute import run_native
+    from taskloom.merge.execute import Executor
 
     merged = Alignment(tuple(tensor for tensor in alignment.tensors if tensor.name in outputs), alignment.notes)
     targets = {name: TensorTarget(0, tensor.entry.offset, tensor.entry.dtype) for name, tensor in outputs.items()}
@@ -145,7 +145,7 @@ def _run(recipe: Recipe, cast: Cast, alignment: Alignment, outputs: StateDict, *
         seed=recipe.seed or 0,
         allow_nonfinite=allow_nonfinite,
     )
-    run_native(plan, [0], [0], threads=threads, magnitude_histogram=False, progress=None)
+    Executor(plan, [0], [0], threads=threads, magnitude_histogram=False).run(0)
 
 
 def merge_state_dicts(
