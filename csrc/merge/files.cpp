@@ -30,6 +30,12 @@ bool reserve_room(int descriptor, int64_t size) {
   return ::ftruncate(descriptor, size) == 0;
 }
 
+void touch_pages(const char* begin, int64_t bytes) {
+  const int64_t page = ::sysconf(_SC_PAGESIZE);
+  for (int64_t at = 0; at < bytes; at += page) (void)*static_cast<const volatile char*>(begin + at);
+  (void)*static_cast<const volatile char*>(begin + bytes - 1);
+}
+
 }  // namespace
 
 InputFile::InputFile(const std::string& path) : path_(path) {
@@ -134,6 +140,11 @@ void OutputFile::write_to(int descriptor, int64_t offset, const void* data, int6
   while (bytes > 0) {
     const ssize_t written = ::pwrite(descriptor, from, static_cast<size_t>(bytes), offset);
     if (written < 0 && errno == EINTR) continue;
+    if (written < 0 && errno == EFAULT) {
+      // The kernel could not read a mapped input and reports it here instead of by SIGBUS; a read from the program does raise that.
+      touch_pages(from, bytes);
+      continue;
+    }
     if (written <= 0) fail("cannot write", path_);
     from += written;
     offset += written;
