@@ -175,15 +175,18 @@ class _Finisher:
 
     def __init__(self, finished: Callable[[FinishedFile], None]) -> None:
         self._finished = finished
-        self._thread: threading.Thread | None = None
+        # Not Thread.join, which in some versions of Python takes a thread for ended when it is interrupted itself.
+        self._idle = threading.Event()
+        self._idle.set()
         self._error: BaseException | None = None
 
     def start(self, path: Path, size: int, seconds: float, tensors: tuple[TensorStats, ...]) -> None:
         self.wait()
-        self._thread = threading.Thread(target=self._finish, args=(path, size, seconds, tensors), name=f"finish {path.name}")
-        self._thread.start()
+        idle = threading.Event()
+        threading.Thread(target=self._finish, args=(path, size, seconds, tensors, idle), name=f"finish {path.name}").start()
+        self._idle = idle
 
-    def _finish(self, path: Path, size: int, seconds: float, tensors: tuple[TensorStats, ...]) -> None:
+    def _finish(self, path: Path, size: int, seconds: float, tensors: tuple[TensorStats, ...], idle: threading.Event) -> None:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -194,13 +197,15 @@ class _Finisher:
         except OSError as error:
             self._error = OutputError(f"{path}: cannot be finished: {error.strerror}")
             self._error.__cause__ = error
+        finally:
+            idle.set()
 
     def join(self) -> None:
         """Wait for the thread, come what may: it writes to what the caller would take away."""
         interruption: BaseException | None = None
-        while self._thread is not None and self._thread.is_alive():
+        while not self._idle.is_set():
             try:
-                self._thread.join()
+                self._idle.wait()
             except KeyboardInterrupt as error:
                 interruption = error
         if interruption is not None:

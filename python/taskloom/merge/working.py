@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import threading
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,7 +102,8 @@ class WorkingFolder:
         self._overwrite = overwrite
         self._expected = 0
         self._begun = False
-        self._done = False
+        self._open = threading.Lock()
+        self._closed = False
 
     def __enter__(self) -> WorkingFolder:
         try:
@@ -198,9 +200,12 @@ class WorkingFolder:
         sync(self.out.parent)
 
     def finish(self, file: FinishedFile) -> None:
-        """Note a file down that is finished and synced; from now on it survives."""
-        self._journal.finish(file)
-        self.finished[file.name] = file
+        """Note a file down that is finished and synced; from now on it survives. May be called from any thread."""
+        with self._open:
+            if self._closed:
+                return
+            self._journal.finish(file)
+            self.finished[file.name] = file
 
     def put_in_place(self) -> None:
         """Give the folder, whose files must be synced, the output's name; what was there under ``overwrite`` is removed.
@@ -220,7 +225,6 @@ class WorkingFolder:
                 sync(self.out.parent)
         except OSError as error:
             raise OutputError(f"output {self.out}: cannot be written: {error}") from error
-        self._done = True
 
     def _replace(self) -> None:
         from taskloom import _native
@@ -236,6 +240,8 @@ class WorkingFolder:
         shutil.rmtree(replaced)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._open:
+            self._closed = True
         try:
             self._recover()
             if error is not None and self._begun and self.finished and self.folder.exists():
