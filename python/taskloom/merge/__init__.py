@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from taskloom.merge.errors import CheckpointError, MergeError, OutputError, RecipeError
+    from taskloom.merge.errors import CheckpointError, MergeError, OutputError, RecipeError, ReportError
+    from taskloom.merge.read_report import load_report
     from taskloom.merge.recipe import Recipe, load_recipe
     from taskloom.merge.report import MergeReport
     from taskloom.merge.run import merge_checkpoints
@@ -18,7 +19,9 @@ _MODULES = {
     "OutputError": "errors",
     "Recipe": "recipe",
     "RecipeError": "errors",
+    "ReportError": "errors",
     "load_recipe": "recipe",
+    "load_report": "read_report",
     "merge_checkpoints": "run",
     "merge_state_dicts": "state_dicts",
 }
@@ -30,7 +33,9 @@ __all__ = [
     "OutputError",
     "Recipe",
     "RecipeError",
+    "ReportError",
     "load_recipe",
+    "load_report",
     "merge_checkpoints",
     "merge_state_dicts",
 ]

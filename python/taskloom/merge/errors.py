@@ -22,6 +22,10 @@ class OutputError(MergeError):
     """An output folder that may not be written."""
 
 
+class ReportError(MergeError):
+    """A merge report that cannot be read, or that is none."""
+
+
 def near_miss(word: str, known: Iterable[str]) -> str:
     """A ``did you mean`` clause for ``word``, or the empty string where nothing in ``known`` is close."""
     close = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-from collections import defaultdict
 from collections.abc import Sequence
-from math import prod
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taskloom.merge.errors import MergeError
+from taskloom.merge.layers import by_layer, model_labels
 from taskloom.merge.report import MergeReport
 
 if TYPE_CHECKING:
     from taskloom.merge.execute import TensorStats
 
 _EXPONENT_BIAS = 127
-_LONGEST_LABEL = 32
 
 # Cosines beyond this are drawn on a dark ground.
 _DARK = 0.7
@@ -36,44 +34,17 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _labels(models: Sequence[str]) -> list[str]:
-    """Short names for the models: the last part of each path where those differ, and never so long that no room is left to draw."""
-    names = [PurePath(model).name or model for model in models]
-    if len(set(names)) < len(names):
-        names = list(models)
     # matplotlib leaves labels with a leading underscore out of legends.
-    names = [name.lstrip("_") or "model" for name in names]
-    return [name if len(name) <= _LONGEST_LABEL else "…" + name[1 - _LONGEST_LABEL :] for name in names]
-
-
-def _by_layer(report: MergeReport) -> dict[int, list[tuple[int, list[float], float]]]:
-    """Element count, kept densities and conflict rate of each merged tensor, by layer."""
-    layers: dict[int, list[tuple[int, list[float], float]]] = defaultdict(list)
-    for tensor in report.tensors:
-        if tensor.figures is not None and tensor.layer is not None:
-            layers[tensor.layer].append((prod(tensor.shape), tensor.figures.kept_density, tensor.figures.conflict_rate))
-    return dict(sorted(layers.items()))
-
-
-def _mean(pairs: Sequence[tuple[int, float]]) -> float:
-    total = sum(numel for numel, _ in pairs)
-    return sum(numel * value for numel, value in pairs) / total if total else 0.0
+    return [label.lstrip("_") or "model" for label in model_labels(models)]
 
 
 def _plot_layers(report: MergeReport, path: Path) -> None:
-    layers = _by_layer(report)
+    layers = by_layer(report)
+    numbers = [layer.layer for layer in layers]
     figure, axes = _figure(8, 4.5)
     for number, model in enumerate(_labels(report.models)):
-        axes.plot(
-            list(layers), [_mean([(numel, kept[number]) for numel, kept, _ in rows]) for rows in layers.values()], marker="o", label=model
-        )
-    axes.plot(
-        list(layers),
-        [_mean([(numel, conflict) for numel, _, conflict in rows]) for rows in layers.values()],
-        color="black",
-        linestyle="--",
-        marker="x",
-        label="sign conflicts",
-    )
+        axes.plot(numbers, [layer.kept_density[number] for layer in layers], marker="o", label=model)
+    axes.plot(numbers, [layer.conflict_rate for layer in layers], color="black", linestyle="--", marker="x", label="sign conflicts")
     axes.set(xlabel="layer", ylabel="share of entries", ylim=(0, 1.02), title=f"{report.method}: kept density and sign conflicts")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
@@ -123,7 +94,7 @@ def write_plots(report: MergeReport, stats: Sequence[TensorStats], folder: Path)
         return []
     folder.mkdir()
     written = []
-    if _by_layer(report):
+    if by_layer(report):
         written.append(folder / "layers.png")
         _plot_layers(report, written[-1])
     written += [folder / "cosines.png", folder / "magnitudes.png"]

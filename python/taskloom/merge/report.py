@@ -118,23 +118,10 @@ class MergeReport:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> MergeReport:
-        """The inverse of :meth:`to_dict`; raises KeyError, TypeError or ValueError for anything else."""
-        if plain["version"] != VERSION:
-            raise ValueError(f"version {plain['version']!r}, expected {VERSION}")
-        tensors = [
-            TensorReport(**{**tensor, "figures": None if tensor["figures"] is None else Figures(**tensor["figures"])})
-            for tensor in plain["tensors"]
-        ]
-        return cls(
-            **{
-                **plain,
-                "fingerprint": FingerprintReport(**plain["fingerprint"]),
-                "inputs": [InputReport(**item) for item in plain["inputs"]],
-                "files": [FileReport(**item) for item in plain["files"]],
-                "total": Figures(**plain["total"]),
-                "tensors": tensors,
-            }
-        )
+        """The inverse of :meth:`to_dict`; raises ValueError, with the field's name, for anything else."""
+        from taskloom.merge.read_report import parse_report
+
+        return parse_report(plain)
 
     def write(self, path: Path) -> None:
         """Write the report as JSON."""

@@ -1,0 +1,106 @@
+"""The table of tensors: complete without a script, sortable and filterable with one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from statistics import fmean
+from xml.etree.ElementTree import Element
+
+from taskloom.merge.page.elements import breakable, cosine, count, duration, element, heading, number, percent, size, table
+from taskloom.merge.page.sections import section, vectors
+from taskloom.merge.report import Figures, MergeReport, TensorReport
+
+# With more models than this a column per model makes the table too wide to read; then it shows the range over the models.
+_MOST_COLUMNS = 4
+
+
+def _value(shown: str, value: float | None) -> Element:
+    """A cell that is sorted by its exact value."""
+    return element("td", {} if value is None else {"data-v": f"{value:.6g}"}, shown)
+
+
+def _range(values: Sequence[float | None], write: object) -> list[Element]:
+    known = [value for value in values if value is not None]
+    shown = percent if write is percent else number
+    low, high = (min(known), max(known)) if known else (None, None)
+    return [_value(shown(low), low), _value(shown(high), high)]
+
+
+def _mean_cosine(figures: Figures) -> float | None:
+    known = [figures.cosines[first][second] for first, second in combinations(range(len(figures.norms)), 2)]
+    values = [value for value in known if value is not None]
+    return fmean(values) if values else None
+
+
+def _row(tensor: TensorReport, models: int) -> Element:
+    shape = " \N{MULTIPLICATION SIGN} ".join(map(str, tensor.shape)) or "scalar"
+    entries = 1
+    for length in tensor.shape:
+        entries *= length
+    row = element("tr", None, element("th", {"scope": "row", "class": "name"}, *breakable(tensor.name)))
+    row.append(_value("" if tensor.layer is None else str(tensor.layer), tensor.layer))
+    row.append(_value(shape, entries))
+    row.append(element("td", None, tensor.dtype))
+    row.append(_value(size(tensor.bytes), tensor.bytes))
+    figures = tensor.figures or Figures([], 0.0, [None] * models, [[None] * models] * models)
+    kept: list[float | None] = [*figures.kept_density] if tensor.figures else [None] * models
+    if models > _MOST_COLUMNS:
+        row.extend([*_range(kept, percent), *_range(figures.norms, number)])
+    else:
+        row.extend(_value(percent(value), value) for value in kept)
+        row.extend(_value(number(value), value) for value in figures.norms)
+    if models > 1:
+        conflicts = figures.conflict_rate if tensor.figures else None
+        mean = _mean_cosine(figures)
+        row.extend([_value(percent(conflicts), conflicts), _value(cosine(mean), mean)])
+    if tensor.figures is None:
+        row.set("class", "copied")
+        row.append(element("td", None, "copied"))
+    else:
+        row.append(_value(duration(tensor.seconds), tensor.seconds))
+    return row
+
+
+def _head(report: MergeReport, labels: Sequence[str]) -> list[Element]:
+    of = vectors(report)
+    columns = list(labels) if len(labels) <= _MOST_COLUMNS else ["least", "most"]
+    upper = element("tr", None, heading("tensor", class_="name", rowspan="2"))
+    upper.extend(heading(text, rowspan="2") for text in ("layer", "shape", "dtype", "size"))
+    upper.extend(heading(text, "colgroup", class_="group", colspan=str(len(columns))) for text in ("kept", f"norm of {of}"))
+    if len(labels) > 1:
+        upper.extend([heading("conflicts", rowspan="2"), heading("cosine" if len(labels) == 2 else "mean cosine", rowspan="2")])
+    upper.append(heading("time", rowspan="2"))
+    lower = element("tr", None, *(heading(text, class_="model") for text in (*columns, *columns)))
+    order = iter(range(99))
+    singles = [cell for cell in upper if cell.get("colspan") is None]
+    for cell in singles[:5]:
+        cell.set("data-column", str(next(order)))
+    for cell in [*lower, *singles[5:]]:
+        cell.set("data-column", str(next(order)))
+    for cell in (singles[0], singles[3]):
+        cell.set("data-text", "")
+    return [upper, lower]
+
+
+def _controls() -> Element:
+    words = element("input", {"type": "search", "id": "filter", "autocomplete": "off", "spellcheck": "false", "placeholder": "q_proj BF16"})
+    kinds = element("select", {"id": "kind"})
+    kinds.extend(element("option", {"value": value}, text) for value, text in (("", "all"), ("merged", "merged"), ("copied", "copied")))
+    return element(
+        "div",
+        {"class": "controls", "id": "controls", "hidden": ""},
+        element("label", None, "Words in name, dtype or layer ", words),
+        element("label", None, "Show ", kinds),
+        element("output", {"id": "shown", "for": "filter kind"}),
+    )
+
+
+def tensors(report: MergeReport, labels: Sequence[str]) -> Element:
+    """Every tensor of the output with its figures."""
+    if not report.tensors:
+        return section("tensors", "Tensors", element("p", {"class": "note"}, "The output has no tensors."))
+    rows = (_row(tensor, len(labels)) for tensor in report.tensors)
+    made = table(f"All {count(len(report.tensors), 'tensor')} of the output", _head(report, labels), rows, id="tensor-table")
+    made.set("class", "scroll tall")
+    return section("tensors", "Tensors", _controls(), made)
