@@ -29,11 +29,21 @@ class LayerFigures:
     cosines: list[list[float | None]]
 
 
+def _distinct_parts(models: Sequence[str]) -> list[str]:
+    """Paths without the leading and trailing folders that all of them share."""
+    paths = [list(PurePath(model).parts) or [model] for model in models]
+    for end in (-1, 0):
+        while all(len(parts) > 1 for parts in paths) and len({parts[end] for parts in paths}) == 1:
+            for parts in paths:
+                del parts[end]
+    return ["/".join(parts) for parts in paths]
+
+
 def model_labels(models: Sequence[str]) -> list[str]:
-    """Short names for the models: the last part of each path where those differ, none above 32 characters, no two the same."""
+    """Short names for the models: what tells their paths apart, none above 32 characters, no two the same."""
     names = [PurePath(model).name or model for model in models]
     if len(set(names)) < len(names):
-        names = list(models)
+        names = _distinct_parts(models)
     names = [name if len(name) <= _LONGEST_LABEL else "…" + name[1 - _LONGEST_LABEL :] for name in names]
     repeated = {name for name, count in Counter(names).items() if count > 1}
     return [f"{name} ({number})" if name in repeated else name for number, name in enumerate(names, 1)]

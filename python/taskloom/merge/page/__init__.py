@@ -93,7 +93,7 @@ def render_page(report: MergeReport, recipe: str | None = None) -> str:
     for part in shown:
         links.append(element("a", {"href": f"#{part.get('id')}"}, part[0].text))
     lead = element("p", {"class": "lead"}, f"{count(len(labels), 'model')} merged by ", element("b", None, report.method))
-    header = element("header", None, element("h1", None, name), lead, links)
+    header = element("header", None, element("p", {"class": "kind"}, "Merge report"), element("h1", None, name), lead, links)
     body = element("body", None, element("main", None, header, *shown), element("script", None, _resource("script.js")))
     return serialise(element("html", {"lang": "en"}, _head(f"{name}: merge report"), body))
 

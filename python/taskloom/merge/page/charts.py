@@ -18,7 +18,9 @@ from taskloom.merge.page.elements import Child, element
 COLOURS = 10
 _DASHES = ("", "6 4", "2 3", "9 3 2 3")
 _MOST_TICKS = 8
-_MOST_MARKERS = 48
+
+# With more places than this the points are drawn small.
+_FEW_PLACES = 24
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,8 @@ def _polylines(axes: _Axes, series: Series) -> list[Element]:
 
 
 def _markers(axes: _Axes, series: Series) -> list[Element]:
-    radius = "3" if len(axes.places) <= _MOST_MARKERS else "1.6"
     return [
-        element("circle", {"class": series.colour, "cx": _per_cent(axes.across(place)), "cy": _per_cent(axes.down(value)), "r": radius})
+        element("circle", {"class": series.colour, "cx": _per_cent(axes.across(place)), "cy": _per_cent(axes.down(value)), "r": "3"})
         for place, value in zip(axes.places, series.values, strict=True)
         if value is not None
     ]
@@ -141,7 +142,7 @@ def line_chart(
     lines: Sequence[Series],
     *,
     text: Callable[[float | None], str],
-    low: float = 0.0,
+    tick: Callable[[float], str] | None = None,
     high: float | None = None,
 ) -> Element:
     """A chart of lines over the layers, as a figure with a caption and a legend.
@@ -156,26 +157,30 @@ def line_chart(
         Whole numbers in rising order, at least one.
     lines
         The lines, each with a value per place.
-    text
-        Writes a value.
-    low, high
-        Ends of the vertical axis; without ``high`` it is a round number above the largest value.
+    text, tick
+        Write a value, and a value beside the axis (default: the same way).
+    high
+        Upper end of the vertical axis; None means a round number above the largest value. Zero is always on the axis.
     """
-    values = [value for series in lines for value in series.values if value is not None]
-    ticks = nice_ticks(low, high if high is not None else max(values, default=low))
+    values = [0.0, *(value for series in lines for value in series.values if value is not None)]
+    ticks = nice_ticks(min(values), max(values) if high is None else high)
     axes = _Axes(places, ticks[0], ticks[-1])
     curves = element(
         "svg", {"class": "curves", "width": "100%", "height": "100%", "viewBox": "0 0 1000 1000", "preserveAspectRatio": "none"}
     )
     for series in lines:
         curves.extend(_polylines(axes, series))
-    drawn: list[Child] = [*_grid(axes, ticks, text), *_hover(axes, lines, text), curves]
+    drawn: list[Child] = [*_grid(axes, ticks, tick or text), *_hover(axes, lines, text), curves]
     for series in lines:
         drawn += _markers(axes, series)
     drawn.append(element("text", {"class": "x", "x": "50%", "y": "100%", "dy": "36"}, "layer"))
     picture = element(
         "svg",
-        {"class": "chart", "role": "img", "aria-labelledby": f"{name}-title {name}-description"},
+        {
+            "class": "chart many" if len(places) > _FEW_PLACES else "chart",
+            "role": "img",
+            "aria-labelledby": f"{name}-title {name}-description",
+        },
         element("desc", {"id": f"{name}-description"}, description),
         *drawn,
     )

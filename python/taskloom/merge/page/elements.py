@@ -80,6 +80,11 @@ def percent(share: float | None) -> str:
     return f"{share:.2%}" if share >= 0.001 else f"{100 * share:.2g}%"
 
 
+def tick_percent(share: float) -> str:
+    """A share as a whole percentage, beside an axis."""
+    return f"{share:.0%}"
+
+
 def number(value: float | None) -> str:
     """A figure with four significant digits."""
     return NO_VALUE if value is None else f"{value:.4g}"
@@ -122,7 +127,7 @@ def _named(attributes: Mapping[str, str]) -> dict[str, str]:
 
 def table(caption: str, head: Iterable[Element], rows: Iterable[Element], **attributes: str) -> Element:
     """A table in a box that scrolls by itself where it is wider than the page; the box takes the keyboard's focus for that."""
-    made = element("table", _named(attributes), element("caption", None, caption))
+    made = element("table", _named(attributes), element("caption", None, element("span", None, caption)))
     made.append(lines(element("thead"), head))
     made.append(lines(element("tbody"), rows))
     return element("div", {"class": "scroll", "role": "region", "aria-label": caption, "tabindex": "0"}, made)

@@ -23,6 +23,7 @@ from taskloom.merge.page.elements import (
     percent,
     size,
     table,
+    tick_percent,
 )
 from taskloom.merge.report import MergeReport
 from taskloom.merge.stages import METHODS
@@ -69,7 +70,8 @@ def summary(report: MergeReport) -> Element:
     ]
     kept = report.total.kept_density
     if kept:
-        spread = percent(kept[0]) if min(kept) == max(kept) else f"{percent(min(kept))} to {percent(max(kept))}"
+        low, high = percent(min(kept)), percent(max(kept))
+        spread = low if low == high else f"{low.removesuffix('%')}{NO_VALUE}{high}"
         facts.append((spread, f"of each {vectors(report)} kept" if vectors(report) == "delta" else "of the values kept"))
     if len(kept) > 1:
         facts.append((percent(report.total.conflict_rate), "of entries with a sign conflict"))
@@ -95,7 +97,7 @@ def models(report: MergeReport, labels: Sequence[str]) -> Element:
         name = element("th", {"scope": "row", "class": "name"}, element("bdi", None, label))
         if model != label:
             name.append(element("span", {"class": "path"}, *breakable(model)))
-        density = element("td", {"class": "density"}, percent(kept), _bar(kept) if kept is not None else None)
+        density = element("td", {"class": "density"}, _bar(kept) if kept is not None else None, element("span", None, percent(kept)))
         rows.append(element("tr", None, element("td", {"class": "rank"}, str(index + 1)), name, density, *_cells(number(norm))))
     head = element("tr", None, heading("#"), heading("model", class_="name"), heading(f"kept of its {of}"), heading(f"norm of its {of}"))
     base = None
@@ -172,8 +174,11 @@ def layer_charts(report: MergeReport, labels: Sequence[str], layers: Sequence[La
     """Kept density and sign conflicts, norms, and cosines by layer."""
     if not layers:
         return section("layers", "Layers", _note("No merged tensor belongs to a layer: no name has a whole number between dots."))
+    note = _note("A layer's merged tensors taken together. Tensors outside the layers, such as embeddings, are not among them.")
     places = [layer.layer for layer in layers]
-    across = f"layers {places[0]} to {places[-1]}" if len(places) > 1 else f"layer {places[0]}"
+    if len(places) == 1:
+        return section("layers", "Layers", note, _layer_table(layers, labels))
+    across = f"layers {places[0]} to {places[-1]}"
     several = len(labels) > 1
     shares = model_series(labels, [[layer.kept_density[index] for layer in layers] for index in range(len(labels))])
     if several:
@@ -188,18 +193,15 @@ def layer_charts(report: MergeReport, labels: Sequence[str], layers: Sequence[La
             places,
             shares,
             text=percent,
+            tick=tick_percent,
             high=1.0,
         ),
         line_chart("norm", f"Norm of the {of}", f"Euclidean norms, {across}, a line for each model.", places, norms, text=number),
     ]
     if several:
         pairs = _cosine_series(layers, labels)
-        known = [value for series in pairs for value in series.values if value is not None]
-        low = min(0.0, *known) if known else 0.0
-        title = "Cosines between models"
-        charts.append(line_chart("cosine", title, f"Cosine of pairs of models, {across}.", places, pairs, text=cosine, low=low))
+        charts.append(line_chart("cosine", "Cosines between models", f"Cosine of pairs of models, {across}.", places, pairs, text=cosine))
     details = element("details", None, element("summary", None, "The same as a table"), _layer_table(layers, labels))
-    note = _note("A layer's merged tensors taken together. Tensors outside the layers, such as embeddings, are not in these charts.")
     return section("layers", "Layers", note, *charts, details)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from statistics import fmean
 from xml.etree.ElementTree import Element
@@ -14,15 +14,17 @@ from taskloom.merge.report import Figures, MergeReport, TensorReport
 # With more models than this a column per model makes the table too wide to read; then it shows the range over the models.
 _MOST_COLUMNS = 4
 
+# A model with a longer name is headed by its number in the table of models.
+_LONGEST_HEADING = 12
+
 
 def _value(shown: str, value: float | None) -> Element:
     """A cell that is sorted by its exact value."""
     return element("td", {} if value is None else {"data-v": f"{value:.6g}"}, shown)
 
 
-def _range(values: Sequence[float | None], write: object) -> list[Element]:
+def _range(values: Sequence[float | None], shown: Callable[[float | None], str]) -> list[Element]:
     known = [value for value in values if value is not None]
-    shown = percent if write is percent else number
     low, high = (min(known), max(known)) if known else (None, None)
     return [_value(shown(low), low), _value(shown(high), high)]
 
@@ -64,12 +66,15 @@ def _row(tensor: TensorReport, models: int) -> Element:
 
 def _head(report: MergeReport, labels: Sequence[str]) -> list[Element]:
     of = vectors(report)
-    columns = list(labels) if len(labels) <= _MOST_COLUMNS else ["least", "most"]
+    columns = [label if len(label) <= _LONGEST_HEADING else f"#{place}" for place, label in enumerate(labels, 1)]
+    if len(labels) > _MOST_COLUMNS:
+        columns = ["least", "most"]
     upper = element("tr", None, heading("tensor", class_="name", rowspan="2"))
     upper.extend(heading(text, rowspan="2") for text in ("layer", "shape", "dtype", "size"))
     upper.extend(heading(text, "colgroup", class_="group", colspan=str(len(columns))) for text in ("kept", f"norm of {of}"))
     if len(labels) > 1:
-        upper.extend([heading("conflicts", rowspan="2"), heading("cosine" if len(labels) == 2 else "mean cosine", rowspan="2")])
+        upper.append(heading("conflicts", rowspan="2"))
+        upper.append(heading("cosine" if len(labels) == 2 else "mean cosine", rowspan="2", class_="wrap"))
     upper.append(heading("time", rowspan="2"))
     lower = element("tr", None, *(heading(text, class_="model") for text in (*columns, *columns)))
     order = iter(range(99))
