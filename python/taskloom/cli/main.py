@@ -10,6 +10,7 @@ _COMMANDS = {
     "demo": ("taskloom.cli.demo:demo", "Merge small models made on the spot, and show how well each method works."),
     "doctor": ("taskloom.cli.doctor:doctor", "Show what was built, what this machine offers, and what would run."),
     "merge": ("taskloom.cli.merge:merge", "Merge safetensors checkpoints by a recipe."),
+    "report": ("taskloom.cli.report:report", "Make the page of a merge's report for a browser."),
 }
 
 

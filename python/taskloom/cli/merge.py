@@ -103,7 +103,7 @@ def _print_preview(preview: Preview) -> None:
         click.echo(f"note: {note}")
 
 
-def _print_summary(report: MergeReport) -> None:
+def _print_summary(report: MergeReport, *, page: bool) -> None:
     merged = sum(tensor.figures is not None for tensor in report.tensors)
     click.echo(
         f"merged {merged} of {len(report.tensors)} tensors in {report.seconds:.1f} s "
@@ -116,6 +116,8 @@ def _print_summary(report: MergeReport) -> None:
     for note in report.notes:
         click.echo(f"note: {note}")
     click.echo(f"report: {Path(report.output) / 'merge_report.json'}")
+    if page:
+        click.echo(f"page: {Path(report.output) / 'merge_report.html'}")
 
 
 @contextmanager
@@ -169,6 +171,7 @@ def _merge(recipe: Path, out: Path | None, options: dict[str, Any]) -> None:
             _required(out, "OUT"),
             threads=options["threads"],
             plot=options["plot"],
+            report=options["page"],
             copy_tokenizer=options["copy_tokenizer"],
             write_card=options["write_card"],
             overwrite=options["overwrite"],
@@ -178,7 +181,7 @@ def _merge(recipe: Path, out: Path | None, options: dict[str, Any]) -> None:
     if options["as_json"]:
         _print_json(report.to_dict())
     elif not options["quiet"]:
-        _print_summary(report)
+        _print_summary(report, page=options["page"])
 
 
 @click.command(
@@ -198,6 +201,7 @@ def _merge(recipe: Path, out: Path | None, options: dict[str, Any]) -> None:
 )
 @click.option("--seed", "--random-seed", type=click.IntRange(0, 2**64 - 1), help="Seed of random masks; default: the recipe's, else 0.")
 @click.option("--plot", is_flag=True, help="Write figures into OUT/plots (needs matplotlib).")
+@click.option("--report", "page", is_flag=True, help="Write the report as a page for a browser, OUT/merge_report.html.")
 @click.option("--copy-tokenizer/--no-copy-tokenizer", default=True, show_default=True, help="Copy the base's tokenizer files.")
 @click.option(
     "--write-card/--no-write-card", "--write-model-card/--no-write-model-card", default=True, show_default=True, help="Write README.md."

@@ -78,6 +78,7 @@ def run_plan(
     *,
     threads: int = 0,
     plot: bool = False,
+    report: bool = False,
     copy_tokenizer: bool = True,
     write_card: bool = True,
     overwrite: bool = False,
@@ -94,15 +95,21 @@ def run_plan(
         from taskloom.merge.plots import require_matplotlib, write_plots
 
         require_matplotlib()
+    if report:
+        from taskloom.merge.page import PAGE, recipe_beside, write_page
     target = check_output(Path(out), planned.cast.models, overwrite=overwrite, resume=resume)
     merge = fingerprint_of(recipe, planned)
     with WorkingFolder(target, overwrite=overwrite) as place:
         if resume and target.is_dir() and any(target.iterdir()):
             try:
-                return finished_report(target, merge)
+                found = finished_report(target, merge)
             except OutputError:
                 if not overwrite:
                     raise
+            else:
+                if report:
+                    write_page(found, recipe_beside(target), target / PAGE)
+                return found
         place.begin(merge, files=len(planned.plan.outputs), resume=resume)
         folder = place.folder
         reusable = {name: file for name, file in place.finished.items() if not plot or file.has_histograms}
@@ -121,7 +128,7 @@ def run_plan(
                 check_inputs=planned.check_inputs,
             )
             notes = copy_side_files(planned.cast.reference, folder, dtype=recipe.output_dtype, copy_tokenizer=copy_tokenizer)
-            report = build_report(
+            made = build_report(
                 planned,
                 result,
                 merge,
@@ -130,12 +137,14 @@ def run_plan(
                 base_model=recipe.base_model,
                 notes=[*planned.notes, *notes],
             )
-            report.write(folder / REPORT)
+            made.write(folder / REPORT)
             (folder / RECIPE).write_text(rerun_recipe(recipe, planned.cast, planned.plan.seed), encoding="utf-8")
+            if report:
+                write_page(made, recipe_beside(folder), folder / PAGE)
             if write_card:
                 (folder / "README.md").write_text(model_card(recipe, planned.cast, target.name), encoding="utf-8")
             if plot:
-                write_plots(report, result.tensors, folder / "plots")
+                write_plots(made, result.tensors, folder / "plots")
             sync_tree(folder, without=place.finished)
             # Whoever finds an index finds everything that it names.
             write_index(planned.plan, folder)
@@ -143,7 +152,7 @@ def run_plan(
         except OSError as error:
             raise OutputError(f"output {target}: cannot be written: {error}") from error
         place.put_in_place()
-    return report
+    return made
 
 
 def merge_checkpoints(
@@ -154,6 +163,7 @@ def merge_checkpoints(
     seed: int | None = None,
     shard_size: str | int = "5GB",
     plot: bool = False,
+    report: bool = False,
     copy_tokenizer: bool = True,
     write_card: bool = True,
     allow_nonfinite: bool = False,
@@ -177,6 +187,8 @@ def merge_checkpoints(
         Most bytes of tensors in one output file, such as ``"5GB"``, ``"500M"`` or ``"1GiB"``.
     plot
         Write figures into ``out/plots``; needs matplotlib.
+    report
+        Write the report as a page for a browser as well, ``out/merge_report.html``.
     copy_tokenizer
         Copy the base's tokenizer files.
     write_card
@@ -208,6 +220,7 @@ def merge_checkpoints(
         out,
         threads=threads,
         plot=plot,
+        report=report,
         copy_tokenizer=copy_tokenizer,
         write_card=write_card,
         overwrite=overwrite,

@@ -99,11 +99,13 @@ def models(report: MergeReport, labels: Sequence[str]) -> Element:
             name.append(element("span", {"class": "path"}, *breakable(model)))
         density = element("td", {"class": "density"}, _bar(kept) if kept is not None else None, element("span", None, percent(kept)))
         rows.append(element("tr", None, element("td", {"class": "rank"}, str(index + 1)), name, density, *_cells(number(norm))))
-    head = element("tr", None, heading("#"), heading("model", class_="name"), heading(f"kept of its {of}"), heading(f"norm of its {of}"))
+    head = element("tr", None, heading("#"), heading("model", class_="name"), heading("kept"), heading("norm"))
+    part = "its delta" if of == "delta" else "its values"
+    caption = f"Share of {part} that selection keeps of each model, and the norm of {part}, over all merged tensors"
     base = None
     if report.base_model is not None:
         base = element("p", None, "Base: ", element("code", None, *breakable(report.base_model)), ".")
-    return section("models", "Models", base, table("Models, kept density and norm over all merged tensors", [head], rows))
+    return section("models", "Models", base, table(caption, [head], rows))
 
 
 def _heat(value: float | None) -> str:
