@@ -214,7 +214,14 @@ _HEAVY = "print(sorted({'torch', 'numpy', 'safetensors', 'matplotlib', 'huggingf
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["merge", "--help"], ["merge", "recipe.yml", "--dry-run"], ["merge", "recipe.yml", "out"]]
+    "arguments",
+    [
+        ["--help"],
+        ["merge", "--help"],
+        ["merge", "recipe.yml", "--dry-run"],
+        ["merge", "recipe.yml", "out"],
+        ["merge", "recipe.yml", "out", "--report"],
+    ],
 )
 def test_nothing_heavy_is_imported(recipe: Path, arguments: list[str]) -> None:
     command = [sys.executable, "-c", _WATCHED + _HEAVY, *arguments]

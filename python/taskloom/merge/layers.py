@@ -68,6 +68,12 @@ def _cosine(tensors: Sequence[Figures], norms: Sequence[float | None], first: in
     return max(-1.0, min(1.0, total))
 
 
+def mean_cosine(cosines: Sequence[Sequence[float | None]]) -> float | None:
+    """The mean over the pairs of different models whose cosine is known; None where there is none."""
+    known = [value for row in range(len(cosines)) for value in cosines[row][row + 1 :] if value is not None]
+    return sum(known) / len(known) if known else None
+
+
 def _layer(number: int, tensors: Sequence[tuple[TensorReport, Figures]], models: int) -> LayerFigures:
     entries = sum(prod(tensor.shape) for tensor, _ in tensors)
 

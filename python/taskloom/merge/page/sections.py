@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from xml.etree.ElementTree import Element
 
-from taskloom.merge.layers import LayerFigures
+from taskloom.merge.layers import LayerFigures, mean_cosine
 from taskloom.merge.page.charts import Series, line_chart, model_series
 from taskloom.merge.page.elements import (
     MINUS,
@@ -141,12 +141,6 @@ def cosines(report: MergeReport, labels: Sequence[str]) -> Element | None:
     )
 
 
-def _mean_cosine(layer: LayerFigures) -> float | None:
-    known = [layer.cosines[first][second] for first, second in combinations(range(len(layer.norms)), 2)]
-    values = [value for value in known if value is not None]
-    return sum(values) / len(values) if values else None
-
-
 def _cosine_series(layers: Sequence[LayerFigures], labels: Sequence[str]) -> list[Series]:
     pairs = list(combinations(range(len(labels)), 2))
     if len(pairs) <= _MOST_PAIRS:
@@ -155,7 +149,7 @@ def _cosine_series(layers: Sequence[LayerFigures], labels: Sequence[str]) -> lis
     spread = [[value for first, second in pairs if (value := layer.cosines[first][second]) is not None] for layer in layers]
     return [
         Series("largest of all pairs", [max(values, default=None) for values in spread], "s2", "6 4"),
-        Series("mean of all pairs", [_mean_cosine(layer) for layer in layers], "s0"),
+        Series("mean of all pairs", [mean_cosine(layer.cosines) for layer in layers], "s0"),
         Series("smallest of all pairs", [min(values, default=None) for values in spread], "s4", "6 4"),
     ]
 
@@ -167,7 +161,7 @@ def _layer_table(layers: Sequence[LayerFigures], labels: Sequence[str]) -> Eleme
     rows = []
     for layer in layers:
         values = [str(layer.tensors), *map(percent, layer.kept_density), *([percent(layer.conflict_rate)] if several else [])]
-        values += [*map(number, layer.norms), *([cosine(_mean_cosine(layer))] if several else [])]
+        values += [*map(number, layer.norms), *([cosine(mean_cosine(layer.cosines))] if several else [])]
         rows.append(element("tr", None, element("th", {"scope": "row"}, str(layer.layer)), *_cells(*values)))
     return table("Figures by layer", [element("tr", None, *(heading(text) for text in heads))], rows)
 

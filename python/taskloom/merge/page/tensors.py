@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import combinations
-from statistics import fmean
+from math import prod
 from xml.etree.ElementTree import Element
 
+from taskloom.merge.layers import mean_cosine
 from taskloom.merge.page.elements import breakable, cosine, count, duration, element, heading, number, percent, size, table
 from taskloom.merge.page.sections import section, vectors
 from taskloom.merge.report import Figures, MergeReport, TensorReport
@@ -29,20 +29,11 @@ def _range(values: Sequence[float | None], shown: Callable[[float | None], str])
     return [_value(shown(low), low), _value(shown(high), high)]
 
 
-def _mean_cosine(figures: Figures) -> float | None:
-    known = [figures.cosines[first][second] for first, second in combinations(range(len(figures.norms)), 2)]
-    values = [value for value in known if value is not None]
-    return fmean(values) if values else None
-
-
 def _row(tensor: TensorReport, models: int) -> Element:
     shape = " \N{MULTIPLICATION SIGN} ".join(map(str, tensor.shape)) or "scalar"
-    entries = 1
-    for length in tensor.shape:
-        entries *= length
     row = element("tr", None, element("th", {"scope": "row", "class": "name"}, *breakable(tensor.name)))
     row.append(_value("" if tensor.layer is None else str(tensor.layer), tensor.layer))
-    row.append(_value(shape, entries))
+    row.append(_value(shape, prod(tensor.shape)))
     row.append(element("td", None, tensor.dtype))
     row.append(_value(size(tensor.bytes), tensor.bytes))
     figures = tensor.figures or Figures([], 0.0, [None] * models, [[None] * models] * models)
@@ -54,7 +45,7 @@ def _row(tensor: TensorReport, models: int) -> Element:
         row.extend(_value(number(value), value) for value in figures.norms)
     if models > 1:
         conflicts = figures.conflict_rate if tensor.figures else None
-        mean = _mean_cosine(figures)
+        mean = mean_cosine(figures.cosines)
         row.extend([_value(percent(conflicts), conflicts), _value(cosine(mean), mean)])
     if tensor.figures is None:
         row.set("class", "copied")
