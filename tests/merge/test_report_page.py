@@ -233,6 +233,7 @@ def test_what_belongs_to_one_model_only_is_left_out() -> None:
 
 
 def test_without_layers_the_page_says_so() -> None:
+    assert "Nothing was merged" in render_page(NOTHING_MERGED)
     assert "No merged tensor belongs to a layer" in render_page(REPORTS["no layers"])
     assert 'class="chart"' not in render_page(REPORTS["one layer"])
     assert Page(render_page(REPORTS["two"])).count("figure") == 3

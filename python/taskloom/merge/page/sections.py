@@ -169,7 +169,9 @@ def _layer_table(layers: Sequence[LayerFigures], labels: Sequence[str]) -> Eleme
 def layer_charts(report: MergeReport, labels: Sequence[str], layers: Sequence[LayerFigures]) -> Element:
     """Kept density and sign conflicts, norms, and cosines by layer."""
     if not layers:
-        return section("layers", "Layers", _note("No merged tensor belongs to a layer: no name has a whole number between dots."))
+        if not report.total.kept_density:
+            return section("layers", "Layers", _note("Nothing was merged: every tensor is a copy."))
+        return section("layers", "Layers", _note("No merged tensor belongs to a layer: none has a whole number between dots in its name."))
     note = _note("A layer's merged tensors taken together. Tensors outside the layers, such as embeddings, are not among them.")
     places = [layer.layer for layer in layers]
     if len(places) == 1:

@@ -60,23 +60,25 @@ def _head(report: MergeReport, labels: Sequence[str]) -> list[Element]:
     columns = [label if len(label) <= _LONGEST_HEADING else f"#{place}" for place, label in enumerate(labels, 1)]
     if len(labels) > _MOST_COLUMNS:
         columns = ["least", "most"]
-    upper = element("tr", None, heading("tensor", class_="name", rowspan="2"))
-    upper.extend(heading(text, rowspan="2") for text in ("layer", "shape", "dtype", "size"))
-    upper.extend(heading(text, "colgroup", class_="group", colspan=str(len(columns))) for text in ("kept", f"norm of {of}"))
+    before = [heading("tensor", class_="name"), *(heading(text) for text in ("layer", "shape", "dtype", "size"))]
+    after = [heading("time")]
     if len(labels) > 1:
-        upper.append(heading("conflicts", rowspan="2"))
-        upper.append(heading("cosine" if len(labels) == 2 else "mean cosine", rowspan="2", class_="wrap"))
-    upper.append(heading("time", rowspan="2"))
-    lower = element("tr", None, *(heading(text, class_="model") for text in (*columns, *columns)))
-    order = iter(range(99))
-    singles = [cell for cell in upper if cell.get("colspan") is None]
-    for cell in singles[:5]:
-        cell.set("data-column", str(next(order)))
-    for cell in [*lower, *singles[5:]]:
-        cell.set("data-column", str(next(order)))
-    for cell in (singles[0], singles[3]):
+        after = [heading("conflicts"), heading("cosine" if len(labels) == 2 else "mean cosine", class_="wrap"), *after]
+    titles = ("kept", f"norm of {of}")
+    if len(columns) == 1:
+        middle = [heading(title) for title in titles]
+        rows = [element("tr", None, *before, *middle, *after)]
+    else:
+        groups = [heading(title, "colgroup", class_="group", colspan=str(len(columns))) for title in titles]
+        middle = [heading(text, class_="model") for _ in titles for text in columns]
+        for cell in (*before, *after):
+            cell.set("rowspan", "2")
+        rows = [element("tr", None, *before, *groups, *after), element("tr", None, *middle)]
+    for place, cell in enumerate((*before, *middle, *after)):
+        cell.set("data-column", str(place))
+    for cell in (before[0], before[3]):
         cell.set("data-text", "")
-    return [upper, lower]
+    return rows
 
 
 def _controls() -> Element:
