@@ -322,9 +322,8 @@ def test_models_have_short_names_that_differ(models: tuple[str, ...], labels: li
     assert model_labels(models) == labels
 
 
-@given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
-def test_ticks_are_few_and_span_the_values(low: float, span: float) -> None:
-    high = low + span
+@given(st.floats(-1e30, 0), st.floats(0, 1e30))
+def test_ticks_are_few_and_span_the_values(low: float, high: float) -> None:
     ticks = nice_ticks(low, high)
     assert 2 <= len(ticks) <= 8
     assert ticks == sorted(set(ticks))

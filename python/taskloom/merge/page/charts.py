@@ -19,6 +19,9 @@ COLOURS = 10
 _DASHES = ("", "6 4", "2 3", "9 3 2 3")
 _MOST_TICKS = 8
 
+# What lies closer together is one value: a tenth of it can no longer be told from zero.
+_SMALLEST_SPAN = 1e-290
+
 # With more places than this the points are drawn small.
 _FEW_PLACES = 24
 
@@ -44,7 +47,7 @@ def model_series(labels: Sequence[str], values: Sequence[Sequence[float | None]]
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten) whose first is at most ``low`` and last at least ``high``."""
     span = high - low
-    if not (span > 0 and math.isfinite(span)):
+    if not _SMALLEST_SPAN < span < math.inf:
         return [low, low + 1]
     power = 10.0 ** math.floor(math.log10(span / most))
     step = next(factor * power for factor in (1, 2, 5, 10, 20) if span / (factor * power) <= most)
