@@ -29,7 +29,7 @@ def philox_blocks(seed: int, key: int, blocks: Tensor) -> Tensor:
     return torch.stack(counter, dim=1)
 
 
-def philox_words(seed: int, key: int, numel: int, device: torch.device) -> Tensor:
-    """The random word of each of ``numel`` elements: word ``i % 4`` of block ``i // 4``; int64 in [0, 2**32)."""
-    blocks = torch.arange((numel + 3) // 4, dtype=torch.int64, device=device)
-    return philox_blocks(seed, key, blocks).reshape(-1)[:numel]
+def philox_words(seed: int, key: int, numel: int, device: torch.device, first: int = 0) -> Tensor:
+    """The random words of the elements ``first .. first + numel``: word ``i % 4`` of block ``i // 4``; int64 in [0, 2**32)."""
+    blocks = torch.arange(first // 4, (first + numel + 3) // 4, dtype=torch.int64, device=device)
+    return philox_blocks(seed, key, blocks).reshape(-1)[first % 4 :][:numel]

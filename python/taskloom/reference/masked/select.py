@@ -16,7 +16,10 @@ _TASK_KEY_STEP = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True)
 class Selection:
-    """What one task's selection needs; unused fields are None or zero. ``key`` is the tensor's, ``task`` the task's number."""
+    """What one task's selection needs; unused fields are None or zero. ``key`` is the tensor's, ``task`` the task's number.
+
+    ``first`` is the index in its tensor of the first entry, where a tensor is taken in pieces.
+    """
 
     select: str
     by_row: bool
@@ -29,11 +32,12 @@ class Selection:
     seed: int
     key: int
     task: int
+    first: int = 0
 
     def words(self, numel: int, device: torch.device) -> Tensor:
         """The random words of this task's entries."""
         key = ((self.key & (2**64 - 1)) + self.task * _TASK_KEY_STEP) % 2**64
-        return philox_words(self.seed & (2**64 - 1), key, numel, device)
+        return philox_words(self.seed & (2**64 - 1), key, numel, device, self.first)
 
 
 def keep_limit(probability: Tensor) -> Tensor:

@@ -114,6 +114,28 @@ def votes(
     return count
 
 
+def merged_values(
+    base: Tensor | None,
+    deltas: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    parts: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    elected: Tensor | None,
+    vote: str,
+    consensus_k: int,
+    tall_mask_lambda: Sequence[float],
+    combine: str,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What comes after the election: the ``parts`` combined, scaled, where enough tasks vote, onto the base."""
+    merged = combined(parts, weights, elected, combine)
+    change = torch.tensor(scale, dtype=merged.dtype, device=merged.device) * merged
+    if vote != "none":
+        change = torch.where(votes(deltas, kept, weights, merged, vote, tall_mask_lambda) >= consensus_k, change, 0)
+    return (change if base is None else base.to(merged.dtype) + change).to(dtype)
+
+
 def sparse_merge(
     base: Tensor | None,
     tuned: Sequence[Tensor],
@@ -151,8 +173,4 @@ def sparse_merge(
         for values, mask, own, selection in zip(deltas, kept, weights, selections, strict=True)
     ]
     elected = None if elect == "none" else elected_sign(parts, elect, zero_sign)
-    merged = combined(parts, weights, elected, combine)
-    change = torch.tensor(scale, dtype=accumulate, device=device) * merged
-    if vote != "none":
-        change = torch.where(votes(deltas, kept, weights, merged, vote, tall_mask_lambda) >= consensus_k, change, 0)
-    return (change if base is None else base.to(accumulate) + change).to(dtype)
+    return merged_values(base, deltas, kept, parts, weights, elected, vote, consensus_k, tall_mask_lambda, combine, scale, dtype)
