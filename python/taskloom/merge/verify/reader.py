@@ -63,7 +63,7 @@ class TensorReader:
             If the file cannot be read or ends before.
         """
         buffer = torch.empty(count, dtype=torch.uint8)
-        view, done = memoryview(buffer.numpy()), 0
+        view, done = buffer.numpy().data, 0
         try:
             if path not in self._files:
                 self._files[path] = os.open(path, os.O_RDONLY)

@@ -327,7 +327,7 @@ class Recomputation:
             ends = (self._load(job, source, begin, count) for source in (job.base, tuned))
             first, second = (values.double() for values in ends if values is not None)
             squared += torch.stack([first @ first, first @ second, second @ second])
-        weights = [torch.tensor(weight, dtype=dtype) for weight in arc_weights(*squared.tolist(), stages.t)]
+        weights = [torch.tensor(weight, dtype=dtype) for weight in arc_weights(squared, stages.t)]
         for begin, count in pieces(job):
             ends = (self._load(job, source, begin, count) for source in (job.base, tuned))
             parts = [weight * values.to(dtype) for weight, values in zip(weights, (end for end in ends if end is not None), strict=True)]
@@ -340,8 +340,9 @@ def arithmetic(job: TensorJob) -> torch.dtype:
     return torch.float64 if any(source.dtype == "F64" for source in (job.base, *job.tuned) if source is not None) else torch.float32
 
 
-def arc_weights(aa: float, ab: float, bb: float, t: float) -> tuple[float, float]:
-    """The factors of both ends of a spherical interpolation, from their inner products; those of a line where they are parallel."""
+def arc_weights(products: Tensor, t: float) -> tuple[float, float]:
+    """The factors of the ends a and b of a spherical interpolation, from <a,a>, <a,b>, <b,b>; those of a line where they are parallel."""
+    aa, ab, bb = (float(product) for product in products)
     norms = math.sqrt(aa) * math.sqrt(bb)
     cosine = min(1.0, max(-1.0, ab / norms)) if norms > 0 else 0.0
     if abs(cosine) > _PARALLEL_COSINE:
@@ -362,5 +363,3 @@ def _size(piece: _Piece, parts: Sequence[Tensor], weights: Sequence[Tensor], ele
     change = combined([part.abs().double() for part in agreeing], [weight.double() for weight in weights], None, stages.combine)
     size = abs(stages.scale) * change.abs()
     return size if piece.base is None else size + piece.base.double().abs()
-
-

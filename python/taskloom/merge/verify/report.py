@@ -10,11 +10,24 @@ Status = Literal["passed", "failed", "skipped"]
 
 @dataclass(frozen=True)
 class Check:
-    """One kind of check: ``files``, ``tensors``, ``report``, ``digests``, ``inputs`` or ``values``, and in a sentence what came of it."""
+    """One kind of check: ``files``, ``report``, ``digests``, ``inputs``, ``tensors`` or ``values``.
+
+    ``detail`` says what held, or why the check was skipped; ``problems`` what did not hold.
+    """
 
     name: str
     status: Status
     detail: str
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class FirstWrong:
+    """The first wrong entry of a tensor (the first wrong byte, where bytes were compared); ``nan`` and ``inf`` are text."""
+
+    index: int
+    found: float | str
+    expected: float | str
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,7 @@ class TensorCheck:
         Largest difference, as a number and in units in the last place of ``dtype``; norm of the difference over that of the expected
         tensor. None where not finite, or where bytes were compared.
     first_wrong
-        Index, value found and value expected of the first wrong entry (of the first wrong byte, where bytes were compared).
+        None where none is.
     """
 
     name: str
@@ -51,14 +64,14 @@ class TensorCheck:
     max_abs: float | None
     max_ulp: float | None
     relative_norm: float | None
-    first_wrong: dict[str, float] | None
+    first_wrong: FirstWrong | None
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """A whole verification. ``problems`` says in sentences what is wrong; ``ok`` is true where there is none.
+    """A whole verification. ``problems`` are those of all checks; ``ok`` is true where there is none.
 
-    ``verified`` and ``of`` count tensors and bytes of the output; ``sample_seed`` chose them (None: all, or all of a pattern).
+    ``verified_`` and ``of_`` count tensors and bytes of the output; ``sample_seed`` chose them (None: all, or all of a pattern).
     """
 
     output: str
@@ -73,6 +86,7 @@ class VerifyReport:
     verified_bytes: int
     of_bytes: int
     sample_seed: int | None
+    notes: list[str]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:

@@ -34,10 +34,9 @@ class RankCut:
 class _Search:
     """One rank of one task: the digits of its magnitude found so far, and the rank among the entries that have them."""
 
-    def __init__(self, rank: int, above_all: int) -> None:
+    def __init__(self, rank: int) -> None:
         self.rank = rank
         self.prefix = 0
-        self.above_all = above_all
 
     def narrow(self, counts: Tensor) -> None:
         """Take the next digit from the counts of each."""
@@ -61,7 +60,7 @@ def rank_cuts(passes: Passes, ranks: Sequence[Sequence[int]], wide: bool) -> lis
     """
     bits = 64 if wide else 32
     above_all = 2 ** (bits - 1) - 1
-    searches = [[_Search(rank, above_all) for rank in of_task] for of_task in ranks]
+    searches = [[_Search(rank) for rank in of_task] for of_task in ranks]
     for shift in range(bits - _DIGIT, -1, -_DIGIT):
         prefixes = [sorted({search.prefix for search in of_task if search.rank > 0}) for of_task in searches]
         counts = [{prefix: torch.zeros(_BINS, dtype=torch.int64) for prefix in of_task} for of_task in prefixes]
@@ -74,4 +73,5 @@ def rank_cuts(passes: Passes, ranks: Sequence[Sequence[int]], wide: bool) -> lis
             for search in searching:
                 if search.rank > 0:
                     search.narrow(of_task[search.prefix])
-    return [[RankCut(search.prefix, search.rank) if search.rank > 0 else RankCut(above_all, 0) for search in of_task] for of_task in searches]
+    above = RankCut(above_all, 0)
+    return [[RankCut(search.prefix, search.rank) if search.rank > 0 else above for search in of_task] for of_task in searches]
