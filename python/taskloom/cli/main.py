@@ -8,9 +8,12 @@ import click
 
 _COMMANDS = {
     "demo": ("taskloom.cli.demo:demo", "Merge small models made on the spot, and show how well each method works."),
+    "diff": ("taskloom.cli.diff:diff", "Compare two checkpoints, tensor by tensor."),
     "doctor": ("taskloom.cli.doctor:doctor", "Show what was built, what this machine offers, and what would run."),
+    "inspect": ("taskloom.cli.inspect:inspect", "Show what a checkpoint holds."),
     "merge": ("taskloom.cli.merge:merge", "Merge safetensors checkpoints by a recipe."),
     "report": ("taskloom.cli.report:report", "Make the page of a merge's report for a browser."),
+    "verify": ("taskloom.cli.verify:verify", "Check a finished merge, with tensors computed again by the reference."),
 }
 
 

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from taskloom.merge.errors import CheckpointError, MergeError, OutputError, RecipeError, ReportError
     from taskloom.merge.read_report import load_report
+    from taskloom.merge.diff import diff_checkpoints
+    from taskloom.merge.inspection import inspect_checkpoint
     from taskloom.merge.recipe import Recipe, load_recipe
     from taskloom.merge.report import MergeReport
     from taskloom.merge.run import merge_checkpoints
     from taskloom.merge.state_dicts import merge_state_dicts
+    from taskloom.merge.verify import verify_merge
 
 _MODULES = {
     "CheckpointError": "errors",
@@ -20,10 +23,13 @@ _MODULES = {
     "Recipe": "recipe",
     "RecipeError": "errors",
     "ReportError": "errors",
+    "diff_checkpoints": "diff",
+    "inspect_checkpoint": "inspection",
     "load_recipe": "recipe",
     "load_report": "read_report",
     "merge_checkpoints": "run",
     "merge_state_dicts": "state_dicts",
+    "verify_merge": "verify",
 }
 
 __all__ = [
@@ -34,10 +40,13 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "ReportError",
+    "diff_checkpoints",
+    "inspect_checkpoint",
     "load_recipe",
     "load_report",
     "merge_checkpoints",
     "merge_state_dicts",
+    "verify_merge",
 ]
 
 

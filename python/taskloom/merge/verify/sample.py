@@ -13,24 +13,6 @@ from taskloom.merge.plan import TensorJob
 _AT_LEAST = 4
 
 
-def parse_share(text: str) -> float:
-    """The share that ``5%`` or ``0.05`` means, in (0, 1].
-
-    Raises
-    ------
-    MergeError
-        If it is no share, or not in that range.
-    """
-    written = text.strip()
-    try:
-        share = float(written.removesuffix("%")) / (100 if written.endswith("%") else 1)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise MergeError(f"sample: expected a share such as 5% or 0.05, above 0 and at most 100%, got {text!r}")
-    return share
-
-
 def matching(jobs: Sequence[TensorJob], pattern: str | None) -> list[TensorJob]:
     """The jobs whose tensor's name matches a glob (``*``, ``?``, ``[...]``; whole name, case counts); all without one.
 
