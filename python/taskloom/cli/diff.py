@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 _MISMATCHES = {"dtype": "other dtype", "shape": "other shape", "only_a": "only in A", "only_b": "only in B"}
 
 
+class TroubleError(click.ClickException):
+    """Checkpoints that cannot be compared: status 2, as diff(1) has it."""
+
+    exit_code = 2
+
+
 def _order(tensor: TensorDiff) -> tuple[bool, float]:
     worst = float("inf") if tensor.nonfinite or tensor.relative_norm is None else tensor.relative_norm
     return tensor.status in ("shape", "only_a", "only_b"), worst
@@ -81,9 +87,7 @@ def diff(a: str, b: str, tensor: str | None, tolerance: float, top: int, threads
     except MergeError as error:
         if debug:
             raise
-        failure = click.ClickException(str(error))
-        failure.exit_code = 2
-        raise failure from error
+        raise TroubleError(str(error)) from error
     if as_json:
         print_json(report.to_dict())
     elif not quiet:

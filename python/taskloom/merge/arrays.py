@@ -6,14 +6,13 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from taskloom.merge.errors import CheckpointError, MergeError
+from taskloom.merge.errors import CheckpointError
 from taskloom.merge.header import BITS, TensorEntry
 
 Array = np.ndarray[Any, Any]
@@ -40,20 +39,6 @@ def has_values(dtype: str) -> bool:
 def unit_bits(dtype: str) -> int:
     """Bits of what is counted as an entry: those of the dtype, or 8 where entries are smaller than a byte."""
     return max(8, BITS[dtype])
-
-
-def matching_names(names: Iterable[str], pattern: str | None) -> list[str]:
-    """The names that match a glob (``*``, ``?``, ``[...]``; the whole name, case counts), in their order; all without one.
-
-    Raises
-    ------
-    MergeError
-        If none does.
-    """
-    found = [name for name in names if pattern is None or fnmatchcase(name, pattern)]
-    if pattern is not None and not found:
-        raise MergeError(f"no tensor matches {pattern!r}")
-    return found
 
 
 class Mappings:

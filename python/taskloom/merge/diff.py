@@ -15,7 +15,6 @@ from taskloom.merge.arrays import (
     Mappings,
     blocks,
     has_values,
-    matching_names,
     over_threads,
     piece_bounds,
     squared_norm,
@@ -26,6 +25,7 @@ from taskloom.merge.checkpoint import Checkpoint, open_checkpoint
 from taskloom.merge.errors import MergeError
 from taskloom.merge.header import TensorEntry
 from taskloom.merge.locate import locate
+from taskloom.merge.patterns import matching_names
 
 Status = Literal["same", "changed", "dtype", "shape", "only_a", "only_b"]
 

@@ -12,6 +12,7 @@ from taskloom.merge.checkpoint import Checkpoint
 from taskloom.merge.errors import MergeError
 from taskloom.merge.header import FLOATING, TensorEntry
 from taskloom.merge.output import RECIPE
+from taskloom.merge.patterns import matching_names
 from taskloom.merge.plan import TensorJob
 from taskloom.merge.planner import PlannedMerge, open_models, plan_merge
 from taskloom.merge.recipe import Recipe, load_recipe
@@ -31,7 +32,7 @@ from taskloom.merge.verify.compare import Comparison
 from taskloom.merge.verify.reader import TensorReader
 from taskloom.merge.verify.recompute import Recomputation, is_bit_exact
 from taskloom.merge.verify.report import Check, FirstWrong, TensorCheck, VerifyReport
-from taskloom.merge.verify.sample import choose, matching, output_bytes
+from taskloom.merge.verify.sample import choose, output_bytes
 
 _COPY_PIECE = 1 << 24
 
@@ -228,7 +229,7 @@ def verify_merge(
     opened, files = open_output(folder)
     report, of_report = _check_report(folder, recipe)
     planned = _planned(recipe)
-    candidates = None if isinstance(planned, MergeError) else matching(planned.plan.jobs, tensor)
+    candidates = None if isinstance(planned, MergeError) else set(matching_names((job.name for job in planned.plan.jobs), tensor))
     inputs, notes = _check_inputs(report, planned)
     checks = [files, of_report, _check_digests(report, folder, digests, progress), inputs]
     tensors: list[TensorCheck] = []
@@ -237,7 +238,7 @@ def verify_merge(
     elif opened is None:
         checks += [skipped(name, "the output's files cannot be read") for name in ("tensors", "values")]
     else:
-        fitting = [job for job in candidates if fits(opened, job)]
+        fitting = [job for job in planned.plan.jobs if job.name in candidates and fits(opened, job)]
         chosen = choose(fitting, sample, seed) if sample < 1 and fitting else fitting
         with TensorReader() as reader:
             tensors = _compare(planned, opened, chosen, reader, progress)

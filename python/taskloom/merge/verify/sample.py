@@ -4,27 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
-from taskloom.merge.errors import MergeError
 from taskloom.merge.header import tensor_bytes
 from taskloom.merge.plan import TensorJob
 
 _AT_LEAST = 4
-
-
-def matching(jobs: Sequence[TensorJob], pattern: str | None) -> list[TensorJob]:
-    """The jobs whose tensor's name matches a glob (``*``, ``?``, ``[...]``; whole name, case counts); all without one.
-
-    Raises
-    ------
-    MergeError
-        If none does.
-    """
-    found = [job for job in jobs if pattern is None or fnmatchcase(job.name, pattern)]
-    if not found:
-        raise MergeError(f"no tensor of the merge matches {pattern!r}")
-    return found
 
 
 def output_bytes(job: TensorJob) -> int:
