@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from taskloom.merge.errors import CheckpointError, MergeError, OutputError, RecipeError, ReportError
-    from taskloom.merge.read_report import load_report
     from taskloom.merge.diff import diff_checkpoints
+    from taskloom.merge.errors import CheckpointError, MergeError, OutputError, RecipeError, ReportError
     from taskloom.merge.inspection import inspect_checkpoint
+    from taskloom.merge.read_report import load_report
     from taskloom.merge.recipe import Recipe, load_recipe
     from taskloom.merge.report import MergeReport
     from taskloom.merge.run import merge_checkpoints
