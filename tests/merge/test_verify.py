@@ -205,9 +205,14 @@ def test_swapped_and_foreign_files_are_seen(tmp_path: Path) -> None:
     second.rename(first)
     (out / "x").rename(second)
     report = verify_merge(out)
-    assert _statuses(report) == dict(
-        files="failed", report="passed", digests="failed", inputs="passed", tensors="skipped", values="skipped"
-    )
+    assert _statuses(report) == {
+        "files": "failed",
+        "report": "passed",
+        "digests": "failed",
+        "inputs": "passed",
+        "tensors": "skipped",
+        "values": "skipped",
+    }
     assert any("should be in" in problem for problem in report.problems)
 
 

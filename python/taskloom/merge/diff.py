@@ -39,7 +39,8 @@ class TensorDiff:
     name, dtype_a, dtype_b, shape_a, shape_b
         The tensor; None where it is missing.
     status
-        ``same``; ``changed``: entries differ; ``dtype``: other dtypes, whatever the values; ``shape``: other shapes, not compared;
+        ``same``; ``changed``: entries differ; ``dtype``: other dtypes, whatever the values (which are
+        not compared where one dtype has no arithmetic); ``shape``: other shapes, not compared;
         ``only_a``, ``only_b``.
     entries, changed
         Entries compared, and those that differ by more than the tolerance. Where an entry has less than 8 bits these are bytes.
@@ -231,10 +232,10 @@ def _status(pair: _Pair, changed: int) -> Status:
 def _pairs(a: Checkpoint, b: Checkpoint, names: list[str], files: Mappings) -> Iterator[_Pair]:
     for name in names:
         one, other = a.tensors.get(name), b.tensors.get(name)
-        if one is not None and other is not None and one.shape == other.shape:
-            bits_a, bits_b = files.bits(one), files.bits(other)
-            if len(bits_a) == len(bits_b):
-                yield _Pair(name, one.dtype, other.dtype, bits_a, bits_b)
+        if one is None or other is None or one.shape != other.shape:
+            continue
+        if one.dtype == other.dtype or (has_values(one.dtype) and has_values(other.dtype)):
+            yield _Pair(name, one.dtype, other.dtype, files.bits(one), files.bits(other))
 
 
 def _unmatched(name: str, one: TensorEntry | None, other: TensorEntry | None) -> TensorDiff:
