@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+
+import torch
 
 from taskloom.merge.checkpoint import Checkpoint
 from taskloom.merge.errors import MergeError
@@ -127,6 +130,17 @@ def _compare(
     return results
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Pieces are too small for torch's threads, which wait for each other many times as long on a machine that is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _value_problem(tensor: TensorCheck) -> str:
     what = f"tensor {tensor.name!r}: {tensor.wrong} of {tensor.entries} entries are wrong"
     if tensor.first_wrong is None:
@@ -240,7 +254,7 @@ def verify_merge(
     else:
         fitting = [job for job in planned.plan.jobs if job.name in candidates and fits(opened, job)]
         chosen = choose(fitting, sample, seed) if sample < 1 and fitting else fitting
-        with TensorReader() as reader:
+        with TensorReader() as reader, _one_thread():
             tensors = _compare(planned, opened, chosen, reader, progress)
         planned.check_inputs()
         checks.append(check_tensors(opened, planned.plan.jobs))
