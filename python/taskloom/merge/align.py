@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from taskloom.merge.checkpoint import Checkpoint
-from taskloom.merge.errors import CheckpointError
+from taskloom.merge.errors import CheckpointError, shown
 from taskloom.merge.header import FLOATING, TensorEntry
 from taskloom.merge.tied import is_tied_copy, tied_embedding
 
@@ -43,8 +43,8 @@ def _is_computed(name: str) -> bool:
 
 def some(names: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
-    shown = ", ".join(repr(name) for name in names[:_SHOWN])
-    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    first = ", ".join(shown(name) for name in names[:_SHOWN])
+    return first + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def _raise_unmatched(reference: Checkpoint, member: Checkpoint, missing: Sequence[str], extra: Sequence[str]) -> None:
@@ -61,9 +61,16 @@ def _raise_unmatched(reference: Checkpoint, member: Checkpoint, missing: Sequenc
 
 def _raise_unlike(reference: Checkpoint, member: Checkpoint, unlike: Sequence[tuple[str, str, str]]) -> None:
     if unlike:
-        shown = "; ".join(f"{name!r} is {expected} there and {got} here" for name, expected, got in unlike[:_SHOWN])
+        first = "; ".join(f"{shown(name)} is {expected} there and {got} here" for name, expected, got in unlike[:_SHOWN])
         more = f" and {len(unlike) - _SHOWN} more" if len(unlike) > _SHOWN else ""
-        raise CheckpointError(f"model {member.label!r} does not fit {reference.label!r}: {len(unlike)} tensors differ: {shown}{more}")
+        raise CheckpointError(f"model {member.label!r} does not fit {reference.label!r}: {len(unlike)} tensors differ: {first}{more}")
+
+
+def _refuse_huge(reference: Checkpoint) -> None:
+    """safetensors takes sizes up to 2**64 - 1 where the tensor is empty; 64 signed bits, torch's and the executor's, do not."""
+    for name, entry in reference.tensors.items():
+        if any(size >= 2**63 for size in entry.shape):
+            raise CheckpointError(f"model {reference.label!r}: tensor {shown(name)} has a size of 2**63 or more: {shown(list(entry.shape))}")
 
 
 def _match(reference: Checkpoint, member: Checkpoint, notes: list[str]) -> dict[str, TensorEntry]:
@@ -83,7 +90,7 @@ def _match(reference: Checkpoint, member: Checkpoint, notes: list[str]) -> dict[
             notes.append(f"{member.label}: {name} is tied, its {embedding} stands for it")
             found = member.tensors[embedding]
         if found.shape != expected.shape:
-            unlike.append((name, str(list(expected.shape)), str(list(found.shape))))
+            unlike.append((name, shown(list(expected.shape)), shown(list(found.shape))))
         elif found.dtype not in FLOATING:
             unlike.append((name, expected.dtype, found.dtype))
         matched[name] = found
@@ -121,6 +128,7 @@ def align(reference: Checkpoint, members: Sequence[Checkpoint]) -> Alignment:
     CheckpointError
         If a member lacks a tensor, has one too many, or has another shape or kind of dtype; names tensors, model and both shapes.
     """
+    _refuse_huge(reference)
     notes: list[str] = []
     matches = [_match(reference, member, notes) for member in members]
     tensors = []

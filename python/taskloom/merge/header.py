@@ -1,7 +1,6 @@
-"""Reads and writes the header of a safetensors file, with nothing but the standard library.
+"""Reads and writes the header of a safetensors file.
 
-Accepts what safetensors 0.8 accepts, except for sizes of 2**63 and more, and for a tensor name given twice (safetensors keeps the last
-one in silence).
+Accepts exactly what safetensors 0.8 accepts, but for a tensor name given twice: safetensors keeps the last one in silence.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -11,14 +10,14 @@ import json
 import os
 import struct
 from dataclasses import dataclass
-from itertools import accumulate
 from math import prod
-from operator import mul
 from pathlib import Path
 from typing import Any
 
-from taskloom.merge.errors import CheckpointError
+from taskloom.merge.errors import CheckpointError, shown
 from taskloom.merge.identity import FileIdentity
+from taskloom.merge.input_files import open_regular
+from taskloom.merge.strict_json import JsonError, check_tree, is_unicode, parse_json, repeated_keys
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -47,6 +46,9 @@ BITS = {
     "U64": 64,
 }
 
+_FIELDS = ("dtype", "shape", "data_offsets")
+_MOST = 2**64
+
 FLOATING = ("F32", "BF16", "F16", "F64")
 
 
@@ -69,90 +71,104 @@ class TensorEntry:
         return prod(self.shape)
 
 
-class _DuplicateKeyError(ValueError):
-    pass
-
-
-def _unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise _DuplicateKeyError(key)
-            seen.add(key)
-    return found
-
-
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes that ``shape`` elements of the safetensors ``dtype`` take."""
     return prod(shape) * BITS[dtype] // 8
 
 
 def _read_prefix(path: Path) -> tuple[bytes, FileIdentity]:
-    try:
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            size = status.st_size
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise CheckpointError(f"{path}: not a safetensors file: {size} bytes, expected at least 8")
-            (length,) = struct.unpack("<Q", prefix)
-            if length > MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    f"{path}: not a safetensors file: header length {length} is above the limit of {MAX_HEADER_BYTES} bytes"
-                )
-            if 8 + length > size:
-                raise CheckpointError(f"{path}: truncated: the header needs {length} bytes, the file has {size - 8} after its length field")
-            raw = file.read(length)
-            return raw, FileIdentity.of(path, status, raw)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    with open_regular(path) as file:
+        status = os.fstat(file.fileno())
+        size = status.st_size
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise CheckpointError(f"{path}: not a safetensors file: {size} bytes, expected at least 8")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(
+                f"{path}: not a safetensors file: header length {length} is above the limit of {MAX_HEADER_BYTES} bytes"
+            )
+        if 8 + length > size:
+            raise CheckpointError(f"{path}: truncated: the header needs {length} bytes, the file has {size - 8} after its length field")
+        raw = file.read(length)
+        if len(raw) < length:
+            raise CheckpointError(f"{path}: truncated while it was read")
+        return raw, FileIdentity.of(path, status, raw)
 
 
-def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
+def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
+    """The entries by name, not yet looked at; ``__metadata__`` is checked and left out."""
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_object)
-    except _DuplicateKeyError as error:
-        raise CheckpointError(f"{path}: header names {error.args[0]!r} twice") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        header = parse_json(raw)
+        if not isinstance(header, dict):
+            raise CheckpointError(f"{path}: header is a JSON {type(header).__name__}, expected an object")
+        if repeated := repeated_keys(header):
+            raise CheckpointError(f"{path}: header names {shown(repeated[0])} twice")
+        metadata = header.pop("__metadata__", None)
+        if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+            raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
+        check_tree(metadata, depth=1)
+    except JsonError as error:
         raise CheckpointError(f"{path}: header is not valid JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: header is a JSON {type(header).__name__}, expected an object")
-    metadata = header.pop("__metadata__", None)
-    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
-        raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
     return header
 
 
+def _fields(where: str, info: object) -> list[Any]:
+    """dtype, shape and data_offsets of an entry: an object, where other fields are ignored, or a list of the three in this order."""
+    if isinstance(info, list) and len(info) == len(_FIELDS):
+        return info
+    if not isinstance(info, dict):
+        raise CheckpointError(f"{where}: entry is not an object")
+    missing = [key for key in _FIELDS if key not in info]
+    if missing:
+        raise CheckpointError(f"{where}: entry lacks {', '.join(missing)}")
+    twice = [key for key in _FIELDS if key in repeated_keys(info)]
+    if twice:
+        raise CheckpointError(f"{where}: entry gives {twice[0]} twice")
+    if len(info) > len(_FIELDS):
+        try:
+            check_tree(info, depth=1)
+        except JsonError as error:
+            raise CheckpointError(f"{where}: entry is not valid JSON: {error}") from error
+    return [info[key] for key in _FIELDS]
+
+
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
+
+
+def _bits(where: str, dtype: str, shape: list[int]) -> int:
+    """Bits of a tensor; every product on the way to them must fit 64 bits, as in safetensors."""
+    count = 1
+    for size in (*shape, BITS[dtype]):
+        count *= size
+        if count >= _MOST:
+            raise CheckpointError(f"{where}: shape {shown(shape)} overflows 64 bits")
+    return count
 
 
 def _parse_entry(identity: FileIdentity, name: str, info: object, data_start: int) -> TensorEntry:
-    where = f"{identity.file}: tensor {name!r}"
-    if not name.isprintable() and any(0xD800 <= ord(character) < 0xE000 for character in name):
+    where = f"{identity.file}: tensor {shown(name)}"
+    if not is_unicode(name):
         raise CheckpointError(f"{where}: the name is not valid Unicode")
-    if not isinstance(info, dict):
-        raise CheckpointError(f"{where}: entry is not an object")
-    missing = [key for key in ("dtype", "shape", "data_offsets") if key not in info]
-    if missing:
-        raise CheckpointError(f"{where}: entry lacks {', '.join(missing)}")
-    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    dtype, shape, offsets = _fields(where, info)
+    if isinstance(dtype, dict) and list(dtype.values()) == [None] and not repeated_keys(dtype):
+        # The other spelling of an enum's value in serde.
+        dtype = next(iter(dtype))
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise CheckpointError(f"{where}: unknown dtype {dtype!r}, expected one of {', '.join(BITS)}")
+        raise CheckpointError(f"{where}: unknown dtype {shown(dtype)}, expected one of {', '.join(BITS)}")
     if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
-        raise CheckpointError(f"{where}: shape must be a list of whole numbers >= 0, got {shape!r}")
+        raise CheckpointError(f"{where}: shape must be a list of whole numbers from 0 to 2**64 - 1, got {shown(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
-        raise CheckpointError(f"{where}: data_offsets must be two whole numbers >= 0, got {offsets!r}")
+        raise CheckpointError(f"{where}: data_offsets must be two whole numbers from 0 to 2**64 - 1, got {shown(offsets)}")
     begin, end = offsets
-    bits = BITS[dtype] * prod(shape)
-    if any(partial >= 2**64 for partial in (*accumulate(shape, mul), bits)):
-        raise CheckpointError(f"{where}: shape {shape} overflows 64 bits")
+    bits = _bits(where, dtype, shape)
     if bits % 8:
-        raise CheckpointError(f"{where}: {dtype} of shape {shape} does not fill whole bytes")
+        raise CheckpointError(f"{where}: {dtype} of shape {shown(shape)} does not fill whole bytes")
     if end - begin != bits // 8:
-        raise CheckpointError(f"{where}: data_offsets {offsets} span {end - begin} bytes, {dtype} of shape {shape} needs {bits // 8}")
+        raise CheckpointError(
+            f"{where}: data_offsets {offsets} span {end - begin} bytes, {dtype} of shape {shown(shape)} needs {bits // 8}"
+        )
     return TensorEntry(identity.file, data_start + begin, bits // 8, dtype, tuple(shape), identity)
 
 
@@ -162,12 +178,12 @@ def _check_cover(path: Path, entries: dict[str, TensorEntry], data_start: int, s
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset + entry.nbytes > size:
             raise CheckpointError(
-                f"{path}: truncated: tensor {name!r} ends at byte {entry.offset + entry.nbytes}, the file has {size} bytes"
+                f"{path}: truncated: tensor {shown(name)} ends at byte {entry.offset + entry.nbytes}, the file has {size} bytes"
             )
         if entry.offset < position:
-            raise CheckpointError(f"{path}: tensors {previous!r} and {name!r} overlap")
+            raise CheckpointError(f"{path}: tensors {shown(previous)} and {shown(name)} overlap")
         if entry.offset > position:
-            raise CheckpointError(f"{path}: {entry.offset - position} bytes before tensor {name!r} belong to no tensor")
+            raise CheckpointError(f"{path}: {entry.offset - position} bytes before tensor {shown(name)} belong to no tensor")
         position, previous = entry.offset + entry.nbytes, name
     if position != size:
         raise CheckpointError(f"{path}: {size - position} bytes after the last tensor belong to no tensor")
@@ -194,7 +210,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     """
     raw, identity = _read_prefix(path)
     data_start = 8 + len(raw)
-    entries = {name: _parse_entry(identity, name, info, data_start) for name, info in _parse_json(path, raw).items()}
+    entries = {name: _parse_entry(identity, name, info, data_start) for name, info in _parse_header(path, raw).items()}
     _check_cover(path, entries, data_start, identity.size)
     return dict(sorted(entries.items(), key=lambda item: item[1].offset))
 

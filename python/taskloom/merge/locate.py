@@ -8,7 +8,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from taskloom.merge.errors import CheckpointError
+from taskloom.merge.errors import CheckpointError, shown
+from taskloom.merge.input_files import is_plain_name, read_regular
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*"]
@@ -39,11 +40,22 @@ def hub_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
 
 
+_LONGEST_REFERENCE = 4096
+
+
+def _commit(reference: Path) -> str:
+    """The commit that a branch or tag of the cache names."""
+    commit = read_regular(reference, _LONGEST_REFERENCE).decode("utf-8", "replace").strip()
+    if not is_plain_name(commit):
+        raise CheckpointError(f"{reference}: expected a commit, got {shown(commit)}")
+    return commit
+
+
 def _cached_snapshot(repo: str, revision: str) -> tuple[Path, str] | None:
     """The snapshot folder of a branch, tag or commit, and its commit, where the cache holds it."""
     folder = hub_cache() / ("models--" + repo.replace("/", "--"))
     reference = folder / "refs" / revision
-    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    commit = _commit(reference) if reference.exists() else revision
     snapshot = folder / "snapshots" / commit
     if snapshot.is_dir():
         return snapshot, commit
@@ -61,7 +73,7 @@ def _has_weights(snapshot: Path) -> bool:
 def _download(label: str, repo: str, revision: str) -> tuple[Path, str]:
     if importlib.util.find_spec("huggingface_hub") is None:
         raise CheckpointError(
-            f"model {label!r}: neither a path here nor in the Hugging Face cache ({hub_cache()}); "
+            f"model {shown(label)}: neither a path here nor in the Hugging Face cache ({hub_cache()}); "
             "to download models, install the extra: pip install 'taskloom[hub]'"
         )
     import huggingface_hub
@@ -69,7 +81,7 @@ def _download(label: str, repo: str, revision: str) -> tuple[Path, str]:
     try:
         snapshot = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=_WANTED))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"model {label!r}: cannot be downloaded: {error}") from error
+        raise CheckpointError(f"model {shown(label)}: cannot be downloaded: {error}") from error
     return snapshot, snapshot.name
 
 
@@ -88,17 +100,22 @@ def locate(label: str, recipe_folder: Path | None = None) -> Located:
     CheckpointError
         If nothing is found. A hub model is downloaded only where huggingface_hub is installed.
     """
-    written = Path(label).expanduser()
-    candidates = [written] if written.is_absolute() or recipe_folder is None else [written, recipe_folder / written]
-    for candidate in candidates:
-        if candidate.exists():
-            return Located(label, candidate)
+    try:
+        written = Path(label).expanduser()
+        candidates = [written] if written.is_absolute() or recipe_folder is None else [written, recipe_folder / written]
+        for candidate in candidates:
+            if candidate.exists():
+                return Located(label, candidate)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"model {shown(label)}: cannot be looked up: {error}") from error
     match = _HUB_ID.fullmatch(label)
     if match is None or label.startswith((".", "~", "/")) or label.endswith(".safetensors"):
         hint = "; adapters (base+adapter) are not supported: merge the adapter into its base first" if "+" in label else ""
         searched = ", ".join(str(candidate) for candidate in candidates)
-        raise CheckpointError(f"model {label!r}: no such file or folder (looked at {searched}){hint}")
+        raise CheckpointError(f"model {shown(label)}: no such file or folder (looked at {searched}){hint}")
     repo, revision = match["repo"], match["revision"] or "main"
+    if not all(is_plain_name(part) for part in revision.split("/")):
+        raise CheckpointError(f"model {shown(label)}: {revision!r} is not a branch, a tag or a commit")
     cached = _cached_snapshot(repo, revision)
     if cached is None or not _has_weights(cached[0]):
         cached = _download(label, repo, revision)

@@ -11,6 +11,8 @@ from typing import Any
 
 from taskloom.merge.checkpoint import Checkpoint
 from taskloom.merge.errors import OutputError
+from taskloom.merge.input_files import check_regular
+from taskloom.merge.links import check_link
 from taskloom.merge.plan import MergePlan
 
 REPORT = "merge_report.json"
@@ -106,17 +108,50 @@ def _write_config(model: Checkpoint, destination: Path, dtype: str | None) -> No
         config = _with_dtype(config, name)
         if "torch_dtype" not in config and "dtype" not in config:
             config["torch_dtype"] = name
-    write_json(destination / "config.json", config)
+    # Infinity stands in configs of the wild (Mamba's time_step_limit), so it is passed on.
+    write_json(destination / "config.json", config, constants=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON as the Hugging Face tools do: two spaces, UTF-8, a final newline."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+def write_json(path: Path, content: Any, *, constants: bool = False) -> None:
+    """Write JSON as the Hugging Face tools do: two spaces, UTF-8, a final newline; NaN and infinities only with ``constants``."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=constants) + "\n", encoding="utf-8")
 
 
 def _module_folders(folder: Path) -> list[Path]:
     """The sub-folders of a sentence-transformers model (``1_Pooling`` and the like)."""
     return sorted(path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"\d+_\w+", path.name))
+
+
+def _side_files(folder: Path) -> list[Path]:
+    """What lies beside the weights of a model and comes along, config.json excepted."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.name != "config.json" and not path.is_dir() and _matches(path, _COPIED) and not _matches(path, _NOT_COPIED)
+    )
+
+
+def check_side_files(model: Checkpoint) -> None:
+    """Refuse a model whose side files cannot or must not be copied, before any work is done.
+
+    Raises
+    ------
+    CheckpointError
+        If one is no regular file, cannot be read, or is a link out of the model's folder, which would copy a file that is none of the
+        model's into the output.
+    """
+    folder = model.folder
+    if folder is None:
+        return
+    for path in _side_files(folder):
+        check_link(path, folder)
+        check_regular(path)
+    for module in _module_folders(folder):
+        check_link(module, folder)
+        for path in module.rglob("*"):
+            check_link(path, folder)
+            if path.is_symlink() or not path.is_dir():
+                check_regular(path)
 
 
 def copy_side_files(model: Checkpoint, destination: Path, *, dtype: str | None, copy_tokenizer: bool = True) -> list[str]:
@@ -142,9 +177,7 @@ def copy_side_files(model: Checkpoint, destination: Path, *, dtype: str | None, 
     notes: list[str] = []
     if folder is None:
         return notes
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.name == "config.json" or not _matches(path, _COPIED) or _matches(path, _NOT_COPIED):
-            continue
+    for path in _side_files(folder):
         if not copy_tokenizer and _matches(path, _TOKENIZER):
             continue
         if path.stat().st_size > _LARGEST_COPIED:

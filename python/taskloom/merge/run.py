@@ -10,7 +10,7 @@ from typing import Any
 from taskloom.merge.card import model_card, rerun_recipe
 from taskloom.merge.errors import MergeError, OutputError
 from taskloom.merge.journal import Fingerprint
-from taskloom.merge.output import RECIPE, REPORT, check_output, copy_side_files, write_index
+from taskloom.merge.output import RECIPE, REPORT, check_output, check_side_files, copy_side_files, write_index
 from taskloom.merge.planner import PlannedMerge, open_models, plan_merge
 from taskloom.merge.recipe import Recipe, load_recipe
 from taskloom.merge.report import MergeReport, build_report, taskloom_version
@@ -32,7 +32,9 @@ def prepare(
     chosen = seed if seed is not None else recipe.seed or 0
     if not 0 <= chosen < 2**64:
         raise MergeError(f"seed: expected 0 <= seed < 2**64, got {chosen}")
-    return recipe, plan_merge(recipe, open_models(recipe), shard_size=limit, seed=chosen, allow_nonfinite=allow_nonfinite)
+    cast = open_models(recipe)
+    check_side_files(cast.reference)
+    return recipe, plan_merge(recipe, cast, shard_size=limit, seed=chosen, allow_nonfinite=allow_nonfinite)
 
 
 def fingerprint_of(recipe: Recipe, planned: PlannedMerge) -> Fingerprint:
