@@ -12,6 +12,7 @@ CXX_FILES = $(shell find csrc cmake -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 .PHONY: format
 .PHONY: bench
 .PHONY: peers
+.PHONY: fuzz
 .PHONY: wheel
 .PHONY: clean
 
@@ -70,6 +71,19 @@ bench: build
 	touch $@
 
 peers: .venv-peers/.requirements
+
+# The fuzzer needs no build of the package: it drives the header reader, which is Python. A finding is saved as build/fuzz/crash-*.
+.venv-fuzz/.requirements: requirements/fuzz.txt
+	test -x .venv-fuzz/bin/python || $(PYTHON) -m venv .venv-fuzz
+	.venv-fuzz/bin/pip install --quiet -r requirements/fuzz.txt
+	touch $@
+
+FUZZ_SECONDS ?= 300
+
+fuzz: .venv-fuzz/.requirements
+	mkdir -p build/fuzz
+	PYTHONPATH=python:tests/robustness .venv-fuzz/bin/python tests/robustness/fuzz_header.py build/fuzz/corpus \
+	  -artifact_prefix=build/fuzz/ -max_total_time=$(FUZZ_SECONDS)
 
 $(VENV)/.wheel-requirements: requirements/wheel.txt $(VENV)/.requirements
 	$(PIP) install --quiet -r requirements/wheel.txt

@@ -102,7 +102,10 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
         header = parse_json(raw)
         if not isinstance(header, dict):
             raise CheckpointError(f"{path}: header is a JSON {type(header).__name__}, expected an object")
-        if repeated := repeated_keys(header):
+        repeated = repeated_keys(header)
+        if "__metadata__" in repeated:
+            raise CheckpointError(f"{path}: header gives __metadata__ twice")
+        if repeated:
             raise CheckpointError(f"{path}: header names {shown(repeated[0])} twice")
         metadata = header.pop("__metadata__", None)
         if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
