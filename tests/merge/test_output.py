@@ -288,5 +288,5 @@ def test_mappings_may_hold_numbers_of_numpy(models: Models, tmp_path: Path) -> N
     recipe = recipe_of(models, "task_arithmetic", np.float32(0.5), parameters={"lambda": np.array([0.5, 1.0])})
     merge_checkpoints(recipe, tmp_path / "out")
     assert load_recipe(tmp_path / "out" / "taskloom_recipe.yml").models[0].settings["weight"][0].values == (0.5,)
-    with pytest.raises(RecipeError, match=r"models\[0\].parameters.weight: expected a number"):
+    with pytest.raises(RecipeError, match=r"models\[0\].parameters.weight: expected text, a number"):
         load_recipe(recipe_of(models, "task_arithmetic", object()))

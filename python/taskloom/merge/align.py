@@ -67,10 +67,12 @@ def _raise_unlike(reference: Checkpoint, member: Checkpoint, unlike: Sequence[tu
 
 
 def _refuse_huge(reference: Checkpoint) -> None:
-    """safetensors takes sizes up to 2**64 - 1 where the tensor is empty; 64 signed bits, torch's and the executor's, do not."""
+    """The format takes sizes up to 2**64 - 1 where the tensor is empty; 64 signed bits, torch's and the executor's, do not."""
     for name, entry in reference.tensors.items():
         if any(size >= 2**63 for size in entry.shape):
-            raise CheckpointError(f"model {reference.label!r}: tensor {shown(name)} has a size of 2**63 or more: {shown(list(entry.shape))}")
+            raise CheckpointError(
+                f"model {reference.label!r}: tensor {shown(name)} has a size of 2**63 or more: {shown(list(entry.shape))}"
+            )
 
 
 def _match(reference: Checkpoint, member: Checkpoint, notes: list[str]) -> dict[str, TensorEntry]:

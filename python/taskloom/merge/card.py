@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import yaml
 
 from taskloom.merge.locate import Located
 from taskloom.merge.planner import Cast
 from taskloom.merge.recipe import Recipe
+from taskloom.merge.recipe_source import parse_recipe_text
 
 
 def _shown(located: Located) -> str:
@@ -27,6 +30,8 @@ def model_card(recipe: Recipe, cast: Cast, name: str) -> str:
     title = f"[{method.title}]({method.source})" if method.source.startswith("http") else method.title
     based = f" with {_shown(cast.reference.located)} as the base" if cast.deltas else ""
     models = "\n".join(f"- {_shown(task.located)}" for task in cast.tasks)
+    # A fence that no line of the recipe can close.
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", recipe.text)), default=0))
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).rstrip()}
 ---
@@ -41,9 +46,9 @@ A merge of pretrained models, made with taskloom by the method {title}{based}.
 
 ## Recipe
 
-```yaml
+{fence}yaml
 {recipe.text.strip()}
-```
+{fence}
 
 `taskloom_recipe.yml` is the same recipe with every model pinned; `merge_report.json` has the figures of every tensor.
 """
@@ -51,7 +56,7 @@ A merge of pretrained models, made with taskloom by the method {title}{based}.
 
 def rerun_recipe(recipe: Recipe, cast: Cast, seed: int) -> str:
     """The recipe as YAML that gives the same merge from any working directory: models pinned, the seed written down."""
-    document = yaml.safe_load(recipe.text)
+    document = parse_recipe_text(recipe.text, "recipe")
     if recipe.base_model is not None:
         document["base_model"] = cast.reference.located.pinned
     pinned = {task.label: checkpoint.located.pinned for task, checkpoint in zip(cast.settings, cast.tasks, strict=True)}

@@ -85,9 +85,7 @@ def _read_prefix(path: Path) -> tuple[bytes, FileIdentity]:
             raise CheckpointError(f"{path}: not a safetensors file: {size} bytes, expected at least 8")
         (length,) = struct.unpack("<Q", prefix)
         if length > MAX_HEADER_BYTES:
-            raise CheckpointError(
-                f"{path}: not a safetensors file: header length {length} is above the limit of {MAX_HEADER_BYTES} bytes"
-            )
+            raise CheckpointError(f"{path}: not a safetensors file: header length {length} is above the limit of {MAX_HEADER_BYTES} bytes")
         if 8 + length > size:
             raise CheckpointError(f"{path}: truncated: the header needs {length} bytes, the file has {size - 8} after its length field")
         raw = file.read(length)

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from taskloom.merge.errors import RecipeError, near_miss
+from taskloom.merge.errors import RecipeError, near_miss, shown
 from taskloom.merge.stages import REQUIRED, Parameter, Value
 
-_LAYER = re.compile(r"\.(\d+)\.")
+# More digits are no layer of a model, and int() would take long, or refuse.
+_LAYER = re.compile(r"\.(\d{1,9})\.")
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -66,17 +67,17 @@ def _number(parameter: Parameter, value: object, where: str) -> float:
         try:
             value = float(value)
         except ValueError:
-            raise RecipeError(f"{where}: expected a number, got {value!r}") from None
+            raise RecipeError(f"{where}: expected a number, got {shown(value)}") from None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RecipeError(f"{where}: expected a number, got {value!r}")
+        raise RecipeError(f"{where}: expected a number, got {shown(value)}")
     if not math.isfinite(value):
-        raise RecipeError(f"{where}: expected a finite number, got {value!r}")
+        raise RecipeError(f"{where}: expected a finite number, got {shown(value)}")
     if parameter.low is not None and value < parameter.low:
-        raise RecipeError(f"{where}: expected at least {parameter.low:g}, got {value!r}")
+        raise RecipeError(f"{where}: expected at least {parameter.low:g}, got {shown(value)}")
     if parameter.high is not None and value > parameter.high:
-        raise RecipeError(f"{where}: expected at most {parameter.high:g}, got {value!r}")
+        raise RecipeError(f"{where}: expected at most {parameter.high:g}, got {shown(value)}")
     if parameter.above is not None and value <= parameter.above:
-        raise RecipeError(f"{where}: expected more than {parameter.above:g}, got {value!r}")
+        raise RecipeError(f"{where}: expected more than {parameter.above:g}, got {shown(value)}")
     return float(value)
 
 
@@ -87,14 +88,14 @@ def _flag(value: object, where: str) -> bool:
         return bool(value)
     if isinstance(value, str) and value.lower() in _WORDS:
         return _WORDS[value.lower()]
-    raise RecipeError(f"{where}: expected true or false, got {value!r}")
+    raise RecipeError(f"{where}: expected true or false, got {shown(value)}")
 
 
 def _choice(parameter: Parameter, value: object, where: str) -> str:
     if isinstance(value, str) and value in parameter.choices:
         return value
     hint = near_miss(value, parameter.choices) if isinstance(value, str) else ""
-    raise RecipeError(f"{where}: expected one of {', '.join(parameter.choices)}, got {value!r}{hint}")
+    raise RecipeError(f"{where}: expected one of {', '.join(parameter.choices)}, got {shown(value)}{hint}")
 
 
 def _rescale(parameter: Parameter, value: object, where: str) -> str:
@@ -113,7 +114,7 @@ def _scalar(parameter: Parameter, value: object, where: str) -> Value:
         case "whole":
             number = _number(parameter, value, where)
             if number != int(number):
-                raise RecipeError(f"{where}: expected a whole number, got {value!r}")
+                raise RecipeError(f"{where}: expected a whole number, got {shown(value)}")
             return int(number)
         case "flag":
             return _flag(value, where)
@@ -130,21 +131,22 @@ def _gradient(parameter: Parameter, raw: object, where: str) -> tuple[Value, ...
         raise RecipeError(f"{where}: an empty list is no gradient")
     if parameter.constant:
         raise RecipeError(f"{where}: takes one value for the whole merge, not a gradient")
-    return tuple(_scalar(parameter, value, where) for value in raw)
+    return tuple(_scalar(parameter, value, f"{where}[{number}]") for number, value in enumerate(raw))
 
 
 def _conditional(parameter: Parameter, raw: object, where: str) -> Rule:
     if not isinstance(raw, Mapping):
-        raise RecipeError(f"{where}: expected a mapping with filter and value, got {raw!r}; do not mix plain values with filters")
+        raise RecipeError(f"{where}: expected a mapping with filter and value, got {shown(raw)}; do not mix plain values with filters")
     for key in raw:
         if key not in ("filter", "value"):
-            raise RecipeError(f"{where}: unknown key {key!r}, expected filter and value{near_miss(str(key), ('filter', 'value'))}")
+            raise RecipeError(f"{where}: unknown key {shown(key)}, expected filter and value{near_miss(str(key), ('filter', 'value'))}")
     if "value" not in raw:
         raise RecipeError(f"{where}: a filter needs a value")
     pattern = raw.get("filter")
     if pattern is not None and not isinstance(pattern, str):
-        raise RecipeError(f"{where}: filter must be text, got {pattern!r}")
-    return Rule(None if pattern == "*" else pattern, _gradient(parameter, raw["value"], where))
+        hint = "; write it in quotes" if isinstance(pattern, bool) else ""
+        raise RecipeError(f"{where}.filter: expected text, got {shown(pattern)}{hint}")
+    return Rule(None if pattern == "*" else pattern, _gradient(parameter, raw["value"], f"{where}.value"))
 
 
 def compile_setting(parameter: Parameter, raw: Any, where: str) -> Setting:
@@ -164,11 +166,13 @@ def compile_setting(parameter: Parameter, raw: Any, where: str) -> Setting:
     RecipeError
         If a value has the wrong type, is out of range, or may not vary.
     """
-    conditions = [raw] if isinstance(raw, Mapping) else raw
-    if isinstance(conditions, list | tuple) and any(isinstance(item, Mapping) for item in conditions):
-        if parameter.constant:
-            raise RecipeError(f"{where}: takes one value for the whole merge, not filters")
-        return tuple(_conditional(parameter, item, where) for item in conditions)
+    filtered = isinstance(raw, list | tuple) and any(isinstance(item, Mapping) for item in raw)
+    if parameter.constant and (filtered or isinstance(raw, Mapping)):
+        raise RecipeError(f"{where}: takes one value for the whole merge, not filters")
+    if isinstance(raw, Mapping):
+        return (_conditional(parameter, raw, where),)
+    if filtered:
+        return tuple(_conditional(parameter, item, f"{where}[{number}]") for number, item in enumerate(raw))
     return (Rule(None, _gradient(parameter, raw, where)),)
 
 
@@ -203,6 +207,6 @@ def resolve(parameter: Parameter, sources: Iterable[Mapping[str, Setting]], name
                 return value
     if parameter.default is REQUIRED:
         of_model = f" of model {model!r}" if model else ""
-        raise RecipeError(f"parameter {parameter.name!r}{of_model} has no value for tensor {name!r} and no default")
+        raise RecipeError(f"parameter {parameter.name!r}{of_model} has no value for tensor {shown(name)} and no default")
     default: Value = parameter.default
     return default

@@ -10,8 +10,9 @@ from typing import Any, NoReturn
 import yaml
 from pydantic_core import SchemaValidator, ValidationError
 
-from taskloom.merge.errors import RecipeError, near_miss
+from taskloom.merge.errors import RecipeError, near_miss, shown
 from taskloom.merge.parameters import Setting, compile_setting
+from taskloom.merge.recipe_source import parse_recipe_text, place, plain_values, read_recipe_text
 from taskloom.merge.stages import MERGEKIT_ONLY, METHODS, Method
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
@@ -83,60 +84,23 @@ class Recipe:
         return self.out_dtype or self.dtype
 
 
-class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """PyYAML keeps the last of two equal keys in silence; a recipe with two is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-        return mapping
-
-
-def _read(path: Path) -> tuple[Any, str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"recipe {path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"recipe {path}: is not UTF-8 text") from error
-    try:
-        return yaml.load(text, Loader=_UniqueKeyLoader), text
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {path}: is not valid YAML: {error}") from error
-    except RecursionError as error:
-        raise RecipeError(f"recipe {path}: is nested too deeply") from error
-
-
-def _plain(value: Any) -> Any:
-    """Python-only spellings (tuples, paths, numbers and arrays of numpy or torch) as YAML would have them."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    return str(value) if isinstance(value, Path) else value
-
-
 def _check_keys(mapping: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
     for key in mapping:
         if key in known:
             continue
         if key in _REFUSED and where == "recipe":
-            raise RecipeError(f"recipe: key {key!r} is not supported: {_REFUSED[key]}")
-        raise RecipeError(f"{where}: unknown key {key!r}, expected {', '.join(known)}{near_miss(str(key), known)}")
+            raise RecipeError(f"recipe: key {shown(key)} is not supported: {_REFUSED[key]}")
+        raise RecipeError(f"{where}: unknown key {shown(key)}, expected {', '.join(known)}{near_miss(str(key), known)}")
 
 
 def _refuse_type(error: ValidationError) -> NoReturn:
     first = error.errors()[0]
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    where = place(first["loc"])
     if first["type"] == "missing":
-        raise RecipeError(f"recipe: key {place!r} is missing") from None
-    raise RecipeError(f"recipe: {place}: {first['msg'].lower()}, got {first['input']!r}") from None
+        raise RecipeError(f"recipe: key {where!r} is missing") from None
+    got = first["input"]
+    hint = "; YAML takes on, off, yes and no for true and false: write it in quotes" if isinstance(got, bool) else ""
+    raise RecipeError(f"recipe: {where}: {first['msg'].lower()}, got {shown(got)}{hint}") from None
 
 
 def _parse_document(raw: Any) -> dict[str, Any]:
@@ -159,8 +123,8 @@ def find_method(name: str) -> Method:
     if name in METHODS:
         return METHODS[name]
     if name in MERGEKIT_ONLY:
-        raise RecipeError(f"merge_method {name!r} of mergekit is not offered here; the methods are {', '.join(METHODS)}")
-    raise RecipeError(f"merge_method {name!r} is unknown; the methods are {', '.join(METHODS)}{near_miss(name, METHODS)}")
+        raise RecipeError(f"merge_method {shown(name)} of mergekit is not offered here; the methods are {', '.join(METHODS)}")
+    raise RecipeError(f"merge_method {shown(name)} is unknown; the methods are {', '.join(METHODS)}{near_miss(name, METHODS)}")
 
 
 def _dtype(name: str | None, key: str) -> str | None:
@@ -168,7 +132,7 @@ def _dtype(name: str | None, key: str) -> str | None:
         return None
     plain = name.removeprefix("torch.")
     if plain not in DTYPES:
-        raise RecipeError(f"recipe: {key}: expected one of {', '.join(DTYPES)}, got {name!r}{near_miss(plain, DTYPES)}")
+        raise RecipeError(f"recipe: {key}: expected one of {', '.join(DTYPES)}, got {shown(name)}{near_miss(plain, DTYPES)}")
     return DTYPES[plain]
 
 
@@ -178,7 +142,7 @@ def _unknown_parameter(method: Method, name: str, where: str) -> RecipeError:
     others = [other.name for other in METHODS.values() if other.parameter(name)]
     if not hint and others:
         hint = f" ({name!r} belongs to {', '.join(others)})"
-    return RecipeError(f"{where}: {method.name} has no parameter {name!r}, its parameters are {', '.join(names)}{hint}")
+    return RecipeError(f"{where}: {method.name} has no parameter {shown(name)}, its parameters are {', '.join(names)}{hint}")
 
 
 def _compile(method: Method, raw: Mapping[str, Any] | None, where: str, of_model: bool, notes: list[str]) -> dict[str, Setting]:
@@ -212,9 +176,10 @@ def load_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
     text: str | None = None
     folder: Path | None = None
     if isinstance(source, Mapping):
-        raw = _plain(source)
+        raw = plain_values(source)
     else:
-        raw, text = _read(Path(source))
+        text = read_recipe_text(Path(source))
+        raw = parse_recipe_text(text, f"recipe {source}")
         folder = Path(source).resolve().parent
     document = _parse_document(raw)
     method = find_method(document["merge_method"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from taskloom.merge.errors import MergeError
+from taskloom.merge.errors import MergeError, shown
 from taskloom.merge.header import BITS, tensor_bytes, write_header
 from taskloom.merge.plan import OutputFile, TensorTarget
 
@@ -29,10 +30,10 @@ def parse_size(text: str | int) -> int:
     if len(unit) > 1:
         unit = unit.removesuffix("b")
     factor = _UNITS.get(unit, _BINARY.get(unit, 0))
-    size = int(float(match["number"]) * factor) if match else 0
-    if size <= 0:
-        raise MergeError(f"shard size: expected a size such as 5GB, 500M or 1GiB, got {text!r}")
-    return size
+    size = float(match["number"]) * factor if match else 0.0
+    if not 1 <= size < math.inf:
+        raise MergeError(f"shard size: expected a size such as 5GB, 500M or 1GiB, got {shown(text)}")
+    return int(size)
 
 
 @dataclass(frozen=True)
