@@ -12,7 +12,7 @@ namespace {
 MagnitudeBand band_of_ranks(const Delta& delta, int64_t numel, int64_t rank_begin, int64_t rank_end, bool wide,
                             const ParallelFor& parallel) {
   const int64_t ranks[] = {rank_end, rank_begin};
-  const std::vector<Threshold> found = magnitude_thresholds(&delta, 1, numel, ranks, 2, wide, parallel);
+  const std::vector<Threshold> found = magnitude_thresholds(&delta, 1, numel, ranks, 2, wide, default_room, parallel);
   return {found[0].cut, found[1].cut};
 }
 

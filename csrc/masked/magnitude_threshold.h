@@ -12,6 +12,9 @@
 
 namespace taskloom {
 
+// Bytes that drivers may keep between their passes over a tensor, where their caller does not say.
+constexpr int64_t default_room = 64 << 20;
+
 // One tensor's values, or its difference from a base (base null: the values themselves).
 struct Delta {
   const void* tuned;
@@ -43,12 +46,14 @@ struct Threshold {
 };
 
 constexpr int64_t histogram_bins = 1 << 16;
+// Room behind the magnitudes between a bracket for a whole vector's store.
+constexpr int64_t vector_room = 64;
 
 // What one pass over a chunk finds around a bracket low <= x <= high of magnitudes.
 struct BracketCount {
   int64_t low, high;                              // in
   int64_t above, equal_high, equal_low, between;  // out
-  void* between_bits;                             // out: bits strictly between, in order; room for a whole chunk and one vector
+  void* between_bits;                             // out: bits strictly between, in order; room for a whole chunk and vector_room more
 };
 
 struct ThresholdLoops {
@@ -69,9 +74,21 @@ static inline int64_t row_rank_scratch(bool wide, int64_t n) { return 2 * n * (w
 TASKLOOM_LOOPS(ThresholdLoops, threshold_loops)
 
 // Thresholds of ranks[task * cuts + i] (0 <= rank <= numel) of `tasks` deltas of one tensor, found together so that a shared base is read
-// once per chunk. `wide` compares in float64: for all deltas of a merge in which any tensor is float64.
+// once per chunk. `wide` compares in float64: for all deltas of a merge in which any tensor is float64. What is kept between passes takes
+// `room` bytes at most (least_threshold_room at least): with less room there are more passes, and the same thresholds.
 std::vector<Threshold> magnitude_thresholds(const Delta* deltas, int tasks, int64_t numel, const int64_t* ranks, int cuts, bool wide,
-                                            const ParallelFor& parallel);
+                                            int64_t room, const ParallelFor& parallel);
+
+constexpr int64_t least_threshold_room = histogram_bins * static_cast<int64_t>(sizeof(int64_t));
+
+// The most bytes that finding thresholds takes: scratch of each thread that works on them (a thread keeps it), and what the passes share.
+struct ThresholdMemory {
+  int64_t magnitudes, sorted_copy;  // by ScratchUse
+  int64_t shared;
+};
+
+// `wanted` of the ranks, at most `cuts` of a task, lie between 0 and numel.
+ThresholdMemory threshold_memory(int64_t numel, int64_t wanted, int cuts, bool wide, int64_t room);
 
 // The same for one rank 1 <= rank <= numel, a threshold always being found.
 Threshold exact_magnitude_threshold(const Delta& delta, int64_t numel, int64_t rank, bool wide, const ParallelFor& parallel);
@@ -84,11 +101,16 @@ struct DeltaSegment {
 // One task's delta over several tensors seen as one vector, in order: a Threshold per rank, and per rank the tie_end of each segment
 // (tie_ends[rank_index * segments + segment]). Compared in float64 where `wide` or any tensor is float64.
 std::vector<Threshold> joint_magnitude_thresholds(const std::vector<DeltaSegment>& segments, const std::vector<int64_t>& ranks,
-                                                  std::vector<int64_t>* tie_ends, const ParallelFor& parallel, bool wide = false);
+                                                  std::vector<int64_t>* tie_ends, const ParallelFor& parallel, bool wide = false,
+                                                  int64_t room = default_room);
 
-// Adds the histogram of one 16-bit digit of the magnitudes to counts[65536]; see ThresholdLoops::histogram.
-void add_magnitude_histogram(const Delta& delta, bool wide, int64_t numel, int shift, int64_t prefix, int64_t* counts,
+// Adds the histogram of one 16-bit digit of the magnitudes to counts[65536]; see ThresholdLoops::histogram. Threads
+// count into histograms of their own where they fit into `room` bytes; otherwise one thread counts.
+void add_magnitude_histogram(const Delta& delta, bool wide, int64_t numel, int shift, int64_t prefix, int64_t* counts, int64_t room,
                              const ParallelFor& parallel);
+
+// The most bytes of private histograms that this takes.
+int64_t histogram_memory(int64_t numel, int64_t room);
 
 // Thresholds of ranks[0 .. cuts) (0 <= rank <= row_length) of each row: found[row * cuts + i], tie_end counted from the row's start.
 std::vector<Threshold> row_magnitude_thresholds(const Delta& delta, int64_t rows, int64_t row_length, const int64_t* ranks, int cuts,

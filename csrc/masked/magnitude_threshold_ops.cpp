@@ -20,7 +20,7 @@ std::vector<Threshold> thresholds_of_tensor(const Delta& delta, int64_t numel, c
   const int64_t count = static_cast<int64_t>(ranks.size());
   for (int64_t first = 0; first < count; first += ranks_at_once) {
     const int cuts = static_cast<int>(std::min(ranks_at_once, count - first));
-    const std::vector<Threshold> some = magnitude_thresholds(&delta, 1, numel, ranks.data() + first, cuts, wide, parallel);
+    const std::vector<Threshold> some = magnitude_thresholds(&delta, 1, numel, ranks.data() + first, cuts, wide, default_room, parallel);
     found.insert(found.end(), some.begin(), some.end());
   }
   // The cut of a whole tensor needs no threshold; the caller wants the smallest magnitude all the same.
@@ -101,7 +101,7 @@ Tensor magnitude_histogram_cpu(const Tensor& tuned, std::optional<Tensor> base, 
                   "shift: expected 0 or 16 (or 32 or 48 where wide), got ", shift);
   Tensor counts = torch::stable::full({histogram_bins}, 0, ScalarType::Long);
   add_magnitude_histogram(delta, wide, tensors.numel, static_cast<int>(shift), prefix, static_cast<int64_t*>(counts.mutable_data_ptr()),
-                          torch_parallel());
+                          default_room, torch_parallel());
   return counts;
 }
 

@@ -10,9 +10,12 @@
 #include "common/cpu_level.h"
 #include "common/dtype.h"
 #include "common/parallel.h"
+#include "common/thread_scratch.h"
 #include "masked/magnitude_threshold.h"
 
 namespace taskloom {
+
+class PageBuffer;
 
 enum class Select : int32_t { all, magnitude, row_magnitude, mask, dropout, rank_dropout };
 enum class Rescale : int32_t { none, density, l1 };
@@ -43,8 +46,8 @@ struct MergeTask {
 };
 
 struct SparseMerge {
-  const void* base = nullptr;  // null: values are merged instead of deltas, onto zero
-  DType base_dtype = DType::f32;
+  const void* base = nullptr;     // null: values are merged instead of deltas, onto zero
+  DType base_dtype = DType::f32;  // without a base too
   DType out_dtype = DType::f32;
   int64_t numel = 0;
   int64_t row_length = 0;  // of row_magnitude and rank_dropout; divides numel
@@ -58,8 +61,11 @@ struct SparseMerge {
   Combine combine = Combine::sum;
   double scale = 1;
   uint64_t seed = 0;
-  bool statistics = false;             // fill conflicts and dots
-  std::shared_ptr<uint8_t[]> records;  // memory of the tasks' `record`
+  bool statistics = false;  // fill conflicts and dots
+  // Bytes that may be kept between passes: magnitudes near a threshold, or the bits that were selected at random, which are selected
+  // twice where they do not fit. The result does not depend on it.
+  int64_t room = default_room;
+  std::shared_ptr<PageBuffer> records;  // memory of the tasks' `record`
 
   // Whether any tensor is float64: then all deltas are taken and compared in float64.
   bool wide() const;
@@ -128,6 +134,14 @@ struct MergeOutput {
   void* context = nullptr;
 };
 
+// The most bytes that a merge takes besides its tensors: scratch of each thread that works on it, by ScratchUse, and what is shared between
+// its passes. No more threads than it has chunks work on it.
+struct MergeMemory {
+  int64_t scratch[static_cast<int>(ScratchUse::count)] = {};
+  int64_t shared = 0, totals = 0, chunks = 0;
+};
+MergeMemory merge_memory(const SparseMerge& merge);
+
 // Sets each task's `outer` and `inner` cuts from its ranks, for Select::magnitude over the whole tensor.
 void find_magnitude_cuts(SparseMerge* merge, const ParallelFor& parallel);
 // Sets each task's `factor` for its rescale mode (a pass over the inputs for l1, which also records what was selected at random).
@@ -139,6 +153,8 @@ int64_t elected_sign_sum(const SparseMerge& merge, const ParallelFor& parallel);
 MergeStatistics sparse_merge(const SparseMerge& merge, const MergeOutput& output, const ParallelFor& parallel);
 // Turns a merge of base and one tuned tensor into their spherical interpolation at t: a weighted sum of two tensors' values.
 SparseMerge slerp_merge(const SparseMerge& merge, double t, const ParallelFor& parallel);
+// Scratch of each thread that works on convert_tensor, for ScratchUse::output.
+int64_t convert_scratch(int64_t numel, DType to_dtype);
 void convert_tensor(DType from_dtype, const void* from, int64_t numel, DType to_dtype, const MergeOutput& output,
                     const ParallelFor& parallel);
 

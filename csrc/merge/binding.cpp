@@ -12,6 +12,7 @@
 
 #include "merge/executor.h"
 #include "merge/files.h"
+#include "merge/memory_account.h"
 
 namespace py = pybind11;
 
@@ -145,9 +146,16 @@ py::dict result_of(const JobResult& result, size_t tasks) {
   return read;
 }
 
+std::vector<MergeJob> jobs_of(const py::object& plan, const py::dict& element_bits) {
+  std::vector<MergeJob> jobs;
+  const auto seed = plan.attr("seed").cast<uint64_t>();
+  for (const py::handle job : plan.attr("jobs")) jobs.push_back(job_of(job, element_bits, seed));
+  return jobs;
+}
+
 // Inputs are paths, or 0 for the process's own memory (offsets are addresses); outputs are (path, header, size), or 0.
 MergeRun run_of(const py::list& inputs, const py::list& outputs, const py::object& plan, const py::dict& element_bits, int threads,
-                bool magnitude_histogram) {
+                bool magnitude_histogram, int64_t room) {
   MergeRun run;
   for (const py::handle input : inputs) {
     if (py::isinstance<py::int_>(input)) {
@@ -168,7 +176,8 @@ MergeRun run_of(const py::list& inputs, const py::list& outputs, const py::objec
   run.allow_nonfinite = plan.attr("allow_nonfinite").cast<bool>();
   run.magnitude_histogram = magnitude_histogram;
   run.threads = std::max(1, threads);
-  for (const py::handle job : plan.attr("jobs")) run.jobs.push_back(job_of(job, element_bits, plan.attr("seed").cast<uint64_t>()));
+  run.room = room;
+  run.jobs = jobs_of(plan, element_bits);
   return run;
 }
 
@@ -192,9 +201,9 @@ auto reporting(const Work& work) {
 }
 
 std::unique_ptr<MergeExecutor> make_executor(const py::list& inputs, const py::list& outputs, const py::object& plan,
-                                             const py::dict& element_bits, int threads, bool magnitude_histogram) {
+                                             const py::dict& element_bits, int threads, bool magnitude_histogram, int64_t room) {
   return reporting(
-      [&] { return std::make_unique<MergeExecutor>(run_of(inputs, outputs, plan, element_bits, threads, magnitude_histogram)); });
+      [&] { return std::make_unique<MergeExecutor>(run_of(inputs, outputs, plan, element_bits, threads, magnitude_histogram, room)); });
 }
 
 py::list run_output(MergeExecutor& executor, size_t output, const py::object& progress) {
@@ -229,7 +238,7 @@ void bind_merge(py::module_& m) {
   py::register_exception<MergeFailure>(m, "MergeFailure", PyExc_RuntimeError);
   py::class_<MergeExecutor>(m, "MergeExecutor", "Carries out a taskloom.merge.plan.MergePlan, one output file at a time.")
       .def(py::init(&make_executor), py::arg("inputs"), py::arg("outputs"), py::arg("plan"), py::arg("element_bits"), py::arg("threads"),
-           py::arg("magnitude_histogram"))
+           py::arg("magnitude_histogram"), py::arg("room") = default_room)
       .def(
           "reserve",
           [](const MergeExecutor& executor, const std::vector<size_t>& outputs) {
@@ -239,6 +248,15 @@ void bind_merge(py::module_& m) {
           py::arg("outputs"), "Create output files with their room on the disk and their headers.")
       .def("run", &run_output, py::arg("output"), py::arg("progress"),
            "Merge the tensors of one output file; one result per job of it, in plan order, None for copies.");
+  py::class_<MemoryAccount>(m, "MemoryAccount", "What MergeExecutor allocates for a plan; opens no file.")
+      .def(py::init([](const py::object& plan, const py::dict& element_bits, bool magnitude_histogram) {
+             return reporting([&] { return MemoryAccount(jobs_of(plan, element_bits), magnitude_histogram); });
+           }),
+           py::arg("plan"), py::arg("element_bits"), py::arg("magnitude_histogram"))
+      .def("needed", &MemoryAccount::needed, py::arg("threads"), py::arg("room"),
+           "The most bytes that the compiled side takes with so many threads and so much room between passes.")
+      .def_static("least_room", &MemoryAccount::least_room, py::arg("threads"), "The least room that this many threads can work with.");
+  m.attr("default_room") = default_room;
   m.def("exchange_names", &exchange_names, py::arg("first"), py::arg("second"),
         "Swap the names of two files or folders in one step; False where the file system cannot.");
 }

@@ -7,13 +7,12 @@
 #include <map>
 #include <stdexcept>
 
+#include "common/page_buffer.h"
 #include "merge/thread_pool.h"
 
 namespace taskloom {
 namespace {
 
-// Tensors below this share the threads among them; larger ones are each spread over all threads.
-constexpr int64_t large = 1 << 20;
 constexpr int64_t copy_piece = 1 << 22;
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
@@ -21,6 +20,19 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 }
 
 }  // namespace
+
+SparseMerge sized_merge(const MergeJob& job) {
+  SparseMerge merge = job.stages->merge;
+  merge.numel = job.numel;
+  merge.out_dtype = job.target.dtype;
+  merge.base_dtype = job.base ? job.base->dtype : DType::f32;
+  for (size_t t = 0; t < merge.tasks.size(); ++t) merge.tasks[t].dtype = job.tuned[t].dtype;
+  return merge;
+}
+
+int64_t room_of(int64_t numel, int threads, int64_t room) {
+  return numel < large_tensor ? std::max(least_threshold_room, room / threads) : room;
+}
 
 class MergeExecutor::State {
  public:
@@ -80,15 +92,10 @@ class MergeExecutor::State {
 
   // The job's merge with its tensors in place, thresholds not yet found.
   SparseMerge bound(const MergeJob& job) const {
-    SparseMerge merge = job.stages->merge;
-    merge.numel = job.numel;
-    merge.out_dtype = job.target.dtype;
+    SparseMerge merge = sized_merge(job);
+    merge.room = room_of(job.numel, run_.threads, run_.room);
     merge.base = job.base ? data(*job.base, job.numel) : nullptr;
-    merge.base_dtype = job.base ? job.base->dtype : DType::f32;
-    for (size_t t = 0; t < merge.tasks.size(); ++t) {
-      merge.tasks[t].tuned = data(job.tuned[t], job.numel);
-      merge.tasks[t].dtype = job.tuned[t].dtype;
-    }
+    for (size_t t = 0; t < merge.tasks.size(); ++t) merge.tasks[t].tuned = data(job.tuned[t], job.numel);
     return merge;
   }
 
@@ -103,7 +110,7 @@ class MergeExecutor::State {
     std::vector<size_t> few;
     std::optional<size_t> previous;
     for (const size_t i : jobs) {
-      if (run_.jobs[i].numel < large) {
+      if (run_.jobs[i].numel < large_tensor) {
         few.push_back(i);
         continue;
       }
@@ -146,7 +153,7 @@ class MergeExecutor::State {
       const MergeTask& task = prepared_[members.front()]->tasks[t];
       std::vector<int64_t> tie_ends;
       const std::vector<Threshold> found =
-          joint_magnitude_thresholds(segments, {task.rank_end, task.rank_begin}, &tie_ends, pool_.parallel(), wide);
+          joint_magnitude_thresholds(segments, {task.rank_end, task.rank_begin}, &tie_ends, pool_.parallel(), wide, run_.room);
       for (const size_t i : members) check_readable(run_.jobs[i]);
       for (size_t s = 0; s < members.size(); ++s) {
         MergeTask& own = prepared_[members[s]]->tasks[t];
@@ -283,11 +290,13 @@ class MergeExecutor::State {
     std::vector<std::vector<int64_t>> all;
     const bool wide = merge.wide();
     for (size_t t = 0; t < merge.tasks.size(); ++t) {
-      std::vector<int64_t> digits(histogram_bins), exponents(256);
-      add_magnitude_histogram(merge.delta(t), wide, merge.numel, wide ? 48 : 16, 0, digits.data(), pool_.parallel());
+      const PageBuffer memory(histogram_bins * static_cast<int64_t>(sizeof(int64_t)));
+      auto* digits = reinterpret_cast<int64_t*>(memory.data());
+      std::vector<int64_t> exponents(256);
+      add_magnitude_histogram(merge.delta(t), wide, merge.numel, wide ? 48 : 16, 0, digits, merge.room - memory.bytes(), pool_.parallel());
       for (int64_t digit = 0; digit < histogram_bins / 2; ++digit) {
         const int64_t exponent = wide ? std::clamp<int64_t>((digit >> 4) - 1023 + 127, 0, 255) : digit >> 7;
-        exponents[static_cast<size_t>(exponent)] += digits[static_cast<size_t>(digit)];
+        exponents[static_cast<size_t>(exponent)] += digits[digit];
       }
       all.push_back(std::move(exponents));
     }

@@ -39,6 +39,15 @@ struct MergeJob {
   std::optional<JobStages> stages;
 };
 
+// A job's merge without its tensors: everything that its buffers' sizes depend on.
+SparseMerge sized_merge(const MergeJob& job);
+
+// Tensors below this share the threads among them; larger ones are each spread over all threads.
+constexpr int64_t large_tensor = 1 << 20;
+
+// The room of one tensor's merge, of a run's.
+int64_t room_of(int64_t numel, int threads, int64_t room);
+
 struct JobResult {
   MergeStatistics statistics;
   std::vector<std::vector<int64_t>> histogram;  // per task, by exponent of |delta| in float32
@@ -53,6 +62,7 @@ struct MergeRun {
   bool allow_nonfinite = false;
   bool magnitude_histogram = false;
   int threads = 1;
+  int64_t room = default_room;  // bytes kept between passes, of all tensors in work together
 };
 
 // Called from the calling thread, after each of its chunks, with the bytes of all runs so far.

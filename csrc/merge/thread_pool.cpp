@@ -1,6 +1,6 @@
 #include "merge/thread_pool.h"
 
-#include <system_error>
+#include <utility>
 
 namespace taskloom {
 namespace {
@@ -10,13 +10,24 @@ thread_local bool inside = false;
 }  // namespace
 
 ThreadPool::ThreadPool(int threads, std::function<void()> tick) : tick_(std::move(tick)) {
+  workers_.reserve(static_cast<size_t>(threads));
+  pthread_attr_t attributes;
+  if (pthread_attr_init(&attributes) != 0) return;
+  // Where the system wants larger stacks than this, they are of its usual size.
+  (void)pthread_attr_setstacksize(&attributes, static_cast<size_t>(worker_stack_bytes));
   for (int i = 1; i < threads; ++i) {
-    try {
-      workers_.emplace_back([this] { work(); });
-    } catch (const std::system_error&) {
+    pthread_t worker;
+    if (pthread_create(&worker, &attributes, &ThreadPool::start, this) != 0) {
       break;  // The system has no more threads to give; the work is the same with fewer.
     }
+    workers_.push_back(worker);
   }
+  pthread_attr_destroy(&attributes);
+}
+
+void* ThreadPool::start(void* pool) {
+  static_cast<ThreadPool*>(pool)->work();
+  return nullptr;
 }
 
 ThreadPool::~ThreadPool() {
@@ -25,7 +36,7 @@ ThreadPool::~ThreadPool() {
     stop_ = true;
   }
   wake_.notify_all();
-  for (std::thread& worker : workers_) worker.join();
+  for (const pthread_t worker : workers_) pthread_join(worker, nullptr);
 }
 
 void ThreadPool::run_in(void* context, int64_t count, ParallelFor::Body body, void* argument) {
