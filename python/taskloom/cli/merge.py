@@ -93,7 +93,7 @@ def _print_preview(preview: Preview) -> None:
         "tensors": f"{preview.tensors_merged} merged ({preview.parameters_merged:,} parameters), {preview.tensors_copied} copied",
         "read": _size(preview.bytes_in),
         "write": f"{_size(preview.bytes_out)} in {len(preview.files)} file{'s' if len(preview.files) > 1 else ''}",
-        "memory": f"about {_size(preview.anonymous_memory)} (besides the mapped files)",
+        "memory": f"at most {_size(preview.anonymous_memory)} (besides the mapped files); --max-ram can be {_size(preview.least_max_ram)}",
     }
     for label, value in rows.items():
         click.echo(f"{label:<9}{value}")
@@ -137,9 +137,11 @@ def _progress_bar(planned: PlannedMerge, shown: bool) -> Iterator[Callable[[int]
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
+        # Drawn when there is news, without a thread of its own: a thread has a stack and a heap.
+        auto_refresh=False,
     ) as progress:
         bar = progress.add_task("merging", total=planned.progress_total)
-        yield lambda done: progress.update(bar, completed=done)
+        yield lambda done: progress.update(bar, completed=done, refresh=True)
 
 
 def _required(value: Path | None, name: str) -> Path:
@@ -158,7 +160,7 @@ def _merge(recipe: Path, out: Path | None, options: dict[str, Any]) -> None:
 
         if out is not None:
             check_output(out, planned.cast.models, overwrite=options["overwrite"], resume=options["resume"])
-        shown = preview(planned, method=loaded.method.name, base_model=loaded.base_model, threads=options["threads"])
+        shown = preview(planned, method=loaded.method.name, base_model=loaded.base_model, threads=options["threads"], max_ram=options["max_ram"], plot=options["plot"])
         if options["as_json"]:
             _print_json(shown.to_dict())
         else:
@@ -170,6 +172,7 @@ def _merge(recipe: Path, out: Path | None, options: dict[str, Any]) -> None:
             planned,
             _required(out, "OUT"),
             threads=options["threads"],
+            max_ram=options["max_ram"],
             plot=options["plot"],
             report=options["page"],
             copy_tokenizer=options["copy_tokenizer"],
@@ -199,6 +202,7 @@ def _merge(recipe: Path, out: Path | None, options: dict[str, Any]) -> None:
 @click.option(
     "--threads", "--num-threads", "-j", type=click.IntRange(min=0), default=0, help="Threads of the merge; 0 (default) uses all cores."
 )
+@click.option("--max-ram", metavar="SIZE", help="Most anonymous memory of the process: 256MB, 1GiB. Too little is refused before any work.")
 @click.option("--seed", "--random-seed", type=click.IntRange(0, 2**64 - 1), help="Seed of random masks; default: the recipe's, else 0.")
 @click.option("--plot", is_flag=True, help="Write figures into OUT/plots (needs matplotlib).")
 @click.option("--report", "page", is_flag=True, help="Write the report as a page for a browser, OUT/merge_report.html.")

@@ -14,7 +14,7 @@ REFUSED_FLAGS = {
     "read-to-gpu": _ON_CPU,
     "multi-gpu": _ON_CPU,
     "gpu-rich": _ON_CPU,
-    "low-cpu-memory": "memory use is small whatever the models' size, so there is nothing to switch on",
+    "low-cpu-memory": "memory use is small whatever the models' size; --max-ram sets a ceiling",
     "lazy-unpickle": "no pickle is ever opened; models must be safetensors files",
     "async-write": "output is always written while the inputs are read; use --threads",
     "clone-tensors": "tensors are written one by one, so nothing is shared between them",

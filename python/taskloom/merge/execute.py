@@ -19,6 +19,7 @@ from taskloom.merge.plan import MergePlan, TensorJob
 
 # Above any machine's cores a thread only costs memory.
 _MOST_THREADS = 1024
+_STACK = 2**20
 
 
 @dataclass(frozen=True)
@@ -130,14 +131,16 @@ class Executor:
         If an input cannot be opened.
     """
 
-    def __init__(self, plan: MergePlan, inputs: list[Any], outputs: list[Any], *, threads: int, magnitude_histogram: bool) -> None:
+    def __init__(self, plan: MergePlan, inputs: list[Any], outputs: list[Any], *, threads: int, magnitude_histogram: bool, room: int | None = None) -> None:
         self._native = importlib.import_module("taskloom._native")
         self._threads = thread_count(threads)
         self._jobs: list[list[TensorJob]] = [[] for _ in outputs]
         for job in plan.jobs:
             self._jobs[job.target.file].append(job)
         self._merge = self._guarded(
-            lambda: self._native.MergeExecutor(inputs, outputs, plan, BITS, self._threads, magnitude_histogram),
+            lambda: self._native.MergeExecutor(
+                inputs, outputs, plan, BITS, self._threads, magnitude_histogram, self._native.default_room if room is None else room
+            ),
         )
 
     def _guarded(self, work: Callable[[], Any]) -> Any:
@@ -183,7 +186,13 @@ class _Finisher:
     def start(self, path: Path, size: int, seconds: float, tensors: tuple[TensorStats, ...]) -> None:
         self.wait()
         idle = threading.Event()
-        threading.Thread(target=self._finish, args=(path, size, seconds, tensors, idle), name=f"finish {path.name}").start()
+        thread = threading.Thread(target=self._finish, args=(path, size, seconds, tensors, idle), name=f"finish {path.name}")
+        # The system's usual 8 MiB of stack would count against limits of address space.
+        usual = threading.stack_size(_STACK)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(usual)
         self._idle = idle
 
     def _finish(self, path: Path, size: int, seconds: float, tensors: tuple[TensorStats, ...], idle: threading.Event) -> None:
@@ -222,6 +231,7 @@ def execute_plan(
     folder: Path,
     *,
     threads: int = 0,
+    room: int | None = None,
     magnitude_histogram: bool = False,
     progress: Callable[[int], None] | None = None,
     finished: Mapping[str, FinishedFile] | None = None,
@@ -238,6 +248,8 @@ def execute_plan(
         Existing folder without files of the outputs' names, but for those in ``finished``.
     threads
         Threads, the calling one included; 0 means all cores. The result does not depend on it.
+    room
+        Most bytes that the executor keeps between its passes over a tensor (None: 64 MiB); the result does not depend on it.
     magnitude_histogram
         Count ``|delta|`` by exponent as well (one more pass).
     progress
@@ -258,7 +270,7 @@ def execute_plan(
     wanted = [index for index, output in enumerate(plan.outputs) if output.name not in done]
     outputs = [(str(folder / output.name), output.header, output.size) for output in plan.outputs]
     inputs = [str(path) for path in plan.inputs]
-    executor = Executor(plan, inputs, outputs, threads=threads, magnitude_histogram=magnitude_histogram)
+    executor = Executor(plan, inputs, outputs, threads=threads, magnitude_histogram=magnitude_histogram, room=room)
     executor.reserve(wanted)
 
     def finish(file: FinishedFile) -> None:

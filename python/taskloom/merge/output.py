@@ -114,7 +114,9 @@ def _write_config(model: Checkpoint, destination: Path, dtype: str | None) -> No
 
 def write_json(path: Path, content: Any, *, constants: bool = False) -> None:
     """Write JSON as the Hugging Face tools do: two spaces, UTF-8, a final newline; NaN and infinities only with ``constants``."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=constants) + "\n", encoding="utf-8")
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=constants)
+        file.write("\n")
 
 
 def _module_folders(folder: Path) -> list[Path]:

@@ -79,6 +79,7 @@ def run_plan(
     out: str | Path,
     *,
     threads: int = 0,
+    max_ram: str | int | None = None,
     plot: bool = False,
     report: bool = False,
     copy_tokenizer: bool = True,
@@ -88,6 +89,7 @@ def run_plan(
     progress: Callable[[int], None] | None = None,
 ) -> MergeReport:
     """Carry out a planned merge; the arguments are those of :func:`merge_checkpoints`."""
+    from taskloom.merge.ceiling import choose_budget
     from taskloom.merge.execute import execute_plan
     from taskloom.merge.working import WorkingFolder, sync_tree
 
@@ -99,6 +101,8 @@ def run_plan(
         require_matplotlib()
     if report:
         from taskloom.merge.page import PAGE, recipe_beside, write_page
+    ceiling = None if max_ram is None else parse_size(max_ram, "max_ram")
+    budget = choose_budget(planned.plan, threads=threads, max_ram=ceiling, plot=plot)
     target = check_output(Path(out), planned.cast.models, overwrite=overwrite, resume=resume)
     merge = fingerprint_of(recipe, planned)
     with WorkingFolder(target, overwrite=overwrite) as place:
@@ -122,7 +126,8 @@ def run_plan(
             result = execute_plan(
                 planned.plan,
                 folder,
-                threads=threads,
+                threads=budget.threads,
+                room=budget.room,
                 magnitude_histogram=plot,
                 progress=progress,
                 finished=reusable,
@@ -137,7 +142,7 @@ def run_plan(
                 output=target,
                 method=recipe.method.name,
                 base_model=recipe.base_model,
-                notes=[*planned.notes, *notes],
+                notes=[*planned.notes, *budget.notes, *notes],
             )
             made.write(folder / REPORT)
             (folder / RECIPE).write_text(rerun_recipe(recipe, planned.cast, planned.plan.seed), encoding="utf-8")
@@ -162,6 +167,7 @@ def merge_checkpoints(
     out: str | Path,
     *,
     threads: int = 0,
+    max_ram: str | int | None = None,
     seed: int | None = None,
     shard_size: str | int = "5GB",
     plot: bool = False,
@@ -183,6 +189,9 @@ def merge_checkpoints(
         Folder to write; must not exist or be empty. It appears only when the merge is complete and on the disk.
     threads
         Threads of the streaming pass; 0 means all cores.
+    max_ram
+        Ceiling of the process's anonymous memory, such as ``"256MB"``; what the process holds already counts. Less memory means more
+        passes or fewer threads, never another result. None sets no ceiling.
     seed
         Of random masks; None means the recipe's ``seed``, else 0.
     shard_size
@@ -221,6 +230,7 @@ def merge_checkpoints(
         planned,
         out,
         threads=threads,
+        max_ram=max_ram,
         plot=plot,
         report=report,
         copy_tokenizer=copy_tokenizer,

@@ -17,7 +17,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "b": 10**9}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-def parse_size(text: str | int) -> int:
+def parse_size(text: str | int, name: str = "shard size") -> int:
     """Bytes of a size such as ``5GB``, ``500M``, ``1GiB``, ``5B`` (mergekit: 5 billion bytes) or a plain number.
 
     Raises
@@ -32,7 +32,7 @@ def parse_size(text: str | int) -> int:
     factor = _UNITS.get(unit, _BINARY.get(unit, 0))
     size = float(match["number"]) * factor if match else 0.0
     if not 1 <= size < math.inf:
-        raise MergeError(f"shard size: expected a size such as 5GB, 500M or 1GiB, got {shown(text)}")
+        raise MergeError(f"{name}: expected a size such as 5GB, 500M or 1GiB, got {shown(text)}")
     return int(size)
 
 
