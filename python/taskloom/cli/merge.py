@@ -160,7 +160,14 @@ def _merge(recipe: Path, out: Path | None, options: dict[str, Any]) -> None:
 
         if out is not None:
             check_output(out, planned.cast.models, overwrite=options["overwrite"], resume=options["resume"])
-        shown = preview(planned, method=loaded.method.name, base_model=loaded.base_model, threads=options["threads"], max_ram=options["max_ram"], plot=options["plot"])
+        shown = preview(
+            planned,
+            method=loaded.method.name,
+            base_model=loaded.base_model,
+            threads=options["threads"],
+            max_ram=options["max_ram"],
+            plot=options["plot"],
+        )
         if options["as_json"]:
             _print_json(shown.to_dict())
         else:

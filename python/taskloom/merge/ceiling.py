@@ -26,7 +26,7 @@ _VARIATION = 2 * 2**20
 # matplotlib with numpy, and its figures.
 _PLOTS = 192 * 2**20
 # A finished tensor in the results, the journal and the report: Python objects of its own, for each model, and for each pair of models.
-_TENSOR_BYTES = 4096
+_TENSOR_BYTES = 6144
 _MODEL_BYTES = 768
 _PAIR_BYTES = 176
 # With plots, the counts of a model's magnitudes by exponent.
@@ -152,7 +152,5 @@ def choose_budget(plan: MergePlan, *, threads: int = 0, max_ram: int | None = No
             room_found = account.largest_room(team, max_ram, max(floor, _COMFORTABLE_ROOM) if comfortable else floor)
             if room_found is not None:
                 note = f"{team} of {asked} threads were used, to stay within max_ram ({megabytes(max_ram)})"
-                return MemoryBudget(
-                    team, room_found, account.needed(team, room_found), least, (note,) if team < asked else ()
-                )
+                return MemoryBudget(team, room_found, account.needed(team, room_found), least, (note,) if team < asked else ())
     raise MergeError(f"max_ram: this merge needs at least {megabytes(least)}, got {megabytes(max_ram)}")

@@ -131,7 +131,9 @@ class Executor:
         If an input cannot be opened.
     """
 
-    def __init__(self, plan: MergePlan, inputs: list[Any], outputs: list[Any], *, threads: int, magnitude_histogram: bool, room: int | None = None) -> None:
+    def __init__(
+        self, plan: MergePlan, inputs: list[Any], outputs: list[Any], *, threads: int, magnitude_histogram: bool, room: int | None = None
+    ) -> None:
         self._native = importlib.import_module("taskloom._native")
         self._threads = thread_count(threads)
         self._jobs: list[list[TensorJob]] = [[] for _ in outputs]

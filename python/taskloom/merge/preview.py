@@ -10,6 +10,7 @@ from taskloom.merge.ceiling import choose_budget
 from taskloom.merge.planner import PlannedMerge
 from taskloom.merge.shards import parse_size
 
+
 @dataclass(frozen=True)
 class Preview:
     """A plan in figures: counts, bytes, and the most anonymous memory (inputs are mapped from their files, so not counted).
