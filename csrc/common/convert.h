@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "common/dtype.h"
+#include "common/unaligned.h"
 
 #ifdef __F16C__
 #include <immintrin.h>
@@ -13,10 +14,6 @@
 
 namespace taskloom {
 namespace {
-
-using unaligned_u16 = uint16_t __attribute__((aligned(1), may_alias));
-using unaligned_f32 = float __attribute__((aligned(1), may_alias));
-using unaligned_f64 = double __attribute__((aligned(1), may_alias));
 
 inline uint32_t float_bits(float value) {
   uint32_t bits;
@@ -62,10 +59,10 @@ inline uint16_t float_to_half(float value) {
 
 #ifdef __F16C__
 template <class Acc>
-inline void load_halves(const unaligned_u16* from, int64_t n, Acc* out) {
+inline void load_halves(const char* from, int64_t n, Acc* out) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
-    const __m256 values = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    const __m256 values = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 2 * i)));
     if constexpr (sizeof(Acc) == 4) {
       _mm256_storeu_ps(out + i, values);
     } else {
@@ -73,28 +70,28 @@ inline void load_halves(const unaligned_u16* from, int64_t n, Acc* out) {
       _mm256_storeu_pd(out + i + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(values, 1)));
     }
   }
-  for (; i < n; ++i) out[i] = static_cast<Acc>(half_to_float(from[i]));
+  for (; i < n; ++i) out[i] = static_cast<Acc>(half_to_float(load_at<uint16_t>(from, i)));
 }
 
 template <class Acc>
-inline void store_halves(const Acc* values, int64_t n, unaligned_u16* to) {
+inline void store_halves(const Acc* values, int64_t n, char* to) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
     alignas(32) float lanes[8];
     for (int lane = 0; lane < 8; ++lane) lanes[lane] = static_cast<float>(values[i + lane]);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm256_cvtps_ph(_mm256_load_ps(lanes), _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 2 * i), _mm256_cvtps_ph(_mm256_load_ps(lanes), _MM_FROUND_TO_NEAREST_INT));
   }
-  for (; i < n; ++i) to[i] = float_to_half(static_cast<float>(values[i]));
+  for (; i < n; ++i) store_at(to, i, float_to_half(static_cast<float>(values[i])));
 }
 #else
 template <class Acc>
-inline void load_halves(const unaligned_u16* from, int64_t n, Acc* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<Acc>(half_to_float(from[i]));
+inline void load_halves(const char* from, int64_t n, Acc* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<Acc>(half_to_float(load_at<uint16_t>(from, i)));
 }
 
 template <class Acc>
-inline void store_halves(const Acc* values, int64_t n, unaligned_u16* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = float_to_half(static_cast<float>(values[i]));
+inline void store_halves(const Acc* values, int64_t n, char* to) {
+  for (int64_t i = 0; i < n; ++i) store_at(to, i, float_to_half(static_cast<float>(values[i])));
 }
 #endif
 
@@ -109,50 +106,40 @@ inline void prefetch_block(DType dtype, const void* data, int64_t offset, int64_
 // Elements offset .. offset + n of `data`, as Acc (float or double).
 template <class Acc>
 inline void load_block(DType dtype, const void* data, int64_t offset, int64_t n, Acc* __restrict__ out) {
+  const char* from = static_cast<const char*>(data) + offset * element_size(dtype);
   switch (dtype) {
-    case DType::f32: {
-      const auto* from = static_cast<const unaligned_f32*>(data) + offset;
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<Acc>(from[i]);
+    case DType::f32:
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<Acc>(load_at<float>(from, i));
       return;
-    }
-    case DType::bf16: {
-      const auto* from = static_cast<const unaligned_u16*>(data) + offset;
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<Acc>(bfloat16_to_float(from[i]));
+    case DType::bf16:
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<Acc>(bfloat16_to_float(load_at<uint16_t>(from, i)));
       return;
-    }
     case DType::f16:
-      load_halves(static_cast<const unaligned_u16*>(data) + offset, n, out);
+      load_halves(from, n, out);
       return;
-    case DType::f64: {
-      const auto* from = static_cast<const unaligned_f64*>(data) + offset;
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<Acc>(from[i]);
+    case DType::f64:
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<Acc>(load_at<double>(from, i));
       return;
-    }
   }
 }
 
 // Writes n values to elements offset .. offset + n of `data`. A double goes to a 16-bit type through float, as in torch.
 template <class Acc>
 inline void store_block(DType dtype, const Acc* __restrict__ values, int64_t n, void* data, int64_t offset) {
+  char* to = static_cast<char*>(data) + offset * element_size(dtype);
   switch (dtype) {
-    case DType::f32: {
-      auto* to = static_cast<unaligned_f32*>(data) + offset;
-      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(values[i]);
+    case DType::f32:
+      for (int64_t i = 0; i < n; ++i) store_at(to, i, static_cast<float>(values[i]));
       return;
-    }
-    case DType::bf16: {
-      auto* to = static_cast<unaligned_u16*>(data) + offset;
-      for (int64_t i = 0; i < n; ++i) to[i] = float_to_bfloat16(static_cast<float>(values[i]));
+    case DType::bf16:
+      for (int64_t i = 0; i < n; ++i) store_at(to, i, float_to_bfloat16(static_cast<float>(values[i])));
       return;
-    }
     case DType::f16:
-      store_halves(values, n, static_cast<unaligned_u16*>(data) + offset);
+      store_halves(values, n, to);
       return;
-    case DType::f64: {
-      auto* to = static_cast<unaligned_f64*>(data) + offset;
-      for (int64_t i = 0; i < n; ++i) to[i] = static_cast<double>(values[i]);
+    case DType::f64:
+      for (int64_t i = 0; i < n; ++i) store_at(to, i, static_cast<double>(values[i]));
       return;
-    }
   }
 }
 

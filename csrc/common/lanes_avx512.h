@@ -28,11 +28,9 @@ struct Storage;
 
 template <>
 struct Storage<DType::bf16> {
-  static void prefetch(const void* data, int64_t at, int64_t n) {
-    prefetch_bytes(static_cast<const unaligned_u16*>(data) + at, n * static_cast<int64_t>(sizeof(unaligned_u16)));
-  }
+  static void prefetch(const void* data, int64_t at, int64_t n) { prefetch_bytes(static_cast<const char*>(data) + 2 * at, 2 * n); }
   static __m512 load(const void* data, int64_t at, __mmask16 inside) {
-    const __m256i raw = _mm256_maskz_loadu_epi16(inside, static_cast<const unaligned_u16*>(data) + at);
+    const __m256i raw = _mm256_maskz_loadu_epi16(inside, static_cast<const char*>(data) + 2 * at);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
   }
   static void store(void* data, int64_t at, __m512 values, __mmask16 inside) {
@@ -42,34 +40,30 @@ struct Storage<DType::bf16> {
     const __m512i quiet_nan = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
     const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
     const __m256i narrow = _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, quiet_nan));
-    _mm256_mask_storeu_epi16(static_cast<unaligned_u16*>(data) + at, inside, narrow);
+    _mm256_mask_storeu_epi16(static_cast<char*>(data) + 2 * at, inside, narrow);
   }
 };
 
 template <>
 struct Storage<DType::f16> {
-  static void prefetch(const void* data, int64_t at, int64_t n) {
-    prefetch_bytes(static_cast<const unaligned_u16*>(data) + at, n * static_cast<int64_t>(sizeof(unaligned_u16)));
-  }
+  static void prefetch(const void* data, int64_t at, int64_t n) { prefetch_bytes(static_cast<const char*>(data) + 2 * at, 2 * n); }
   static __m512 load(const void* data, int64_t at, __mmask16 inside) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(inside, static_cast<const unaligned_u16*>(data) + at));
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(inside, static_cast<const char*>(data) + 2 * at));
   }
   static void store(void* data, int64_t at, __m512 values, __mmask16 inside) {
     const __m256i narrow = _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm256_mask_storeu_epi16(static_cast<unaligned_u16*>(data) + at, inside, narrow);
+    _mm256_mask_storeu_epi16(static_cast<char*>(data) + 2 * at, inside, narrow);
   }
 };
 
 template <>
 struct Storage<DType::f32> {
-  static void prefetch(const void* data, int64_t at, int64_t n) {
-    prefetch_bytes(static_cast<const unaligned_f32*>(data) + at, n * static_cast<int64_t>(sizeof(unaligned_f32)));
-  }
+  static void prefetch(const void* data, int64_t at, int64_t n) { prefetch_bytes(static_cast<const char*>(data) + 4 * at, 4 * n); }
   static __m512 load(const void* data, int64_t at, __mmask16 inside) {
-    return _mm512_maskz_loadu_ps(inside, static_cast<const unaligned_f32*>(data) + at);
+    return _mm512_maskz_loadu_ps(inside, static_cast<const char*>(data) + 4 * at);
   }
   static void store(void* data, int64_t at, __m512 values, __mmask16 inside) {
-    _mm512_mask_storeu_ps(static_cast<unaligned_f32*>(data) + at, inside, values);
+    _mm512_mask_storeu_ps(static_cast<char*>(data) + 4 * at, inside, values);
   }
 };
 

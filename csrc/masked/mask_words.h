@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/unaligned.h"
+
 namespace taskloom {
 namespace {
 
@@ -90,8 +92,7 @@ inline void expand_words(const uint64_t* words, Lane* __restrict__ lanes) {
 
 template <class Lane>
 inline void gather_lanes(const void* data, int64_t at, const int32_t* positions, uint8_t* to) {
-  const Lane* from = static_cast<const Lane*>(data) + at;
-  for (int64_t i = 0; i < sparse_limit; ++i) std::memcpy(to + i * sizeof(Lane), from + positions[i], sizeof(Lane));
+  for (int64_t i = 0; i < sparse_limit; ++i) store_at(to, i, load_at<Lane>(data, at + positions[i]));
 }
 
 // sparse_limit elements of 2, 4 or 8 bytes at `positions`, counted from element `at`, next to each other; their bits are not changed.

@@ -18,49 +18,44 @@ int64_t count(const uint8_t* packed, int64_t begin, int64_t n) {
 }
 
 template <class Lane>
-void compress_lanes(const Lane* values, const uint8_t* packed, int64_t begin, int64_t n, Lane* out) {
+void compress_as(const void* values, const uint8_t* packed, int64_t begin, int64_t n, int64_t place, void* out) {
+  constexpr auto width = static_cast<int64_t>(sizeof(Lane));
   uint64_t words[mask_block_words];
+  char* to = static_cast<char*>(out) + width * place;
   for (int64_t done = 0; done < n; done += mask_block) {
     load_words(packed, begin + done, n - done < mask_block ? n - done : mask_block, mask_block_words, words);
     for (int64_t w = 0; w < mask_block_words; ++w) {
-      const Lane* from = values + begin + done + 64 * w;
+      const char* from = static_cast<const char*>(values) + width * (begin + done + 64 * w);
       if (words[w] == all_set) {
-        std::memcpy(out, from, 64 * sizeof(Lane));
-        out += 64;
+        std::memcpy(to, from, 64 * sizeof(Lane));
+        to += 64 * width;
         continue;
       }
-      for (uint64_t bits = words[w]; bits != 0; bits &= bits - 1) *out++ = from[__builtin_ctzll(bits)];
+      for (uint64_t bits = words[w]; bits != 0; bits &= bits - 1, to += width) store_at(to, 0, load_at<Lane>(from, __builtin_ctzll(bits)));
     }
   }
-}
-
-template <class Lane>
-void restore_lanes(const Lane* compressed, const uint8_t* packed, const Lane* base, int64_t begin, int64_t n, Lane* out) {
-  uint64_t words[mask_block_words];
-  for (int64_t done = 0; done < n; done += mask_block) {
-    const int64_t size = n - done < mask_block ? n - done : mask_block;
-    load_words(packed, begin + done, size, mask_block_words, words);
-    std::memcpy(out + begin + done, base + begin + done, static_cast<size_t>(size) * sizeof(Lane));
-    for (int64_t w = 0; w < mask_block_words; ++w) {
-      Lane* to = out + begin + done + 64 * w;
-      if (words[w] == all_set) {
-        std::memcpy(to, compressed, 64 * sizeof(Lane));
-        compressed += 64;
-        continue;
-      }
-      for (uint64_t bits = words[w]; bits != 0; bits &= bits - 1) to[__builtin_ctzll(bits)] = *compressed++;
-    }
-  }
-}
-
-template <class Lane>
-void compress_as(const void* values, const uint8_t* packed, int64_t begin, int64_t n, int64_t place, void* out) {
-  compress_lanes(static_cast<const Lane*>(values), packed, begin, n, static_cast<Lane*>(out) + place);
 }
 
 template <class Lane>
 void restore_as(const void* compressed, const uint8_t* packed, const void* base, int64_t begin, int64_t n, int64_t place, void* out) {
-  restore_lanes(static_cast<const Lane*>(compressed) + place, packed, static_cast<const Lane*>(base), begin, n, static_cast<Lane*>(out));
+  constexpr auto width = static_cast<int64_t>(sizeof(Lane));
+  uint64_t words[mask_block_words];
+  const char* from = static_cast<const char*>(compressed) + width * place;
+  for (int64_t done = 0; done < n; done += mask_block) {
+    const int64_t size = n - done < mask_block ? n - done : mask_block;
+    load_words(packed, begin + done, size, mask_block_words, words);
+    char* to = static_cast<char*>(out) + width * (begin + done);
+    std::memcpy(to, static_cast<const char*>(base) + width * (begin + done), static_cast<size_t>(width * size));
+    for (int64_t w = 0; w < mask_block_words; ++w, to += 64 * width) {
+      if (words[w] == all_set) {
+        std::memcpy(to, from, 64 * sizeof(Lane));
+        from += 64 * width;
+        continue;
+      }
+      for (uint64_t bits = words[w]; bits != 0; bits &= bits - 1, from += width)
+        store_at(to, __builtin_ctzll(bits), load_at<Lane>(from, 0));
+    }
+  }
 }
 
 void compress(int64_t size, const void* values, const uint8_t* packed, int64_t begin, int64_t n, int64_t place, void* out) {

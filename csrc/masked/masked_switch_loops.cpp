@@ -15,7 +15,8 @@ inline void add(Acc* __restrict__ sum, const Acc* __restrict__ delta, int64_t n)
 template <class Lane, class Acc>
 inline void base_lanes(const MaskedSwitch& change, const void* base, int64_t at, int64_t n, const Acc* values, void* lanes) {
   if (change.base.dtype == change.target_dtype) {
-    std::memcpy(lanes, static_cast<const Lane*>(base) + at, static_cast<size_t>(n) * sizeof(Lane));
+    constexpr auto width = static_cast<int64_t>(sizeof(Lane));
+    std::memcpy(lanes, static_cast<const char*>(base) + width * at, static_cast<size_t>(width * n));
   } else {
     store_block(change.target_dtype, values, n, lanes, 0);
   }
@@ -32,11 +33,10 @@ void change_sparse(const MaskedSwitch& change, int64_t at, const uint64_t* wante
   load_block(change.delta.dtype, gathered, 0, sparse_limit, delta);
   add(base, delta, sparse_limit);
   store_block(change.target_dtype, base, sparse_limit, on, 0);
-  Lane* target = static_cast<Lane*>(change.target) + at;
   for (int64_t i = 0; i < sparse_limit; ++i) {
     const int32_t position = positions[i];
     const uint8_t* value = (wanted[position >> 6] >> (position & 63)) & 1 ? on : off;
-    std::memcpy(target + position, value + i * sizeof(Lane), sizeof(Lane));
+    store_at(change.target, at + position, load_at<Lane>(value, i));
   }
 }
 
@@ -51,10 +51,10 @@ void change_dense(const MaskedSwitch& change, int64_t at, int64_t n, const uint6
   store_block(change.target_dtype, base, n, on, 0);
   expand_words(changed, changed_lanes);
   expand_words(wanted, wanted_lanes);
-  Lane* target = static_cast<Lane*>(change.target) + at;
   for (int64_t i = 0; i < n; ++i) {
     const Lane value = static_cast<Lane>((on[i] & wanted_lanes[i]) | (off[i] & ~wanted_lanes[i]));
-    target[i] = static_cast<Lane>((value & changed_lanes[i]) | (target[i] & ~changed_lanes[i]));
+    const Lane kept = load_at<Lane>(change.target, at + i);
+    store_at(change.target, at + i, static_cast<Lane>((value & changed_lanes[i]) | (kept & ~changed_lanes[i])));
   }
 }
 

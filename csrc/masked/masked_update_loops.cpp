@@ -24,8 +24,7 @@ void update_sparse(const MaskedUpdate& update, int64_t at, const int32_t* positi
   load_block(update.delta.dtype, gathered, 0, sparse_limit, delta);
   add_scaled(target, delta, static_cast<Acc>(update.scale), sparse_limit);
   store_block(update.target.dtype, target, sparse_limit, stored, 0);
-  Lane* out = static_cast<Lane*>(update.out) + at;
-  for (int64_t i = 0; i < sparse_limit; ++i) std::memcpy(out + positions[i], stored + i * sizeof(Lane), sizeof(Lane));
+  for (int64_t i = 0; i < sparse_limit; ++i) store_at(update.out, at + positions[i], load_at<Lane>(stored, i));
 }
 
 template <class Acc, class Lane>
@@ -37,17 +36,18 @@ void update_dense(const MaskedUpdate& update, int64_t at, int64_t n, const uint6
   add_scaled(target, delta, static_cast<Acc>(update.scale), n);
   store_block(update.target.dtype, target, n, lanes, 0);
   expand_words(words, chosen);
-  const Lane* from = static_cast<const Lane*>(update.target.data) + at;
-  Lane* out = static_cast<Lane*>(update.out) + at;
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<Lane>((from[i] & ~chosen[i]) | (lanes[i] & chosen[i]));
+  for (int64_t i = 0; i < n; ++i) {
+    const Lane kept = load_at<Lane>(update.target.data, at + i);
+    store_at(update.out, at + i, static_cast<Lane>((kept & ~chosen[i]) | (lanes[i] & chosen[i])));
+  }
 }
 
 template <class Acc, class Lane>
 void update_lanes(const MaskedUpdate& update, int64_t begin, int64_t n) {
   uint64_t words[mask_block_words];
   int32_t positions[sparse_limit];
-  const auto* target = static_cast<const Lane*>(update.target.data);
-  auto* out = static_cast<Lane*>(update.out);
+  const auto* target = static_cast<const char*>(update.target.data);
+  auto* out = static_cast<char*>(update.out);
   for (int64_t done = 0; done < n; done += mask_block) {
     const int64_t at = begin + done, size = n - done < mask_block ? n - done : mask_block;
     if (update.packed) {
@@ -60,7 +60,8 @@ void update_lanes(const MaskedUpdate& update, int64_t begin, int64_t n) {
       update_dense<Acc, Lane>(update, at, size, words);
       continue;
     }
-    if (out != target) std::memcpy(out + at, target + at, static_cast<size_t>(size) * sizeof(Lane));
+    constexpr auto width = static_cast<int64_t>(sizeof(Lane));
+    if (out != target) std::memcpy(out + width * at, target + width * at, static_cast<size_t>(width * size));
     if (count == 0) continue;
     set_positions(words, positions);
     update_sparse<Acc, Lane>(update, at, positions);

@@ -1,0 +1,23 @@
+// The groups of cases, one for each part of the C++ that they go through.
+#pragma once
+
+namespace taskloom::sanitize {
+
+void packed_masks();
+void mask_counts();
+void masked_updates();
+void masked_switches();
+void masked_compressions();
+void task_masks();
+void block_scales();
+void magnitude_loops();
+void magnitude_drivers();
+void magnitude_masks();
+void sparse_merges();
+void conversions();
+void philox();
+
+// Carries out what the sanitizers must report; returns where they do not.
+void seeded_defect(const char* name);
+
+}  // namespace taskloom::sanitize
