@@ -59,11 +59,11 @@ class MergeExecutor::State {
       prepare_model();
       carry_out_all(jobs_of_[output]);
       file.close();
+      if (progress) progress(done_);
     } catch (...) {
       progress_ = nullptr;
       throw;
     }
-    if (progress) progress(done_);
     progress_ = nullptr;
     std::vector<JobResult> results;
     for (const size_t i : jobs_of_[output]) results.push_back(std::move(results_[i]));
@@ -265,7 +265,17 @@ class MergeExecutor::State {
     result.statistics = sparse_merge(ready, output, pool_.parallel());
     check_finite(job, result.statistics);
     if (run_.magnitude_histogram) result.histogram = histograms(ready);
-    prepared_[index].reset();
+    release(index);
+  }
+
+  // What was found over the whole model is not found again: an output may be run once more.
+  void release(size_t index) {
+    const JobStages& stages = *run_.jobs[index].stages;
+    if (stages.model_scope || stages.zero_majority) {
+      drop_records(&*prepared_[index]);
+    } else {
+      prepared_[index].reset();
+    }
   }
 
   // Of the base and the one task. Sums of doubles: what cancels is far below the precision of the values.

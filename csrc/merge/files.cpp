@@ -30,6 +30,11 @@ bool reserve_room(int descriptor, int64_t size) {
   return ::ftruncate(descriptor, size) == 0;
 }
 
+// Of the process's own memory the offset is the address, counted from a null pointer, which pointer arithmetic does not allow.
+const char* moved(const char* begin, int64_t offset) {
+  return reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(begin) + static_cast<uintptr_t>(offset));
+}
+
 void touch_pages(const char* begin, int64_t bytes) {
   const int64_t page = ::sysconf(_SC_PAGESIZE);
   for (int64_t at = 0; at < bytes; at += page) (void)*static_cast<const volatile char*>(begin + at);
@@ -76,7 +81,7 @@ const char* InputFile::at(int64_t offset, int64_t bytes) const {
   if (!path_.empty() && (offset < 0 || bytes < 0 || offset > size_ || bytes > size_ - offset)) {
     throw std::runtime_error(path_ + " is shorter than its header says: it changed after it was read");
   }
-  return data_ + offset;
+  return moved(data_, offset);
 }
 
 void InputFile::check_readable() const {
@@ -123,13 +128,17 @@ void OutputFile::reserve() const {
 
 void OutputFile::open() {
   if (in_memory()) return;
+  // A run that failed left it open.
+  if (descriptor_ >= 0) ::close(std::exchange(descriptor_, -1));
   descriptor_ = ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
   if (descriptor_ < 0) fail("cannot open", path_);
 }
 
+char* OutputFile::memory(int64_t offset) const { return in_memory() ? const_cast<char*>(moved(memory_, offset)) : nullptr; }
+
 void OutputFile::write(int64_t offset, const void* data, int64_t bytes) const {
   if (in_memory()) {
-    std::memcpy(memory_ + offset, data, static_cast<size_t>(bytes));
+    if (bytes > 0) std::memcpy(memory(offset), data, static_cast<size_t>(bytes));
   } else {
     write_to(descriptor_, offset, data, bytes);
   }

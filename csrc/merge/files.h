@@ -45,7 +45,7 @@ class OutputFile {
   // Opens the reserved file for writing.
   void open();
   void write(int64_t offset, const void* data, int64_t bytes) const;
-  char* memory(int64_t offset) const { return in_memory() ? memory_ + offset : nullptr; }
+  char* memory(int64_t offset) const;
   bool in_memory() const { return path_.empty(); }
   void close();
 

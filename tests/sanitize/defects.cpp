@@ -50,12 +50,13 @@ void leak() {
   lost = nullptr;
 }
 
-// Two threads pack into the same byte.
+// Several threads pack into the same bytes.
 void race() {
-  const Buffer mask(8, Placement::heap), packed(1, Placement::heap);
+  constexpr int64_t n = 8 << 10;
+  const Buffer mask(n, Placement::heap), packed(n / 8, Placement::heap);
   mask.fill(1);
   ThreadPool pool(4, {});
-  pool.parallel()(1000, [&](int64_t) { packed_mask_loops().pack(mask.u8(), 8, packed.u8()); });
+  pool.parallel()(10000, [&](int64_t) { packed_mask_loops().pack(mask.u8(), n, packed.u8()); });
 }
 
 }  // namespace

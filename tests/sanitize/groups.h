@@ -14,8 +14,11 @@ void magnitude_loops();
 void magnitude_drivers();
 void magnitude_masks();
 void sparse_merges();
+void sparse_merge_chunks();
 void conversions();
 void philox();
+void thread_pools();
+void merges();
 
 // Carries out what the sanitizers must report; returns where they do not.
 void seeded_defect(const char* name);

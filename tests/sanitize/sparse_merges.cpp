@@ -271,6 +271,10 @@ void sparse_merges() {
   Random random(13);
   every_combination_of_stages(random);
   every_mix_of_dtypes(random);
+}
+
+void sparse_merge_chunks() {
+  Random random(15);
   borders_of_chunks(random);
   interpolations(random);
 }
