@@ -2,12 +2,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip --disable-pip-version-check
-CXX_FILES = $(shell find csrc cmake -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake
+CXX_FILES = $(shell find csrc cmake tests/sanitize -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .PHONY: build
 .PHONY: test
 .PHONY: test-slow
 .PHONY: demo
+.PHONY: sanitize
 .PHONY: lint
 .PHONY: format
 .PHONY: bench
@@ -43,6 +45,15 @@ test: build
 
 test-slow: build
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+# The torch-free C++ and its driver under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer.
+sanitize: $(VENV)/.requirements
+	@for kind in address thread; do \
+	  echo "== $$kind"; \
+	  $(CMAKE) -G Ninja -S tests/sanitize -B build/sanitize-$$kind -DTASKLOOM_SANITIZE=$$kind > /dev/null \
+	    && $(CMAKE) --build build/sanitize-$$kind -- --quiet \
+	    && build/sanitize-$$kind/taskloom_sanitize || exit 1; \
+	done
 
 demo: build
 	$(BIN)/taskloom demo --out demo_out

@@ -252,19 +252,25 @@ void thread_pools() {
 
 void merges() {
   Random random(14);
+#ifdef __SANITIZE_THREAD__
+  // Large tensors take the same ways through the threads in most recipes.
+  const auto large = [](const Recipe& recipe) { return recipe.tuned == DType::bf16 && (recipe.histogram || recipe.stages.model_scope); };
+#else
+  const auto large = [](const Recipe& recipe) { return recipe.tasks < 9; };
+#endif
   const int64_t before = open_descriptors();
   for (const Recipe& recipe : recipes()) {
     whole_merge(recipe, false, {1, 4, 33}, random);
-    whole_merge(recipe, true, {1, 5}, random);
+    if (large(recipe)) whole_merge(recipe, true, {1, 5}, random);
   }
   for (const int threads : {1, 5}) {
-    const Models models(recipes().front(), true, random), ties(recipes()[2], false, random);
-    refused_nonfinite(models, threads);
-    shortened_inputs(models, threads);
+    const Models sum(recipes().front(), threads > 1, random), ties(recipes()[2], false, random);
+    refused_nonfinite(ties, threads);
+    shortened_inputs(sum, threads);
     shortened_inputs(ties, threads);
-    unwritable_outputs(models, threads);
-    stopped_merges(models, threads);
-    stopped_merges(Models(recipes()[4], true, random), threads);
+    unwritable_outputs(ties, threads);
+    stopped_merges(ties, threads);
+    stopped_merges(Models(recipes()[4], threads > 1, random), threads);
   }
   begin_case("files left open by merges");
   EXPECT(open_descriptors() == before);
