@@ -123,6 +123,7 @@ struct SparseMergeLoops {
   // Inner products <a,a>, <a,b>, <b,b> of two plain tensors over begin .. begin + n, in double.
   void (*inner_products)(const MergeTask& a, const MergeTask& b, int64_t begin, int64_t n, double* sums);
   void (*convert)(DType from_dtype, const void* from, int64_t begin, int64_t n, DType to_dtype, void* to);
+  bool (*any_nonfinite)(DType dtype, const void* values, int64_t n);
 };
 
 TASKLOOM_LOOPS(SparseMergeLoops, sparse_merge_loops)

@@ -539,7 +539,31 @@ void convert(DType from_dtype, const void* from, int64_t begin, int64_t n, DType
   }
 }
 
-const SparseMergeLoops table = {scratch_bytes, chunk, inner_products, convert};
+// Bits are or-ed without a branch, so that this keeps up with what was written a moment ago.
+template <class Word>
+bool any_exponent_full(const void* values, int64_t n, Word exponent) {
+  Word found = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const Word word = load_at<Word>(values, i);
+    found |= static_cast<Word>((word & exponent) == exponent ? 1 : 0);
+  }
+  return found != 0;
+}
+
+bool any_nonfinite(DType dtype, const void* values, int64_t n) {
+  switch (dtype) {
+    case DType::f32:
+      return any_exponent_full<uint32_t>(values, n, 0x7F800000u);
+    case DType::f16:
+      return any_exponent_full<uint16_t>(values, n, 0x7C00u);
+    case DType::bf16:
+      return any_exponent_full<uint16_t>(values, n, 0x7F80u);
+    default:
+      return any_exponent_full<uint64_t>(values, n, 0x7FF0000000000000ull);
+  }
+}
+
+const SparseMergeLoops table = {scratch_bytes, chunk, inner_products, convert, any_nonfinite};
 
 }  // namespace
 

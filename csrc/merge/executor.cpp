@@ -15,6 +15,11 @@ namespace {
 
 constexpr int64_t copy_piece = 1 << 22;
 
+const char* name_of(DType dtype) {
+  constexpr const char* names[] = {"float32", "float16", "bfloat16", "float64"};
+  return names[static_cast<int>(dtype)];
+}
+
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
@@ -195,14 +200,51 @@ class MergeExecutor::State {
     State* executor;
     const MergeJob* job;
     double done_per_byte;
+    std::atomic<bool> nonfinite{false};
   };
 
+  // Whether a job's values are made here and not only copied, so that one that overflows is ours to report.
+  bool makes_values(const MergeJob& job) const {
+    return !run_.allow_nonfinite && job.floating && (job.stages || job.base->dtype != job.target.dtype);
+  }
+
   static void write_chunk(void* context, int64_t offset, const void* chunk, int64_t bytes) {
-    const auto* sink = static_cast<const Sink*>(context);
+    auto* sink = static_cast<Sink*>(context);
     const Place& target = sink->job->target;
     sink->executor->check_readable(*sink->job);
+    sink->executor->look_for_nonfinite(sink, chunk, bytes);
     sink->executor->run_.outputs[static_cast<size_t>(target.file)].write(target.offset + offset, chunk, bytes);
     sink->executor->done_ += static_cast<int64_t>(static_cast<double>(bytes) * sink->done_per_byte);
+  }
+
+  void look_for_nonfinite(Sink* sink, const void* values, int64_t bytes) const {
+    const DType dtype = sink->job->target.dtype;
+    if (makes_values(*sink->job) && sparse_merge_loops().any_nonfinite(dtype, values, bytes / element_size(dtype))) {
+      sink->nonfinite.store(true, std::memory_order_relaxed);
+    }
+  }
+
+  // Inputs that are not finite were reported before this where they are merged; where they are only converted they stay what they are.
+  void check_overflow(const MergeJob& job) const {
+    if (!job.stages && first_overflow(job) < 0) return;
+    throw std::runtime_error("tensor '" + job.name + "': a value is too large for " + name_of(job.target.dtype) +
+                             "; choose a wider out_dtype (bfloat16 has float32's range), or allow_nonfinite (--allow-nonfinite)");
+  }
+
+  int64_t first_overflow(const MergeJob& job) const {
+    constexpr int64_t piece = 4096;
+    std::vector<double> before(piece), after(piece), stored(piece);
+    const SparseMergeLoops& loops = sparse_merge_loops();
+    for (int64_t begin = 0; begin < job.numel; begin += piece) {
+      const int64_t n = std::min(piece, job.numel - begin);
+      loops.convert(job.base->dtype, data(*job.base, job.numel), begin, n, DType::f64, before.data());
+      loops.convert(job.base->dtype, data(*job.base, job.numel), begin, n, job.target.dtype, stored.data());
+      loops.convert(job.target.dtype, stored.data(), 0, n, DType::f64, after.data());
+      for (int64_t i = 0; i < n; ++i) {
+        if (std::isfinite(before[static_cast<size_t>(i)]) && !std::isfinite(after[static_cast<size_t>(i)])) return begin + i;
+      }
+    }
+    return -1;
   }
 
   int64_t job_bytes(const MergeJob& job) const {
@@ -227,6 +269,8 @@ class MergeExecutor::State {
       merge(index, output);
     }
     check_readable(job);
+    if (output.data != nullptr && job.numel > 0) look_for_nonfinite(&sink, output.data, out_bytes);
+    if (sink.nonfinite) check_overflow(job);
     results_[index].seconds = seconds_since(start);
   }
 

@@ -146,10 +146,12 @@ void drivers_case(int64_t n, Random& random) {
   std::vector<Threshold> first;
   for (const std::string& level : compared_levels()) {
     force_cpu_level(level.c_str());
-    for (const ParallelFor& parallel : {serial(), team()}) {
-      const std::vector<Threshold> found = magnitude_thresholds(deltas.data(), tasks, n, ranks.data(), cuts, wide, parallel);
-      if (first.empty()) first = found;
-      EXPECT(std::equal(first.begin(), first.end(), found.begin(), found.end(), same));
+    for (const int64_t room : {default_room, least_threshold_room}) {
+      for (const ParallelFor& parallel : {serial(), team()}) {
+        const std::vector<Threshold> found = magnitude_thresholds(deltas.data(), tasks, n, ranks.data(), cuts, wide, room, parallel);
+        if (first.empty()) first = found;
+        EXPECT(std::equal(first.begin(), first.end(), found.begin(), found.end(), same));
+      }
     }
   }
   force_cpu_level("");
@@ -235,7 +237,7 @@ void mask_case(int64_t n, Random& random) {
   std::sort(ranks.begin(), ranks.end());
   begin_case("magnitude_mask n=%ld %s - %s ranks=%ld,%ld packed=%d kind=%d placement=%d", n, dtype_name(tuned), dtype_name(base), ranks[0],
              ranks[1], packed, static_cast<int>(kind), static_cast<int>(placement));
-  const std::vector<Threshold> found = magnitude_thresholds(&made.delta, 1, n, ranks.data(), 2, wide, team());
+  const std::vector<Threshold> found = magnitude_thresholds(&made.delta, 1, n, ranks.data(), 2, wide, default_room, team());
   const MagnitudeBand band{found[1].cut, found[0].cut};
   const std::vector<char> mask = agree_bytes(packed ? (n + 7) / 8 : n, placement, [&](char* out) {
     magnitude_mask(made.delta, n, wide, band, packed, reinterpret_cast<uint8_t*>(out), team());

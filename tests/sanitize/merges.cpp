@@ -59,6 +59,8 @@ std::vector<std::vector<char>> merge_in_memory(const Models& models, int threads
   for (int64_t t = 0; t < models.recipe.tasks; ++t) run.models.push_back("tuned" + std::to_string(t));
   run.jobs = models.jobs();
   run.threads = threads;
+  // Less room between passes gives the same bytes.
+  if (threads > 1) run.room = least_threshold_room * threads;
   // Offsets are addresses: each tensor has memory of its own.
   auto copy_of = [&](Place& place, const MergeJob& job) {
     const int64_t bytes = job.floating ? job.numel * element_size(place.dtype) : job.bytes;
