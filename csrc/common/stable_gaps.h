@@ -3,8 +3,10 @@
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/c/shim.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
 
 #include <cstdint>
+#include <string>
 
 #ifdef USE_CUDA
 #include <cuda_runtime_api.h>
@@ -12,6 +14,11 @@
 #endif
 
 namespace taskloom {
+
+// A string argument of an op. torch's own conversion to std::string leaks a copy of the string at every call (seen in 2.13).
+struct Text {
+  std::string value;
+};
 
 #ifdef USE_CUDA
 // The stream that torch works on. torch::stable::accelerator::Stream gives no cudaStream_t before torch 2.13 (Stream::nativeHandle).
@@ -24,3 +31,21 @@ inline cudaStream_t current_cuda_stream(int32_t device) {
 #endif
 
 }  // namespace taskloom
+
+namespace torch::stable::detail {
+
+template <>
+struct ToImpl<taskloom::Text> {
+  static taskloom::Text call(StableIValue passed, uint64_t /*extension_build_version*/, bool /*is_internal*/) {
+    auto* const handle = to<StringHandle>(passed);
+    size_t length = 0;
+    const char* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    taskloom::Text text{std::string(data, length)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};
+
+}  // namespace torch::stable::detail

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/stable_gaps.h"
 #include "masked/delta_tensors.h"
 #include "masked/sparse_merge.h"
 
@@ -209,29 +210,29 @@ void merge_into(const MergeArguments& arguments, Tensor out) {
   if (!direct) torch::stable::copy_(out, target);
 }
 
-Tensor sparse_merge_cpu(std::optional<Tensor> base, std::vector<Tensor> tuned, std::vector<double> weight, std::string select, bool by_row,
+Tensor sparse_merge_cpu(std::optional<Tensor> base, std::vector<Tensor> tuned, std::vector<double> weight, Text select, bool by_row,
                         std::vector<int64_t> rank_begin, std::vector<int64_t> rank_end, std::optional<Tensor> threshold,
                         std::optional<Tensor> equal_kept, std::vector<Tensor> masks, std::vector<double> density,
-                        std::vector<double> epsilon, int64_t seed, int64_t key, std::string rescale, std::string elect, int64_t zero_sign,
-                        std::string vote, int64_t consensus_k, std::vector<double> tall_mask_lambda, std::string combine, double scale,
-                        ScalarType dtype) {
+                        std::vector<double> epsilon, int64_t seed, int64_t key, Text rescale, Text elect, int64_t zero_sign, Text vote,
+                        int64_t consensus_k, std::vector<double> tall_mask_lambda, Text combine, double scale, ScalarType dtype) {
   STD_TORCH_CHECK(!tuned.empty(), "tuned: expected at least one tensor");
   Tensor out = torch::stable::empty(tuned.front().sizes(), dtype);
-  merge_into({base,    tuned, weight, select,  by_row, rank_begin, rank_end, threshold,   equal_kept,       masks,   density,
-              epsilon, seed,  key,    rescale, elect,  zero_sign,  vote,     consensus_k, tall_mask_lambda, combine, scale},
-             out);
+  merge_into(
+      {base,    tuned, weight, select.value,  by_row,      rank_begin, rank_end,   threshold,   equal_kept,       masks,         density,
+       epsilon, seed,  key,    rescale.value, elect.value, zero_sign,  vote.value, consensus_k, tall_mask_lambda, combine.value, scale},
+      out);
   return out;
 }
 
-void sparse_merge_out_cpu(std::optional<Tensor> base, std::vector<Tensor> tuned, std::vector<double> weight, std::string select,
-                          bool by_row, std::vector<int64_t> rank_begin, std::vector<int64_t> rank_end, std::optional<Tensor> threshold,
+void sparse_merge_out_cpu(std::optional<Tensor> base, std::vector<Tensor> tuned, std::vector<double> weight, Text select, bool by_row,
+                          std::vector<int64_t> rank_begin, std::vector<int64_t> rank_end, std::optional<Tensor> threshold,
                           std::optional<Tensor> equal_kept, std::vector<Tensor> masks, std::vector<double> density,
-                          std::vector<double> epsilon, int64_t seed, int64_t key, std::string rescale, std::string elect, int64_t zero_sign,
-                          std::string vote, int64_t consensus_k, std::vector<double> tall_mask_lambda, std::string combine, double scale,
-                          Tensor out) {
-  merge_into({base,    tuned, weight, select,  by_row, rank_begin, rank_end, threshold,   equal_kept,       masks,   density,
-              epsilon, seed,  key,    rescale, elect,  zero_sign,  vote,     consensus_k, tall_mask_lambda, combine, scale},
-             out);
+                          std::vector<double> epsilon, int64_t seed, int64_t key, Text rescale, Text elect, int64_t zero_sign, Text vote,
+                          int64_t consensus_k, std::vector<double> tall_mask_lambda, Text combine, double scale, Tensor out) {
+  merge_into(
+      {base,    tuned, weight, select.value,  by_row,      rank_begin, rank_end,   threshold,   equal_kept,       masks,         density,
+       epsilon, seed,  key,    rescale.value, elect.value, zero_sign,  vote.value, consensus_k, tall_mask_lambda, combine.value, scale},
+      out);
 }
 
 }  // namespace
