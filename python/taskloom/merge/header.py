@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -216,8 +217,31 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return dict(sorted(entries.items(), key=lambda item: item[1].offset))
 
 
-def write_header(tensors: list[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, list[int], int]:
+def read_metadata(path: Path) -> dict[str, str]:
+    """The ``__metadata__`` of one safetensors file; empty where it has none.
+
+    Raises
+    ------
+    CheckpointError
+        If the file cannot be read or its header is not JSON of the right kind.
+    """
+    raw, _ = _read_prefix(path)
+    _parse_header(path, raw)
+    metadata: dict[str, str] = parse_json(raw).get("__metadata__") or {}
+    return metadata
+
+
+def write_header(
+    tensors: list[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[int], int]:
     """The header of a file that holds ``tensors`` (name, dtype, shape) one after another.
+
+    Parameters
+    ----------
+    tensors
+        In the order of their bytes.
+    metadata
+        Strings to store besides ``format: pt``, which transformers asks for.
 
     Returns
     -------
@@ -228,7 +252,7 @@ def write_header(tensors: list[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes
     size
         Bytes of the whole file.
     """
-    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    described: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     relative, position = [], 0
     for name, dtype, shape in tensors:
         end = position + tensor_bytes(dtype, shape)

@@ -28,6 +28,7 @@ _NOT_COPIED = (
     "trainer_state.json",
     "*_results.json",
     REPORT,
+    "compress_report.json",
     "requirements.txt",
     "optimizer*",
 )

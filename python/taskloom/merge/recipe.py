@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +13,7 @@ from pydantic_core import SchemaValidator, ValidationError
 from taskloom.merge.errors import RecipeError, near_miss, shown
 from taskloom.merge.parameters import Setting, compile_setting
 from taskloom.merge.recipe_source import parse_recipe_text, place, plain_values, read_recipe_text
-from taskloom.merge.stages import MERGEKIT_ONLY, METHODS, Method
+from taskloom.merge.stages import MERGEKIT_ONLY, METHODS, TALL_MASKS, Method
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
@@ -38,7 +38,7 @@ def _nullable(schema: Mapping[str, Any]) -> dict[str, Any]:
 _TEXT = {"type": "str", "strict": True}
 _NAME = {**_TEXT, "min_length": 1}
 _PARAMETERS = _nullable({"type": "dict", "keys_schema": _TEXT})
-_MODEL_FIELDS = {"model": _NAME, "parameters": _PARAMETERS}
+_MODEL_FIELDS = {"model": _NAME, "parameters": _PARAMETERS, "task": _nullable(_NAME)}
 _FIELDS = {
     "merge_method": _TEXT,
     "models": {"type": "list", "items_schema": _mapping(_MODEL_FIELDS, ["model"]), "min_length": 1},
@@ -54,10 +54,11 @@ _DOCUMENT = SchemaValidator(_mapping(_FIELDS, ["merge_method", "models"]))
 
 @dataclass(frozen=True)
 class ModelInput:
-    """One entry of ``models``: its name as written and the settings that are its own."""
+    """One entry of ``models``: its name as written, the settings that are its own, and for an archive the task's name where given."""
 
     label: str
     settings: dict[str, Setting]
+    task: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,8 @@ def find_method(name: str) -> Method:
     """The row of the method table that ``name`` names; raises RecipeError with the nearest name otherwise."""
     if name in METHODS:
         return METHODS[name]
+    if name == TALL_MASKS.name:
+        raise RecipeError(f"merge_method {name!r} makes an archive and not a merged model; run taskloom compress RECIPE OUT")
     if name in MERGEKIT_ONLY:
         raise RecipeError(f"merge_method {shown(name)} of mergekit is not offered here; the methods are {', '.join(METHODS)}")
     raise RecipeError(f"merge_method {shown(name)} is unknown; the methods are {', '.join(METHODS)}{near_miss(name, METHODS)}")
@@ -160,13 +163,15 @@ def _compile(method: Method, raw: Mapping[str, Any] | None, where: str, of_model
     return settings
 
 
-def load_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
+def load_recipe(source: str | Path | Mapping[str, Any], find: Callable[[str], Method] = find_method) -> Recipe:
     """Read and check a recipe.
 
     Parameters
     ----------
     source
         Path of a YAML file, or the same content as a mapping.
+    find
+        Gives a method's row by its name; default: the merge methods.
 
     Raises
     ------
@@ -182,13 +187,16 @@ def load_recipe(source: str | Path | Mapping[str, Any]) -> Recipe:
         raw = parse_recipe_text(text, f"recipe {source}")
         folder = Path(source).resolve().parent
     document = _parse_document(raw)
-    method = find_method(document["merge_method"])
+    method = find(document["merge_method"])
     notes: list[str] = []
     settings = _compile(method, document.get("parameters"), "parameters", False, notes)
     models = tuple(
-        ModelInput(entry["model"], _compile(method, entry.get("parameters"), f"models[{number}].parameters", True, notes))
+        ModelInput(entry["model"], _compile(method, entry.get("parameters"), f"models[{number}].parameters", True, notes), entry.get("task"))
         for number, entry in enumerate(document["models"])
     )
+    for number, entry in enumerate(models):
+        if entry.task is not None and method is not TALL_MASKS:
+            raise RecipeError(f"models[{number}]: key 'task' names a task of an archive (merge_method: tall_masks); {method.name} has none")
     if method.base == "required" and document.get("base_model") is None:
         raise RecipeError(f"recipe: key 'base_model' is missing; {method.name} takes differences from it")
     return Recipe(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from taskloom.merge.errors import MergeError, shown
@@ -72,18 +72,18 @@ def _split(tensors: Sequence[PlannedTensor], limit: int) -> list[list[PlannedTen
     return shards
 
 
-def lay_out(tensors: Sequence[PlannedTensor], limit: int) -> Layout:
-    """Place tensors into ``model.safetensors``, or into numbered shards of at most ``limit`` bytes of tensors each.
+def lay_out(tensors: Sequence[PlannedTensor], limit: int, *, stem: str = "model", metadata: Mapping[str, str] | None = None) -> Layout:
+    """Place tensors into ``STEM.safetensors``, or into numbered shards of at most ``limit`` bytes of tensors each.
 
     Inside a file wider dtypes come first (stable otherwise), as safetensors writes them, so that every tensor is aligned to its
-    element size.
+    element size. Every file's header holds ``metadata``.
     """
     shards = _split(tensors, limit)
     files, targets, weight_map = [], {}, {}
     for number, shard in enumerate(shards):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         placed = sorted(shard, key=lambda tensor: -BITS[tensor.dtype])
-        header, offsets, size = write_header([(tensor.name, tensor.dtype, tensor.shape) for tensor in placed])
+        header, offsets, size = write_header([(tensor.name, tensor.dtype, tensor.shape) for tensor in placed], metadata)
         files.append(OutputFile(name, header, size))
         for tensor, offset in zip(placed, offsets, strict=True):
             targets[tensor.name] = TensorTarget(number, offset, tensor.dtype)

@@ -265,6 +265,26 @@ METHODS: dict[str, Method] = {
     )
 }
 
+# Not a merge: taskloom compress reads it (docs/compress.md).
+TALL_MASKS = Method(
+    "tall_masks",
+    "TALL-mask compression",
+    "https://arxiv.org/abs/2405.07813",
+    (
+        replace(_default(_WEIGHT, 1.0), constant=True, help="must be 1: any other factor would restore another model than the task's"),
+        replace(_TALL_LAMBDA, constant=True),
+        Parameter(
+            "vector",
+            "choice",
+            "sum",
+            "the tasks' shared vector: sum of the deltas, or ties (trim over the whole model, elect signs, sum)",
+            constant=True,
+            choices=("sum", "ties"),
+        ),
+        replace(_default(_DENSITY, 0.2), constant=True, low=None, above=0.0, help="with vector: ties, share of a delta's entries that the trim keeps"),
+    ),
+)
+
 ELECT_STAGE: dict[str, Elect] = {"sum": "sign_sum", "count": "sign_count"}
 
 # mergekit 0.1.5 has these; a recipe that asks for one gets a message of its own rather than a near miss.

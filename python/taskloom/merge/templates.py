@@ -14,6 +14,7 @@ _START_OF: dict[tuple[str, str], Any] = {
     ("consensus_ta", "weight"): 1.0,
     ("consensus_ties", "weight"): 1.0,
     ("consensus_ties", "density"): 0.2,
+    ("tall_masks", "density"): 0.2,
     ("consensus_ta", "lambda"): 0.3,
     ("consensus_ties", "lambda"): 0.3,
 }

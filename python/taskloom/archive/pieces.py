@@ -1,0 +1,226 @@
+"""Streams tensors in pieces: read into reused buffers, worked on by a team of threads, written in place by position.
+
+Files are read by position instead of mapped: a file that shrinks meanwhile is then an error and not a signal, nothing depends on how
+a header aligns its tensors, and a piece stays in the cache between the ops on it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from taskloom.merge.errors import CheckpointError, OutputError
+from taskloom.merge.header import BITS, TensorEntry
+from taskloom.merge.plan import TensorTarget
+from taskloom.merge.shards import Layout
+
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "U8": torch.uint8}
+
+# Entries of a piece: a multiple of 8, so that every piece's mask begins on a byte; small enough for its tensors to stay in a core's cache.
+PIECE = 1 << 17
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Entries ``begin`` .. ``begin + count`` of tensor number ``tensor``; ``index`` counts all pieces."""
+
+    index: int
+    tensor: int
+    begin: int
+    count: int
+
+
+def cut_pieces(sizes: Sequence[int], length: int = PIECE) -> Iterator[Piece]:
+    """The pieces of tensors with so many entries, in order; an empty tensor has none."""
+    index = 0
+    for tensor, numel in enumerate(sizes):
+        for begin in range(0, numel, length):
+            yield Piece(index, tensor, begin, min(length, numel - begin))
+            index += 1
+
+
+def count_pieces(sizes: Sequence[int], length: int = PIECE) -> int:
+    """How many pieces :func:`cut_pieces` gives."""
+    return sum(-(-numel // length) for numel in sizes)
+
+
+class Reader:
+    """Reads pieces of tensors out of safetensors files; a context manager, safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        self._buffers = threading.local()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._descriptors:
+                try:
+                    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+                self._stack.callback(os.close, descriptor)
+                self._descriptors[path] = descriptor
+            return self._descriptors[path]
+
+    def _fill(self, path: Path, offset: int, target: memoryview) -> None:
+        descriptor = self._descriptor(path)
+        done = 0
+        while done < len(target):
+            try:
+                count = os.preadv(descriptor, [target[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+            if count == 0:
+                raise CheckpointError(f"{path}: changed while it was read: it ends at byte {offset + done}")
+            done += count
+
+    def read_bytes(self, entry: TensorEntry, begin: int, count: int, slot: int = 0) -> Tensor:
+        """Bytes of a tensor as uint8 [count]; valid until this thread reads into the same slot again."""
+        buffers: dict[int, Tensor] = self._buffers.__dict__.setdefault("slots", {})
+        buffer = buffers.get(slot)
+        if buffer is None or buffer.numel() < count:
+            buffer = buffers[slot] = torch.empty(count, dtype=torch.uint8)
+        read = buffer[:count]
+        self._fill(entry.file, entry.offset + begin, memoryview(read.numpy()))
+        return read
+
+    def read(self, entry: TensorEntry, piece: Piece, slot: int = 0) -> Tensor:
+        """A piece of a floating-point tensor, one-dimensional and in its dtype; valid as long as :meth:`read_bytes`."""
+        width = BITS[entry.dtype] // 8
+        return self.read_bytes(entry, piece.begin * width, piece.count * width, slot).view(TORCH_DTYPES[entry.dtype])
+
+
+class Writer:
+    """Writes pieces of tensors to their places in an output's files, which it makes with their headers; a context manager."""
+
+    def __init__(self, layout: Layout, folder: Path) -> None:
+        self._layout = layout
+        self._folder = folder
+        self._stack = ExitStack()
+        self._descriptors: list[int] = []
+
+    def __enter__(self) -> Writer:
+        try:
+            for file in self._layout.files:
+                descriptor = os.open(self._folder / file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+                self._stack.callback(os.close, descriptor)
+                self._descriptors.append(descriptor)
+                # A disk without room says so now and not after an hour.
+                os.posix_fallocate(descriptor, 0, file.size)
+                self._put(descriptor, 0, memoryview(file.header))
+        except OSError as error:
+            self._stack.close()
+            raise OutputError(f"{self._folder / file.name}: cannot be written: {error.strerror} ({file.size} bytes)") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @staticmethod
+    def _put(descriptor: int, offset: int, content: memoryview) -> None:
+        done = 0
+        while done < len(content):
+            done += os.pwrite(descriptor, content[done:], offset + done)
+
+    def write(self, target: TensorTarget, begin: int, values: Tensor) -> None:
+        """Put values, one-dimensional and in the target's dtype, at byte ``begin`` of a tensor."""
+        try:
+            self._put(self._descriptors[target.file], target.offset + begin, memoryview(values.view(torch.uint8).numpy()))
+        except OSError as error:
+            name = self._layout.files[target.file].name
+            raise OutputError(f"{self._folder / name}: cannot be written: {error.strerror}") from error
+
+
+class Progress:
+    """Counts bytes from any thread and tells them from the calling one."""
+
+    def __init__(self, tell: Callable[[int], None] | None) -> None:
+        self._tell = tell
+        self._lock = threading.Lock()
+        self.done = 0
+
+    def add(self, count: int) -> None:
+        """Count bytes that were read or written."""
+        with self._lock:
+            self.done += count
+
+    def tell(self, _piece: Piece | None = None) -> None:
+        """Pass the count on."""
+        if self._tell is not None:
+            self._tell(self.done)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_pieces(
+    pieces: Iterator[Piece], work: Callable[[Piece], None], threads: int, on_done: Callable[[Piece], None] | None = None
+) -> None:
+    """Do some work on every piece, several at a time.
+
+    Parameters
+    ----------
+    pieces
+        Are begun in order.
+    work
+        Called from several threads; each runs torch's ops on one core.
+    threads
+        The calling one included.
+    on_done
+        Called from the calling thread, after each of its own pieces.
+
+    Raises
+    ------
+    Exception
+        The first that the work of any thread raises; the others stop after their piece.
+    """
+    lock = threading.Lock()
+    stop = threading.Event()
+
+    def take() -> Piece | None:
+        with lock:
+            return None if stop.is_set() else next(pieces, None)
+
+    def loop(own: Callable[[Piece], None] | None) -> None:
+        try:
+            torch.set_num_threads(1)
+            while (piece := take()) is not None:
+                work(piece)
+                if own is not None:
+                    own(piece)
+        except BaseException:
+            stop.set()
+            raise
+
+    with _one_thread_each(), ThreadPoolExecutor(max(1, threads - 1)) as pool:
+        try:
+            others = [pool.submit(loop, None) for _ in range(threads - 1)]
+            loop(on_done)
+            for other in others:
+                other.result()
+        except BaseException:
+            stop.set()
+            raise
