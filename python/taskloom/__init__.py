@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from taskloom import archive as archive
     from taskloom import merge as merge
     from taskloom import ops as ops
     from taskloom.ops import (
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
         unpack_mask,
     )
 
-_SUBPACKAGES = ("merge", "methods", "nn", "ops", "reference", "triton_kernels")
+_SUBPACKAGES = ("archive", "merge", "methods", "nn", "ops", "reference", "triton_kernels")
 
 __all__ = [
     "Explanation",

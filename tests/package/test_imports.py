@@ -13,7 +13,7 @@ from submodules import public_submodules
 
 import taskloom
 
-SUBPACKAGES = ("merge", "methods", "nn", "ops", "reference", "triton_kernels")
+SUBPACKAGES = ("archive", "merge", "methods", "nn", "ops", "reference", "triton_kernels")
 OTHER_PACKAGES = (
     *("click", "huggingface_hub", "matplotlib", "pandas", "pydantic", "pydantic_core", "rich", "safetensors", "scipy", "sklearn"),
     *("transformers", "triton", "yaml"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import taskloom
 from taskloom.archive.format import INDEX, REPORT, base_name, mask_name, vector_name
-from taskloom.archive.pieces import TORCH_DTYPES, Piece, Progress, Reader, Writer, count_pieces, cut_pieces, run_pieces
+from taskloom.archive.pieces import Piece, Progress, Reader, Writer, count_pieces, cut_pieces, run_pieces
 from taskloom.archive.planned import PlannedArchive, plan_archive
 from taskloom.archive.recipe import pinned_recipe
 from taskloom.archive.report import CompressReport, Measured, build_report
@@ -22,7 +22,7 @@ from taskloom.archive.restore import restore_values, square_sum
 from taskloom.archive.vector import SumVector, TiesVector, accumulated, check_finite, read_piece
 from taskloom.merge.errors import CheckpointError, MergeError
 from taskloom.merge.execute import thread_count
-from taskloom.merge.header import TensorEntry
+from taskloom.merge.header import FLOATING, TensorEntry
 from taskloom.merge.output import RECIPE, check_output, copy_side_files, write_json
 from taskloom.merge.plan import TensorTarget
 from taskloom.merge.working import working_folder
@@ -44,7 +44,7 @@ def _check_buffers(planned: PlannedArchive, reader: Reader) -> None:
     for model in planned.cast.tasks:
         for name, own in model.tensors.items():
             known = planned.cast.reference.tensors.get(name)
-            if known is None or name in shared or known.dtype in TORCH_DTYPES and known.dtype != "U8":
+            if known is None or name in shared or known.dtype in FLOATING:
                 continue
             for begin in range(0, known.nbytes, _COPY):
                 count = min(_COPY, known.nbytes - begin)

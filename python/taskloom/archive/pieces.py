@@ -97,7 +97,7 @@ class Reader:
         if buffer is None or buffer.numel() < count:
             buffer = buffers[slot] = torch.empty(count, dtype=torch.uint8)
         read = buffer[:count]
-        self._fill(entry.file, entry.offset + begin, memoryview(read.numpy()))
+        self._fill(entry.file, entry.offset + begin, read.numpy().data)
         return read
 
     def read(self, entry: TensorEntry, piece: Piece, slot: int = 0) -> Tensor:
@@ -141,7 +141,7 @@ class Writer:
     def write(self, target: TensorTarget, begin: int, values: Tensor) -> None:
         """Put values, one-dimensional and in the target's dtype, at byte ``begin`` of a tensor."""
         try:
-            self._put(self._descriptors[target.file], target.offset + begin, memoryview(values.view(torch.uint8).numpy()))
+            self._put(self._descriptors[target.file], target.offset + begin, values.view(torch.uint8).numpy().data)
         except OSError as error:
             name = self._layout.files[target.file].name
             raise OutputError(f"{self._folder / name}: cannot be written: {error.strerror}") from error

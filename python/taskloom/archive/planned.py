@@ -103,7 +103,9 @@ def _refuse_other_buffers(cast: Cast) -> list[str]:
             known = cast.reference.tensors.get(name)
             if known is None:
                 if entry.dtype not in FLOATING:
-                    raise CheckpointError(f"model {model.label!r}: the base has no tensor {name!r} ({entry.dtype}), so it cannot be restored")
+                    raise CheckpointError(
+                        f"model {model.label!r}: the base has no tensor {name!r} ({entry.dtype}), so it cannot be restored"
+                    )
             elif (known.dtype in FLOATING) != (entry.dtype in FLOATING) or (
                 known.dtype not in FLOATING and (known.dtype, known.shape) != (entry.dtype, entry.shape)
             ):

@@ -135,7 +135,9 @@ class Measured:
     seconds: float
 
 
-def build_report(planned: PlannedArchive, output: Path | None, measured: Measured | None = None, notes: tuple[str, ...] = ()) -> CompressReport:
+def build_report(
+    planned: PlannedArchive, output: Path | None, measured: Measured | None = None, notes: tuple[str, ...] = ()
+) -> CompressReport:
     """Put a plan and what was measured together; without a measurement it is a preview."""
     info, parameters = planned.info, planned.info.parameters
     tasks = []

@@ -7,9 +7,11 @@ import importlib
 import click
 
 _COMMANDS = {
+    "compress": ("taskloom.cli.archive:compress", "Compress fine-tunings of one base into an archive of masks."),
     "demo": ("taskloom.cli.demo:demo", "Merge small models made on the spot, and show how well each method works."),
     "diff": ("taskloom.cli.diff:diff", "Compare two checkpoints, tensor by tensor."),
     "doctor": ("taskloom.cli.doctor:doctor", "Show what was built, what this machine offers, and what would run."),
+    "extract": ("taskloom.cli.archive:extract", "Restore one fine-tuning from such an archive."),
     "inspect": ("taskloom.cli.inspect:inspect", "Show what a checkpoint holds."),
     "merge": ("taskloom.cli.merge:merge", "Merge safetensors checkpoints by a recipe."),
     "report": ("taskloom.cli.report:report", "Make the page of a merge's report for a browser."),

@@ -191,7 +191,9 @@ def load_recipe(source: str | Path | Mapping[str, Any], find: Callable[[str], Me
     notes: list[str] = []
     settings = _compile(method, document.get("parameters"), "parameters", False, notes)
     models = tuple(
-        ModelInput(entry["model"], _compile(method, entry.get("parameters"), f"models[{number}].parameters", True, notes), entry.get("task"))
+        ModelInput(
+            entry["model"], _compile(method, entry.get("parameters"), f"models[{number}].parameters", True, notes), entry.get("task")
+        )
         for number, entry in enumerate(document["models"])
     )
     for number, entry in enumerate(models):

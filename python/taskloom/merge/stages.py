@@ -281,7 +281,13 @@ TALL_MASKS = Method(
             constant=True,
             choices=("sum", "ties"),
         ),
-        replace(_default(_DENSITY, 0.2), constant=True, low=None, above=0.0, help="with vector: ties, share of a delta's entries that the trim keeps"),
+        replace(
+            _default(_DENSITY, 0.2),
+            constant=True,
+            low=None,
+            above=0.0,
+            help="with vector: ties, share of a delta's entries that the trim keeps",
+        ),
     ),
 )
 
