@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,9 @@ from taskloom.ops import MagnitudeThreshold
 # A histogram has 65,536 bins, so it is counted over longer pieces than the rest.
 _HISTOGRAM_PIECE = 1 << 21
 _DIGITS = 1 << 16
+
+# numpy's, because torch would share the little work on a histogram out among threads.
+Counts = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def accumulated(values: Tensor, wide: bool) -> Tensor:
@@ -66,9 +71,9 @@ class _RadixSearch:
         self.equal = 0
         self._left = rank
 
-    def narrow(self, counts: Tensor) -> None:
+    def narrow(self, counts: Counts) -> None:
         """Take the next digit from the histogram of the entries that have the prefix."""
-        from_top = counts.flip(0).cumsum(0)
+        from_top = counts[::-1].cumsum()
         place = int((from_top < self._left).sum())
         self.equal = int(counts[_DIGITS - 1 - place])
         self._left -= int(from_top[place]) - self.equal
@@ -123,20 +128,20 @@ class TiesVector:
         pieces = cut_pieces(self._sizes) if length is None else cut_pieces(self._sizes, length)
         run_pieces(pieces, read_and_work, self._threads, self._progress.tell)
 
-    def _histograms(self, shift: int, prefixes: Sequence[int]) -> list[Tensor]:
-        totals = [torch.zeros(_DIGITS, dtype=torch.int64) for _ in prefixes]
+    def _histograms(self, shift: int, prefixes: Sequence[int]) -> list[Counts]:
+        totals = [np.zeros(_DIGITS, dtype=np.int64) for _ in prefixes]
         lock = threading.Lock()
 
         def count(piece: Piece, base: Tensor, tuned: list[Tensor]) -> None:
             for total, values, prefix in zip(totals, tuned, prefixes, strict=True):
                 counts = taskloom.magnitude_histogram(values, base, shift=shift, prefix=prefix, wide=self._wide)
                 with lock:
-                    total += counts
+                    total += counts.numpy()
 
         self._each(count, _HISTOGRAM_PIECE)
         return totals
 
-    def _check_all_finite(self, totals: Sequence[Tensor]) -> None:
+    def _check_all_finite(self, totals: Sequence[Counts]) -> None:
         first_nonfinite = 0x7FF0 if self._wide else 0x7F80
         if any(int(total[first_nonfinite:].sum()) for total in totals):
             self._each(lambda piece, base, tuned: check_finite(self._planned, piece, base, tuned))
