@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from taskloom.cli.merge import print_json, shown_size
 from taskloom.cli.signals import signal_of, stopping_signals, with_notes
+from taskloom.cli.tables import print_json, size
 from taskloom.merge.errors import MergeError
 
 if TYPE_CHECKING:
@@ -56,19 +56,14 @@ def _print_compressed(report: CompressReport) -> None:
     if report.preview:
         click.echo(f"would compress {len(report.tasks)} tasks of {report.base_model} ({report.parameters:,} parameters each)")
     else:
-        speed = shown_size((report.bytes_read + report.bytes_written) / report.seconds) if report.seconds else "-"
+        speed = size((report.bytes_read + report.bytes_written) / report.seconds) if report.seconds else "-"
         click.echo(f"compressed {len(report.tasks)} tasks of {report.base_model} in {report.seconds:.1f} s ({speed}/s read and written)")
-    click.echo(
-        f"  archive     {shown_size(sizes.archive)} (base {shown_size(sizes.base)}, vector {shown_size(sizes.vector)}, "
-        f"masks {shown_size(sizes.masks)})"
-    )
-    click.echo(
-        f"  separate    {shown_size(sizes.separate)} in {len(report.tasks)} checkpoints: the archive takes {sizes.ratio:.1%} of that"
-    )
+    click.echo(f"  archive     {size(sizes.archive)} (base {size(sizes.base)}, vector {size(sizes.vector)}, masks {size(sizes.masks)})")
+    click.echo(f"  separate    {size(sizes.separate)} in {len(report.tasks)} checkpoints: the archive takes {sizes.ratio:.1%} of that")
     share = sizes.archive / sizes.separate_and_base
-    click.echo(f"  and base    {shown_size(sizes.separate_and_base)} with the base: {share:.1%}")
+    click.echo(f"  and base    {size(sizes.separate_and_base)} with the base: {share:.1%}")
     for task in report.tasks:
-        line = f"  {task.task}: {shown_size(task.bytes)}, tall_mask_lambda {task.tall_mask_lambda:g}"
+        line = f"  {task.task}: {size(task.bytes)}, tall_mask_lambda {task.tall_mask_lambda:g}"
         if not report.preview:
             density = "-" if task.mask_density is None else f"{task.mask_density:.2%}"
             error = "equals the base" if task.relative_error is None else f"relative error {task.relative_error:.4f}"
@@ -154,16 +149,14 @@ def _print_tasks(archive: TallArchive, as_json: bool) -> None:
         content = asdict(info)
         print_json({"archive": str(archive.path), "bytes": archive.nbytes, **content})
         return
-    click.echo(
-        f"{archive.path}: {len(info.tasks)} tasks of {info.base_model}, {info.parameters:,} parameters, {shown_size(archive.nbytes)}"
-    )
+    click.echo(f"{archive.path}: {len(info.tasks)} tasks of {info.base_model}, {info.parameters:,} parameters, {size(archive.nbytes)}")
     width = max(len(task.name) for task in info.tasks) + 2
     for task in info.tasks:
         click.echo(f"  {task.name:<{width}}tall_mask_lambda {task.tall_mask_lambda:g}, from {task.model}")
 
 
 def _print_extracted(report: ExtractReport) -> None:
-    speed = shown_size((report.bytes_read + report.bytes_written) / report.seconds) if report.seconds else "-"
+    speed = size((report.bytes_read + report.bytes_written) / report.seconds) if report.seconds else "-"
     click.echo(
         f"restored task {report.task} in {report.seconds:.1f} s ({report.tensors} tensors, {report.copied} copied from the base, {speed}/s)"
     )
