@@ -14,12 +14,12 @@ from torch import Tensor
 
 import taskloom
 from taskloom.archive.format import INDEX, REPORT, base_name, mask_name, vector_name
-from taskloom.archive.pieces import Piece, Progress, Reader, Writer, count_pieces, cut_pieces, run_pieces
+from taskloom.archive.pieces import Buffers, Piece, Progress, Reader, Writer, count_pieces, cut_pieces, run_pieces
 from taskloom.archive.planned import PlannedArchive, plan_archive
 from taskloom.archive.recipe import pinned_recipe
 from taskloom.archive.report import CompressReport, Measured, build_report
 from taskloom.archive.restore import restore_values, square_sum
-from taskloom.archive.vector import SumVector, TiesVector, accumulated, check_finite, read_piece
+from taskloom.archive.vector import SumVector, TiesVector, check_finite, read_piece
 from taskloom.merge.errors import CheckpointError, MergeError
 from taskloom.merge.execute import thread_count
 from taskloom.merge.header import FLOATING, TensorEntry
@@ -60,9 +60,13 @@ class _Build:
 
     def __init__(self, planned: PlannedArchive, reader: Reader, writer: Writer, vector: SumVector | TiesVector, progress: Progress) -> None:
         self._planned, self._reader, self._writer, self._vector, self._progress = planned, reader, writer, vector, progress
+        self._buffers = Buffers()
         shape = (count_pieces([tensor.base.numel for tensor in planned.shared]), len(planned.info.tasks))
         self.ones = np.zeros(shape, dtype=np.int64)
         self.errors, self.norms = np.zeros(shape), np.zeros(shape)
+
+    def _accumulated(self, values: Tensor, dtype: torch.dtype, slot: int) -> Tensor:
+        return self._buffers.take(values.numel(), dtype, slot).copy_(values)
 
     def _target(self, name: str) -> TensorTarget:
         return self._planned.layout.targets[name]
@@ -76,7 +80,7 @@ class _Build:
             raise CheckpointError(f"tensor {tensor.name!r}: the sum of the tasks' differences from the base overflows")
         self._writer.write(self._target(base_name(tensor.name)), piece.begin * base.element_size(), base)
         self._writer.write(self._target(vector_name(tensor.name)), piece.begin * vector.element_size(), vector)
-        origin = accumulated(base, tensor.wide)
+        origin = self._accumulated(base, vector.dtype, 0)
         written = base.nbytes + vector.nbytes
         for number, values in enumerate(tuned):
             written += self._mask(piece, number, base, values, vector, origin)
@@ -87,14 +91,13 @@ class _Build:
         packed = taskloom.task_mask(base, tuned, vector, task.tall_mask_lambda)
         self._writer.write(self._target(mask_name(task.name, tensor.name)), piece.begin // 8, packed)
         restored = restore_values(base, packed, vector, tuned.dtype)
-        own = accumulated(tuned, tensor.wide)
-        # `restored` may be in the dtype that is computed in already: it is used no more after this.
-        error = square_sum(accumulated(restored, tensor.wide).sub_(own))
+        own = self._accumulated(tuned, vector.dtype, 1)
+        error = square_sum(self._accumulated(restored, vector.dtype, 2).sub_(own))
         if not math.isfinite(error):
             raise CheckpointError(f"model {task.model!r}: tensor {tensor.name!r}: base + vector overflows {tuned.dtype}")
         self.ones[piece.index, number] = int(taskloom.mask_count([packed], piece.count, 1)[1][1])
         self.errors[piece.index, number] = error
-        self.norms[piece.index, number] = square_sum(own - origin)
+        self.norms[piece.index, number] = square_sum(own.sub_(origin))
         return packed.nbytes
 
 

@@ -52,6 +52,25 @@ def count_pieces(sizes: Sequence[int], length: int = PIECE) -> int:
     return sum(-(-numel // length) for numel in sizes)
 
 
+class Buffers:
+    """Memory for pieces, by thread and slot, that is taken once and used again.
+
+    Fresh tensors of this size for every piece would also leave the C library's heap in pieces that it cannot use again.
+    """
+
+    def __init__(self) -> None:
+        self._own = threading.local()
+
+    def take(self, count: int, dtype: torch.dtype, slot: int) -> Tensor:
+        """A tensor [count] with anything in it; it is this thread's until it takes the same slot again."""
+        slots: dict[int, Tensor] = self._own.__dict__.setdefault("slots", {})
+        size = count * dtype.itemsize
+        buffer = slots.get(slot)
+        if buffer is None or buffer.numel() < size:
+            buffer = slots[slot] = torch.empty(size, dtype=torch.uint8)
+        return buffer[:size].view(dtype)
+
+
 class Reader:
     """Reads pieces of tensors out of safetensors files; a context manager, safe to use from several threads."""
 
@@ -59,7 +78,7 @@ class Reader:
         self._stack = ExitStack()
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
-        self._buffers = threading.local()
+        self._buffers = Buffers()
 
     def __enter__(self) -> Reader:
         return self
@@ -92,11 +111,7 @@ class Reader:
 
     def read_bytes(self, entry: TensorEntry, begin: int, count: int, slot: int = 0) -> Tensor:
         """Bytes of a tensor as uint8 [count]; valid until this thread reads into the same slot again."""
-        buffers: dict[int, Tensor] = self._buffers.__dict__.setdefault("slots", {})
-        buffer = buffers.get(slot)
-        if buffer is None or buffer.numel() < count:
-            buffer = buffers[slot] = torch.empty(count, dtype=torch.uint8)
-        read = buffer[:count]
+        read = self._buffers.take(count, torch.uint8, slot)
         self._fill(entry.file, entry.offset + begin, read.numpy().data)
         return read
 

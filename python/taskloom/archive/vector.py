@@ -12,7 +12,7 @@ from torch import Tensor
 
 import taskloom
 from taskloom._selection import band_ranks
-from taskloom.archive.pieces import Piece, Progress, Reader, count_pieces, cut_pieces, run_pieces
+from taskloom.archive.pieces import Buffers, Piece, Progress, Reader, count_pieces, cut_pieces, run_pieces
 from taskloom.archive.planned import PlannedArchive, SharedTensor
 from taskloom.merge.errors import CheckpointError
 from taskloom.ops import MagnitudeThreshold
@@ -113,6 +113,7 @@ class TiesVector:
         # Per task, how many entries equal to the threshold each piece keeps.
         self._quotas: list[list[int]] = []
         self._sign = 1
+        self._buffers = Buffers()
         if sum(self._sizes):
             self._find_thresholds()
             self._share_ties()
@@ -195,8 +196,11 @@ class TiesVector:
         return masks
 
     def _deltas(self, base: Tensor, tuned: Sequence[Tensor]) -> list[Tensor]:
-        origin = accumulated(base, self._wide)
-        return [accumulated(values, self._wide) - origin for values in tuned]
+        origin = self._take(base, 1).copy_(base)
+        return [self._take(values, slot).copy_(values).sub_(origin) for slot, values in enumerate(tuned, start=2)]
+
+    def _take(self, like: Tensor, slot: int) -> Tensor:
+        return self._buffers.take(like.numel(), torch.float64 if self._wide else torch.float32, slot)
 
     def _find_majority(self) -> None:
         lock = threading.Lock()
@@ -204,7 +208,8 @@ class TiesVector:
 
         def count(piece: Piece, base: Tensor, tuned: list[Tensor]) -> None:
             nonlocal total
-            votes = taskloom.sparse_merge(None, self._deltas(base, tuned), select="mask", masks=self._masks(piece, base, tuned))
+            votes = self._take(base, 0)
+            taskloom.sparse_merge(None, self._deltas(base, tuned), select="mask", masks=self._masks(piece, base, tuned), out=votes)
             here = int(torch.count_nonzero(votes > 0)) - int(torch.count_nonzero(votes < 0))
             with lock:
                 total += here
@@ -213,12 +218,13 @@ class TiesVector:
         self._sign = -1 if total < 0 else 1
 
     def piece(self, piece: Piece, base: Tensor, tuned: list[Tensor]) -> Tensor:
-        """The vector's values of one piece, float32 or float64."""
+        """The vector's values of one piece, float32 or float64; this thread's until the next call."""
         deltas = self._deltas(base, tuned)
         if self._sign < 0:
             # The election gives a zero vote to the positive entries; turned around, to the negative ones.
             deltas = [delta.neg_() for delta in deltas]
         masks = self._masks(piece, base, tuned)
-        summed = taskloom.sparse_merge(None, deltas, select="mask", masks=masks, elect="sign_sum", zero_sign="positive")
+        summed = self._take(base, 0)
+        taskloom.sparse_merge(None, deltas, select="mask", masks=masks, elect="sign_sum", zero_sign="positive", out=summed)
         # Adding zero turns a negative zero into a positive one.
         return summed if self._sign > 0 else summed.neg_().add_(0.0)
