@@ -31,6 +31,8 @@ from toy_checkpoints import save_sharded
 
 from taskloom.archive import compress_checkpoints, open_archive
 from taskloom.archive import pieces as pieces_module
+from taskloom.archive.planned import plan_archive
+from taskloom.archive.report import build_report
 from taskloom.merge import CheckpointError, MergeError, OutputError, RecipeError, merge_checkpoints
 from taskloom.merge.recipe import load_recipe
 
@@ -195,6 +197,16 @@ def test_report_counts_bytes(tmp_path: Path) -> None:
     assert sizes.masks == 2 * sum(-(-values.numel() // 8) for values in base.values() if values.is_floating_point())
     assert report.copied == ["position_ids"]
     assert report.version == 1
+
+
+@pytest.mark.parametrize(("dtype", "fewest"), [(F32, 3), (BF16, 4)])
+def test_too_few_tasks_are_noted(tmp_path: Path, dtype: torch.dtype, fewest: int) -> None:
+    base = {"w": torch.randn(100, 1000).to(dtype)}
+    models = save_models(tmp_path, base, [tuned_state(base, seed) for seed in range(fewest)])
+    notes = [f"it takes less from {fewest} such tasks on" in " ".join(build_report(plan_archive(archive_recipe(models)), None).notes)]
+    del models[f"task-{fewest - 1}"]
+    notes.append(f"it takes less from {fewest} such tasks on" in " ".join(build_report(plan_archive(archive_recipe(models)), None).notes))
+    assert notes == [False, True]
 
 
 def test_shards_have_an_index_and_the_same_tensors(tmp_path: Path) -> None:
@@ -395,8 +407,6 @@ def test_output_and_arguments(tmp_path: Path) -> None:
 
 
 def test_progress_ends_at_the_total(tmp_path: Path) -> None:
-    from taskloom.archive.planned import plan_archive
-
     base = base_state()
     models = save_models(tmp_path, base, [tuned_state(base, seed) for seed in range(2)])
     for vector in ("sum", "ties"):

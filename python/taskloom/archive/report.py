@@ -135,6 +135,15 @@ class Measured:
     seconds: float
 
 
+def _too_few_tasks(sizes: ArchiveSizes, tasks: int) -> list[str]:
+    """A note where the archive is no smaller than the checkpoints, with the number of such tasks from which it is."""
+    saved = (sizes.separate - sizes.masks) / tasks
+    if sizes.archive < sizes.separate or saved <= 0:
+        return []
+    fewest = (sizes.archive - sizes.masks) // saved + 1
+    return [f"{tasks} checkpoints take no more room than their archive; it takes less from {fewest:.0f} such tasks on"]
+
+
 def build_report(
     planned: PlannedArchive, output: Path | None, measured: Measured | None = None, notes: tuple[str, ...] = ()
 ) -> CompressReport:
@@ -147,6 +156,12 @@ def build_report(
         error = math.sqrt(measured.errors[number] / measured.norms[number]) if measured is not None and moved else None
         tasks.append(TaskFigures(task.name, task.model, task.tall_mask_lambda, model_bytes(planned.cast.tasks[number]), density, error))
     separate = sum(task.bytes for task in tasks)
+    sizes = ArchiveSizes(
+        archive=sum(file.size for file in planned.layout.files),
+        **bytes_by_part(planned),
+        separate=separate,
+        separate_and_base=separate + model_bytes(planned.cast.reference),
+    )
     return CompressReport(
         version=REPORT_VERSION,
         output=str(output) if output else None,
@@ -157,17 +172,12 @@ def build_report(
         parameters=parameters,
         tensors=info.tensors,
         copied=[tensor.name for tensor in planned.copied],
-        sizes=ArchiveSizes(
-            archive=sum(file.size for file in planned.layout.files),
-            **bytes_by_part(planned),
-            separate=separate,
-            separate_and_base=separate + model_bytes(planned.cast.reference),
-        ),
+        sizes=sizes,
         tasks=tasks,
         files=[{"name": file.name, "bytes": file.size} for file in planned.layout.files],
         seconds=measured.seconds if measured else 0.0,
         bytes_read=planned.bytes_in if measured else 0,
         bytes_written=planned.layout.total_size if measured else 0,
-        notes=[*planned.notes, *notes],
+        notes=[*planned.notes, *notes, *_too_few_tasks(sizes, len(tasks))],
         taskloom=info.taskloom,
     )
