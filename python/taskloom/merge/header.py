@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -135,14 +136,14 @@ def _fields(where: str, info: object) -> list[Any]:
     return [info[key] for key in _FIELDS]
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
+def _are_counts(values: list[Any]) -> bool:
+    return set(map(type, values)) <= {int} and min(values, default=0) >= 0 and max(values, default=0) < _MOST
 
 
 def _bits(where: str, dtype: str, shape: list[int]) -> int:
     """Bits of a tensor; every product on the way to them must fit 64 bits, as in safetensors."""
     count = 1
-    for size in (*shape, BITS[dtype]):
+    for size in chain(shape, (BITS[dtype],)):
         count *= size
         if count >= _MOST:
             raise CheckpointError(f"{where}: shape {shown(shape)} overflows 64 bits")
@@ -159,9 +160,9 @@ def _parse_entry(identity: FileIdentity, name: str, info: object, data_start: in
         dtype = next(iter(dtype))
     if not isinstance(dtype, str) or dtype not in BITS:
         raise CheckpointError(f"{where}: unknown dtype {shown(dtype)}, expected one of {', '.join(BITS)}")
-    if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
+    if not isinstance(shape, list) or not _are_counts(shape):
         raise CheckpointError(f"{where}: shape must be a list of whole numbers from 0 to 2**64 - 1, got {shown(shape)}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not _are_counts(offsets):
         raise CheckpointError(f"{where}: data_offsets must be two whole numbers from 0 to 2**64 - 1, got {shown(offsets)}")
     begin, end = offsets
     bits = _bits(where, dtype, shape)
