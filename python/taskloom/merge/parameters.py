@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from taskloom.merge.errors import RecipeError, near_miss, shown
@@ -22,10 +22,14 @@ _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no"
 
 @dataclass(frozen=True)
 class Rule:
-    """Values for the tensors whose name contains ``filter`` (None or ``*``: all); more than one value is a gradient."""
+    """Values for the tensors whose name contains ``filter`` (None or ``*``: all); more than one value is a gradient.
+
+    ``where`` is the place in the recipe, for error messages.
+    """
 
     filter: str | None
     values: tuple[Value, ...]
+    where: str = field(default="", compare=False)
 
 
 Setting = tuple[Rule, ...]
@@ -146,7 +150,7 @@ def _conditional(parameter: Parameter, raw: object, where: str) -> Rule:
     if pattern is not None and not isinstance(pattern, str):
         hint = "; write it in quotes" if isinstance(pattern, bool) else ""
         raise RecipeError(f"{where}.filter: expected text, got {shown(pattern)}{hint}")
-    return Rule(None if pattern == "*" else pattern, _gradient(parameter, raw["value"], f"{where}.value"))
+    return Rule(None if pattern == "*" else pattern, _gradient(parameter, raw["value"], f"{where}.value"), f"{where}.value")
 
 
 def compile_setting(parameter: Parameter, raw: Any, where: str) -> Setting:
@@ -173,7 +177,7 @@ def compile_setting(parameter: Parameter, raw: Any, where: str) -> Setting:
         return (_conditional(parameter, raw, where),)
     if filtered:
         return tuple(_conditional(parameter, item, f"{where}[{number}]") for number, item in enumerate(raw))
-    return (Rule(None, _gradient(parameter, raw, where)),)
+    return (Rule(None, _gradient(parameter, raw, where), where),)
 
 
 def _interpolate(values: tuple[Value, ...], t: float) -> Value:
@@ -189,6 +193,15 @@ def _interpolate(values: tuple[Value, ...], t: float) -> Value:
     return (1 - share) * numbers[first] + share * numbers[second]
 
 
+def matching_rule(parameter: Parameter, sources: Iterable[Mapping[str, Setting]], name: str) -> Rule | None:
+    """The first rule for a tensor in the first source that has one; None where the parameter's default holds."""
+    for settings in sources:
+        for rule in settings.get(parameter.name, ()):
+            if rule.filter is None or rule.filter in name:
+                return rule
+    return None
+
+
 def resolve(parameter: Parameter, sources: Iterable[Mapping[str, Setting]], name: str, t: float, model: str | None = None) -> Value:
     """The value of a parameter for one tensor: the first matching rule of the first source that has one, else the default.
 
@@ -197,14 +210,13 @@ def resolve(parameter: Parameter, sources: Iterable[Mapping[str, Setting]], name
     RecipeError
         If nothing matches and the parameter has no default.
     """
-    for settings in sources:
-        for rule in settings.get(parameter.name, ()):
-            if rule.filter is None or rule.filter in name:
-                value = _interpolate(rule.values, t)
-                # Rounding of an interpolation may leave the interval that both of its ends respect.
-                if isinstance(value, float) and parameter.high is not None:
-                    value = min(value, parameter.high)
-                return value
+    rule = matching_rule(parameter, sources, name)
+    if rule is not None:
+        value = _interpolate(rule.values, t)
+        # Rounding of an interpolation may leave the interval that both of its ends respect.
+        if isinstance(value, float) and parameter.high is not None:
+            value = min(value, parameter.high)
+        return value
     if parameter.default is REQUIRED:
         of_model = f" of model {model!r}" if model else ""
         raise RecipeError(f"parameter {parameter.name!r}{of_model} has no value for tensor {shown(name)} and no default")

@@ -11,6 +11,7 @@ from taskloom._selection import name_key
 from taskloom.merge.align import AlignedTensor, Alignment, align, some
 from taskloom.merge.checkpoint import Checkpoint, open_checkpoint
 from taskloom.merge.errors import RecipeError
+from taskloom.merge.float_range import check_range
 from taskloom.merge.header import TensorEntry
 from taskloom.merge.locate import locate
 from taskloom.merge.parameters import Position, layer_positions
@@ -130,9 +131,16 @@ def cast_models(recipe: Recipe, base: Checkpoint | None, listed: Sequence[tuple[
     )
 
 
+def _in_float64(cast: Cast, tensor: AlignedTensor) -> bool:
+    """Whether the executor computes a merged tensor in float64 rather than float32."""
+    inputs = (*(tensor.members or ()), *((tensor.reference,) if cast.deltas else ()))
+    return any(entry.dtype == "F64" for entry in inputs)
+
+
 def _stages(recipe: Recipe, cast: Cast, alignment: Alignment, positions: Mapping[str, Position]) -> dict[str, Stages | None]:
     """The stages of every merged tensor (None: copied, but by the method's choice)."""
     merged = [tensor for tensor in alignment.tensors if tensor.members is not None]
+    check_range(recipe, cast.settings, [tensor.setting_name for tensor in merged if not _in_float64(cast, tensor)], positions)
     model_numel = sum(tensor.reference.numel for tensor in merged)
     found = {
         tensor.name: tensor_stages(
