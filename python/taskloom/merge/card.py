@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 
-import yaml
-
 from taskloom.merge.locate import Located
 from taskloom.merge.planner import Cast
 from taskloom.merge.recipe import Recipe
-from taskloom.merge.recipe_source import parse_recipe_text
+from taskloom.merge.recipe_source import parse_recipe_text, recipe_yaml
 
 
 def _shown(located: Located) -> str:
@@ -33,7 +31,7 @@ def model_card(recipe: Recipe, cast: Cast, name: str) -> str:
     # A fence that no line of the recipe can close.
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", recipe.text)), default=0))
     return f"""---
-{yaml.safe_dump(front, sort_keys=False).rstrip()}
+{recipe_yaml(front).rstrip()}
 ---
 
 # {name}
@@ -63,5 +61,4 @@ def rerun_recipe(recipe: Recipe, cast: Cast, seed: int) -> str:
     for entry in document["models"]:
         entry["model"] = pinned.get(entry["model"], cast.reference.located.pinned)
     document["seed"] = seed
-    text: str = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
-    return text
+    return recipe_yaml(document)

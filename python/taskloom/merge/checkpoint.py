@@ -45,7 +45,7 @@ class Checkpoint:
 
 
 def _no_weights(folder: Path) -> CheckpointError:
-    if (folder / "adapter_config.json").is_file():
+    if os.path.isfile(folder / "adapter_config.json"):
         return CheckpointError(f"{folder}: is an adapter, not a full checkpoint; merge it into its base first")
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
@@ -140,7 +140,7 @@ def _read_folder(folder: Path) -> dict[str, TensorEntry]:
 
 def _read_config(path: Path) -> dict[str, Any] | None:
     file = path / "config.json"
-    if not path.is_dir() or not os.path.lexists(file):
+    if not os.path.isdir(path) or not os.path.lexists(file):
         return None
     return _read_json(file, path, _LARGEST_CONFIG)
 

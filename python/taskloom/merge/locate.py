@@ -55,9 +55,10 @@ def _cached_snapshot(repo: str, revision: str) -> tuple[Path, str] | None:
     """The snapshot folder of a branch, tag or commit, and its commit, where the cache holds it."""
     folder = hub_cache() / ("models--" + repo.replace("/", "--"))
     reference = folder / "refs" / revision
-    commit = _commit(reference) if reference.exists() else revision
+    commit = _commit(reference) if os.path.exists(reference) else revision
     snapshot = folder / "snapshots" / commit
-    if snapshot.is_dir():
+    # Unlike pathlib, os.path takes a name that is too long for one of a file that is not there.
+    if os.path.isdir(snapshot):
         return snapshot, commit
     if re.fullmatch(r"[0-9a-f]{7,39}", revision):
         matches = [path for path in (folder / "snapshots").glob(revision + "*") if path.is_dir()]

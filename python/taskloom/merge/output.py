@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from taskloom.merge.checkpoint import Checkpoint
-from taskloom.merge.errors import OutputError
+from taskloom.merge.errors import CheckpointError, OutputError, shown
 from taskloom.merge.input_files import check_regular
 from taskloom.merge.links import check_link
 from taskloom.merge.plan import MergePlan
@@ -67,15 +68,18 @@ def check_output(out: Path, models: Iterable[Checkpoint], *, overwrite: bool = F
     OutputError
         If OUT is a file or a folder with something in it, or is, holds, or lies inside an input model.
     """
-    resolved = out.expanduser().resolve()
+    try:
+        resolved = out.expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OutputError(f"output {shown(str(out))}: is no path: {error}") from error
     for model in models:
         path = model.located.path.resolve()
         if resolved == path or path in resolved.parents or resolved in path.parents:
             relation = "is" if resolved == path else ("lies inside" if path in resolved.parents else "holds")
             raise OutputError(f"output {out}: {relation} the input model {model.label!r} ({path}); choose another folder")
-    if resolved.exists() and not resolved.is_dir():
+    if os.path.exists(resolved) and not os.path.isdir(resolved):
         raise OutputError(f"output {out}: is a file, expected a folder that does not exist yet or is empty")
-    if resolved.is_dir() and any(resolved.iterdir()):
+    if os.path.isdir(resolved) and any(resolved.iterdir()):
         if not overwrite and not resume:
             raise OutputError(f"output {out}: is not empty; choose another folder, empty this one, or replace it with --overwrite")
         if not any(resolved.glob("*.safetensors")) and not (resolved / REPORT).is_file():
@@ -122,7 +126,7 @@ def write_json(path: Path, content: Any, *, constants: bool = False) -> None:
 
 def _module_folders(folder: Path) -> list[Path]:
     """The sub-folders of a sentence-transformers model (``1_Pooling`` and the like)."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"\d+_\w+", path.name))
+    return sorted(path for path in folder.iterdir() if os.path.isdir(path) and re.fullmatch(r"\d+_\w+", path.name))
 
 
 def _side_files(folder: Path) -> list[Path]:
@@ -130,7 +134,7 @@ def _side_files(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if path.name != "config.json" and not path.is_dir() and _matches(path, _COPIED) and not _matches(path, _NOT_COPIED)
+        if path.name != "config.json" and not os.path.isdir(path) and _matches(path, _COPIED) and not _matches(path, _NOT_COPIED)
     )
 
 
@@ -146,14 +150,18 @@ def check_side_files(model: Checkpoint) -> None:
     folder = model.folder
     if folder is None:
         return
-    for path in _side_files(folder):
+    try:
+        side_files, modules = _side_files(folder), _module_folders(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be listed: {error.strerror}") from error
+    for path in side_files:
         check_link(path, folder)
         check_regular(path)
-    for module in _module_folders(folder):
+    for module in modules:
         check_link(module, folder)
         for path in module.rglob("*"):
             check_link(path, folder)
-            if path.is_symlink() or not path.is_dir():
+            if path.is_symlink() or not os.path.isdir(path):
                 check_regular(path)
 
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from pydantic_core import SchemaValidator, ValidationError
 
 from taskloom.merge.errors import RecipeError, near_miss, shown
 from taskloom.merge.parameters import Setting, compile_setting
-from taskloom.merge.recipe_source import parse_recipe_text, place, plain_values, read_recipe_text
+from taskloom.merge.recipe_source import parse_recipe_text, place, plain_values, read_recipe_text, recipe_yaml
 from taskloom.merge.stages import MERGEKIT_ONLY, METHODS, TALL_MASKS, Method
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
@@ -100,6 +99,8 @@ def _refuse_type(error: ValidationError) -> NoReturn:
     if first["type"] == "missing":
         raise RecipeError(f"recipe: key {where!r} is missing") from None
     got = first["input"]
+    if first["loc"][-1] == "[key]":
+        raise RecipeError(f"recipe: {place(first['loc'][:-2])}: a key must be text, got {shown(got)}") from None
     hint = "; YAML takes on, off, yes and no for true and false: write it in quotes" if isinstance(got, bool) else ""
     raise RecipeError(f"recipe: {where}: {first['msg'].lower()}, got {shown(got)}{hint}") from None
 
@@ -209,7 +210,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], find: Callable[[str], Me
         dtype=_dtype(document.get("dtype"), "dtype"),
         out_dtype=_dtype(document.get("out_dtype"), "out_dtype"),
         seed=document.get("seed"),
-        text=yaml.safe_dump(raw, sort_keys=False) if text is None else text,
+        text=recipe_yaml(raw) if text is None else text,
         folder=folder,
         notes=tuple(notes),
     )

@@ -16,6 +16,8 @@ MOST_BYTES = 10_000_000
 # Values, keys and collections together, with every alias counted as all that it stands for.
 MOST_NODES = 500_000
 MOST_DEPTH = 64
+# So many characters of a text count as one more value: a long one may be aliased often too.
+_CHARACTERS = 100
 # Whole numbers above this are no float.
 _MOST_BITS = 1023
 _MOST_DIGITS = 400
@@ -98,9 +100,10 @@ class _Scan:
                 raise self.fail(event, f"tag {shown(tag)} is not supported; write the value without it")
         if isinstance(event, yaml.ScalarEvent):
             self._check_scalar(event)
-            self._count(event, 1)
+            size = 1 + len(event.value) // _CHARACTERS
+            self._count(event, size)
             if event.anchor is not None:
-                self.sizes[event.anchor] = 1
+                self.sizes[event.anchor] = size
         elif isinstance(event, yaml.AliasEvent):
             if any(collection.anchor == event.anchor for collection in self.open):
                 raise self.fail(event, f"alias {shown(event.anchor)} stands inside what it stands for")
@@ -133,12 +136,18 @@ class _Plain:
         where = f" {place(path)}:" if path else ""
         return RecipeError(f"{self.name}:{where} {problem}")
 
+    def _count(self, nodes: int, path: tuple[str | int, ...]) -> None:
+        self.nodes += nodes
+        if self.nodes > MOST_NODES:
+            raise self._fail(path[:1], f"holds more than {MOST_NODES} values")
+
     def scalar(self, value: Any, path: tuple[str | int, ...]) -> Any:
         if value is None or isinstance(value, bool):
             return value
         if isinstance(value, str):
             # A sub-class, such as an enum of text, is written down as the text that it is.
             text = str.__str__(value)
+            self._count(len(text) // _CHARACTERS, path)
             if not text.isprintable() and any(0xD800 <= ord(character) < 0xE000 for character in text):
                 raise self._fail(path, f"text that is not valid Unicode: {shown(text)}")
             return text
@@ -153,9 +162,7 @@ class _Plain:
         raise self._fail(path, f"expected text, a number, true, false or null, got {shown(value)} of type {type(value).__name__}")
 
     def tree(self, value: Any, path: tuple[str | int, ...] = ()) -> Any:
-        self.nodes += 1
-        if self.nodes > MOST_NODES:
-            raise self._fail(path[:1], f"holds more than {MOST_NODES} values")
+        self._count(1, path)
         if len(path) > MOST_DEPTH:
             raise self._fail(path[:3], f"is nested more than {MOST_DEPTH} deep, or holds itself")
         if isinstance(value, Mapping):
@@ -209,6 +216,12 @@ def parse_recipe_text(text: str, name: str) -> Any:
     except RecursionError as error:
         raise RecipeError(f"{name}: is nested too deeply") from error
     return plain_values(loaded, name)
+
+
+def recipe_yaml(document: Any) -> str:
+    """Plain values as YAML."""
+    text: str = yaml.dump(document, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def read_recipe_text(path: Path) -> str:
