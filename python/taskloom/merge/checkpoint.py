@@ -10,7 +10,7 @@ from typing import Any
 from taskloom.merge.errors import CheckpointError, shown
 from taskloom.merge.header import TensorEntry, read_header
 from taskloom.merge.identity import FileIdentity
-from taskloom.merge.input_files import is_plain_name, read_regular
+from taskloom.merge.input_files import check_name, is_plain_name, read_regular
 from taskloom.merge.links import check_link
 from taskloom.merge.locate import Located
 from taskloom.merge.strict_json import JsonError, check_tree, parse_json, repeated_keys
@@ -116,6 +116,7 @@ def _read_sharded(index: Path) -> dict[str, TensorEntry]:
 
 
 def _read_file(path: Path) -> dict[str, TensorEntry]:
+    check_name(path)
     check_link(path, path.parent)
     return read_header(path)
 

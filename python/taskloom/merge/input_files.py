@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from taskloom.merge.errors import CheckpointError, shown
+from taskloom.merge.strict_json import is_unicode
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -24,7 +25,13 @@ _KINDS = {
 def is_plain_name(name: str) -> bool:
     """Whether ``name`` can only mean an entry of the folder that it is looked up in."""
     plain = name not in ("", ".", "..") and not any(character in name for character in "/\\\0")
-    return plain and not any(0xD800 <= ord(character) < 0xE000 for character in name)
+    return plain and is_unicode(name)
+
+
+def check_name(path: Path) -> None:
+    """Refuse a path that no report could name: file systems hold any bytes, JSON and YAML only text."""
+    if not is_unicode(str(path)):
+        raise CheckpointError(f"{shown(str(path))}: the name is not valid Unicode")
 
 
 def _check_kind(path: Path, mode: int) -> None:

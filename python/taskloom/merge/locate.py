@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from taskloom.merge.errors import CheckpointError, shown
-from taskloom.merge.input_files import is_plain_name, read_regular
+from taskloom.merge.input_files import check_name, is_plain_name, read_regular
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*"]
@@ -106,6 +106,7 @@ def locate(label: str, recipe_folder: Path | None = None) -> Located:
         candidates = [written] if written.is_absolute() or recipe_folder is None else [written, recipe_folder / written]
         for candidate in candidates:
             if candidate.exists():
+                check_name(candidate.absolute())
                 return Located(label, candidate)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"model {shown(label)}: cannot be looked up: {error}") from error

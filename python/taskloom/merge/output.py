@@ -12,9 +12,10 @@ from typing import Any
 
 from taskloom.merge.checkpoint import Checkpoint
 from taskloom.merge.errors import CheckpointError, OutputError, shown
-from taskloom.merge.input_files import check_regular
+from taskloom.merge.input_files import check_name, check_regular
 from taskloom.merge.links import check_link
 from taskloom.merge.plan import MergePlan
+from taskloom.merge.strict_json import is_unicode
 
 REPORT = "merge_report.json"
 RECIPE = "taskloom_recipe.yml"
@@ -72,6 +73,8 @@ def check_output(out: Path, models: Iterable[Checkpoint], *, overwrite: bool = F
         resolved = out.expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise OutputError(f"output {shown(str(out))}: is no path: {error}") from error
+    if not is_unicode(str(resolved)):
+        raise OutputError(f"output {shown(str(out))}: is not valid Unicode, which the report and the recipe beside the weights need")
     for model in models:
         path = model.located.path.resolve()
         if resolved == path or path in resolved.parents or resolved in path.parents:
@@ -155,11 +158,13 @@ def check_side_files(model: Checkpoint) -> None:
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be listed: {error.strerror}") from error
     for path in side_files:
+        check_name(path)
         check_link(path, folder)
         check_regular(path)
     for module in modules:
         check_link(module, folder)
         for path in module.rglob("*"):
+            check_name(path)
             check_link(path, folder)
             if path.is_symlink() or not os.path.isdir(path):
                 check_regular(path)
