@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +145,26 @@ def test_written_headers_are_aligned_and_complete(tmp_path: Path) -> None:
     path.write_bytes(header + bytes(size - len(header)))
     assert [name for name, _ in sorted(deserialize(path.read_bytes()))] == ["größe", "n", "w"]
     assert list(read_header(path)) == ["w", "n", "größe"]
+
+
+@pytest.mark.parametrize(("size", "accepted"), [("1", True), ("0", True), (str(2**63), False), (str(2**64), False), ("9" * 40, False)])
+def test_long_shapes_cost_little(tmp_path: Path, size: str, accepted: bool) -> None:
+    header = f'{{"w":{{"dtype":"U8","shape":[{",".join([size] * 200_000)}],"data_offsets":[0,{int(size == "1")}]}}}}'.encode()
+    path = _file(tmp_path / "x.safetensors", header, bytes(int(size == "1")))
+    start = time.monotonic()
+    try:
+        assert len(read_header(path)["w"].shape) == 200_000
+        assert accepted
+    except CheckpointError as error:
+        refusal = str(error)
+        assert not accepted, refusal
+        assert len(refusal) < 1000
+    # Some 20 ms; a limit that a busy machine keeps too.
+    assert time.monotonic() - start < 5
+    assert _accepted_by_safetensors(path.read_bytes()) == accepted
+    tracemalloc.start()
+    with contextlib.suppress(CheckpointError):
+        read_header(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * len(header) + 2**20

@@ -11,6 +11,7 @@ from taskloom.merge.header import FLOATING, TensorEntry
 from taskloom.merge.tied import is_tied_copy, tied_embedding
 
 _SHOWN = 3
+_MOST_DIMENSIONS = 64
 
 # Buffers that a model computes when it is built; old checkpoints store them, newer ones do not.
 _COMPUTED = ("rotary_emb.inv_freq",)
@@ -67,8 +68,12 @@ def _raise_unlike(reference: Checkpoint, member: Checkpoint, unlike: Sequence[tu
 
 
 def _refuse_huge(reference: Checkpoint) -> None:
-    """The format takes sizes up to 2**64 - 1 where the tensor is empty; 64 signed bits, torch's and the executor's, do not."""
+    """The format takes any number of sizes, up to 2**64 - 1 where the tensor is empty; numpy takes 64, torch 64 signed bits."""
     for name, entry in reference.tensors.items():
+        if len(entry.shape) > _MOST_DIMENSIONS:
+            raise CheckpointError(
+                f"model {reference.label!r}: tensor {shown(name)} has {len(entry.shape)} dimensions, more than {_MOST_DIMENSIONS}"
+            )
         if any(size >= 2**63 for size in entry.shape):
             raise CheckpointError(
                 f"model {reference.label!r}: tensor {shown(name)} has a size of 2**63 or more: {shown(list(entry.shape))}"
