@@ -130,8 +130,9 @@ class _Folders:
     def check_output(self) -> None:
         assert sorted(os.listdir(self.root)) == ["good", "hostile", "out", "outside"]
         for path in self.out.rglob("*"):
-            assert path.is_file()
             assert not path.is_symlink()
+            if path.is_dir():
+                continue
             content = path.read_bytes()
             assert corpus.SECRET not in content
             if path.suffix == ".safetensors":
@@ -155,17 +156,16 @@ def _merged(folder: Path, count: int) -> Counter[str]:
 
 
 def _check_all(folder: Path, headers: int, opened: int, merged: int) -> None:
-    start = time.monotonic()
     found = {}
     for name, run, count in (("headers", _headers, headers), ("opened", _opened, opened), ("merged", _merged, merged)):
         (folder / name).mkdir()
+        start = time.monotonic()
         found[name] = run(folder / name, count)
+        print(f"{name}: {dict(found[name])} in {time.monotonic() - start:.0f} s")
         # A corpus that falls on one side alone would show nothing.
         assert found[name]["accepted"] > count / 50, found
         assert found[name]["refused"] > count / 5, found
-    total = sum(outcomes.total() for outcomes in found.values())
-    print(f"{total} cases in {time.monotonic() - start:.0f} s: {found}")
-    assert total >= headers + opened + merged
+    assert sum(outcomes.total() for outcomes in found.values()) >= headers + opened + merged
 
 
 def test_a_few_hundred_inputs(tmp_path: Path) -> None:
@@ -174,4 +174,4 @@ def test_a_few_hundred_inputs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_twenty_thousand_inputs(tmp_path: Path) -> None:
-    _check_all(tmp_path, headers=17_000, opened=2_500, merged=1_000)
+    _check_all(tmp_path, headers=17_000, opened=2_400, merged=600)
