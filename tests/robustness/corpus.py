@@ -93,11 +93,16 @@ _HEADERS = st.one_of(_TENSORS.map(_laid_out), st.sampled_from(list(CORNERS.value
 def files(draw: st.DrawFn) -> bytes:
     """The bytes of a file that is, or nearly is, or once was, a safetensors file."""
     header, body = draw(_HEADERS)
-    header = edited(header, draw(EDITS))
-    length = draw(st.one_of(st.just(len(header)), st.sampled_from(_FAR), st.integers(-9, 9).map(lambda off: max(0, len(header) + off))))
-    body = draw(st.one_of(st.just(body), st.integers(-9, 9).map(lambda off: max(0, body + off))))
-    raw = struct.pack("<Q", length if draw(st.booleans()) else len(header)) + header + bytes(body)
-    return draw(st.one_of(st.just(raw), st.just(raw), _ANYWHERE.map(lambda cut: raw[: cut % (len(raw) + 1)])))
+    damage = draw(st.sampled_from(("none", "header", "header", "header", "header", "length", "body", "cut")))
+    if damage == "header":
+        header = edited(header, draw(EDITS))
+    length = len(header)
+    if damage == "length":
+        length = draw(st.one_of(st.sampled_from(_FAR), st.integers(-9, 9).map(lambda by: max(0, len(header) + by))))
+    if damage == "body":
+        body = max(0, body + draw(st.integers(-9, 9)))
+    raw = struct.pack("<Q", length) + header + bytes(body)
+    return raw[: draw(_ANYWHERE) % (len(raw) + 1)] if damage == "cut" else raw
 
 
 _LEAVES = st.sampled_from(

@@ -174,4 +174,4 @@ def test_a_few_hundred_inputs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_twenty_thousand_inputs(tmp_path: Path) -> None:
-    _check_all(tmp_path, headers=17_000, opened=2_400, merged=600)
+    _check_all(tmp_path, headers=15_000, opened=4_000, merged=2_000)
