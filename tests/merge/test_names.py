@@ -22,14 +22,14 @@ _TENSOR = "schicht.0.größe 'q' \"r\"\t重み.weight"
 _PATH = 'Übung 1: a\'b "c" #é 模型'
 
 
-def _run(folder: Path, *arguments: str, locale: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("LC_")} | {"LC_ALL": locale}
+def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command under a locale that knows ASCII alone."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("LC_")} | {"LC_ALL": "C"}
     command = [sys.executable, "-m", "taskloom", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8", check=False)
 
 
-@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
-def test_unusual_names_from_end_to_end(tmp_path: Path, locale: str) -> None:
+def test_unusual_names_from_end_to_end(tmp_path: Path) -> None:
     place = tmp_path / _PATH
     config = {"model_type": "toy", "name": "größe"}
     save_model(place / "Basis é", {_TENSOR: np.zeros(4, np.float32), "b": np.zeros(2, np.float32)}, config)
@@ -39,7 +39,7 @@ def test_unusual_names_from_end_to_end(tmp_path: Path, locale: str) -> None:
     recipe = {"merge_method": "ties", "base_model": "Basis é", "models": [{"model": "./-t1: {x}", "parameters": {"weight": 1}}]}
     recipe["parameters"] = {"lambda": [{"filter": "größe 'q'", "value": 0.5}, {"value": 0.25}]}
     (place / "Rezept ü.yml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
-    done = _run(place, "merge", "Rezept ü.yml", "aus gäbe", "--shard-size", "16", "--report", locale=locale)
+    done = _run(place, "merge", "Rezept ü.yml", "aus gäbe", "--shard-size", "16", "--report")
     assert (done.returncode, done.stderr) == (0, "")
     out = place / "aus gäbe"
     index = json.loads((out / "model.safetensors.index.json").read_text(encoding="utf-8"))
@@ -49,16 +49,15 @@ def test_unusual_names_from_end_to_end(tmp_path: Path, locale: str) -> None:
     assert json.loads((out / "config.json").read_text(encoding="utf-8")) == config
     assert (out / "tokenizer größe.json").is_file()
     assert {tensor["name"] for tensor in json.loads((out / "merge_report.json").read_text(encoding="utf-8"))["tensors"]} == {_TENSOR, "b"}
-    again = _run(tmp_path, "merge", str(out / "taskloom_recipe.yml"), "again", "--shard-size", "16", "--quiet", locale=locale)
+    again = _run(tmp_path, "merge", str(out / "taskloom_recipe.yml"), "again", "--shard-size", "16", "--quiet")
     assert (again.returncode, again.stderr) == (0, "")
     for name in set(index["weight_map"].values()):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
 
 
-@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
-def test_unusual_names_in_messages(tmp_path: Path, locale: str) -> None:
+def test_unusual_names_in_messages(tmp_path: Path) -> None:
     (tmp_path / "Rezept ü.yml").write_text("merge_method: größe\nmodels: [{model: a}]\n", encoding="utf-8")
-    done = _run(tmp_path, "merge", "Rezept ü.yml", "out", locale=locale)
+    done = _run(tmp_path, "merge", "Rezept ü.yml", "out")
     assert done.returncode == 1
     assert "merge_method 'größe' is unknown" in done.stderr
 
@@ -109,6 +108,6 @@ def test_refuses_files_of_a_model_that_are_no_unicode(tmp_path: Path, model: str
 
 def test_a_name_that_is_no_unicode_on_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(_pair(tmp_path)))
-    done = _run(tmp_path, "merge", "recipe.yml", _BYTES, locale="C.UTF-8")
+    done = _run(tmp_path, "merge", "recipe.yml", _BYTES)
     assert done.returncode == 1
     assert done.stderr == "Error: output '\\udcff': is not valid Unicode, which the report and the recipe beside the weights need\n"
