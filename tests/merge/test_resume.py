@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from safetensors.numpy import save_file
 from toy_checkpoints import recipe_of, toy_tensors
 
 import taskloom.merge.report
+import taskloom.merge.working
 from taskloom.merge import MergeError, MergeReport, OutputError, merge_checkpoints
 from taskloom.merge.run import prepare, run_plan
 from taskloom.merge.working import WorkingFolder, working_folder
@@ -187,8 +191,11 @@ def test_a_torn_journal_is_read_up_to_the_tear(
     assert _weights(tmp_path / "out") == expected
 
 
-def test_a_journal_without_its_folder_is_nothing_left(models: Models, tmp_path: Path, expected: dict[str, bytes | str]) -> None:
-    (tmp_path / "out.partial.journal").write_bytes(b"old news\n")
+def test_a_journal_without_its_folder_is_nothing_left(
+    models: Models, tmp_path: Path, expected: dict[str, bytes | str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _cut_off(models, tmp_path / "out", monkeypatch)
+    shutil.rmtree(tmp_path / "out.partial")
     merge_checkpoints(_recipe(models), tmp_path / "out", shard_size=SIZE)
     assert _weights(tmp_path / "out") == expected
     assert _siblings(tmp_path / "out") == ["out"]
@@ -244,7 +251,10 @@ def test_a_damaged_complete_output_is_not_taken_for_complete(models: Models, tmp
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(OutputError, match=r"model\.safetensors is not the file that its report names"):
         merge_checkpoints(_recipe(models), out, resume=True)
-    for text in ("{", "{}", '{"version": 2}', "[]"):
+    file.write_bytes(file.read_bytes() + b"x")
+    with pytest.raises(OutputError, match=r"is damaged: model\.safetensors is not the file that its report names"):
+        merge_checkpoints(_recipe(models), out, resume=True)
+    for text in ("{", "{}", '{"version": 2}', "[]", "[" * 100_000):
         (out / "merge_report.json").write_text(text)
         with pytest.raises(OutputError, match=r"merge_report\.json cannot be read, so it cannot be told what made it"):
             merge_checkpoints(_recipe(models), out, resume=True)
@@ -290,13 +300,152 @@ def test_a_working_folder_without_a_journal_of_files(tmp_path: Path) -> None:
     with working_folder(out) as folder:
         (folder / "a").mkdir()
         (folder / "a" / "b").write_text("x")
+        (folder / "c.safetensors").write_text("y")
         with pytest.raises(OutputError, match="another merge is writing it now"), working_folder(out):
             pass
-    assert content(out) == {"a/b": b"x"}
+    before = content(out)
+    assert before == {"a/b": b"x", "c.safetensors": b"y"}
     with pytest.raises(OutputError, match="cannot be written"), working_folder(out, overwrite=True) as folder:
         (folder / "missing" / "c").write_text("y")
-    assert content(out) == {"a/b": b"x"}
+    assert content(out) == before
     with working_folder(out, overwrite=True) as folder:
-        (folder / "c").write_text("y")
-    assert content(out) == {"c": b"y"}
+        (folder / "d").write_text("z")
+    assert content(out) == {"d": b"z"}
     assert _siblings(out) == ["out"]
+
+
+def test_a_complete_output_that_lacks_a_file_is_damaged(models: Models, tmp_path: Path) -> None:
+    for name in ("model.safetensors.index.json", "config.json", "taskloom_recipe.yml"):
+        out = tmp_path / name
+        merge_checkpoints(_recipe(models), out, shard_size=SIZE)
+        (out / name).unlink()
+        with pytest.raises(OutputError, match=f"is damaged: {name} is"):
+            merge_checkpoints(_recipe(models), out, shard_size=SIZE, resume=True)
+
+
+def test_plots_are_not_left_out_of_a_complete_output_in_silence(models: Models, tmp_path: Path) -> None:
+    merge_checkpoints(_recipe(models), tmp_path / "out")
+    with pytest.raises(OutputError, match="was made without plots; --overwrite makes it again with them"):
+        merge_checkpoints(_recipe(models), tmp_path / "out", resume=True, plot=True)
+    merge_checkpoints(_recipe(models), tmp_path / "out", resume=True, report=True)
+    assert (tmp_path / "out" / "merge_report.html").is_file()
+
+
+def test_other_weights_of_the_same_size_and_time_are_noticed(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.utime(models["b"] / "model.safetensors", ns=(0, 10**18))
+    merge_checkpoints(_recipe(models), tmp_path / "complete", shard_size=SIZE)
+    _cut_off(models, tmp_path / "out", monkeypatch)
+    save_file(toy_tensors(7), models["b"] / "model.safetensors")
+    os.utime(models["b"] / "model.safetensors", ns=(0, 10**18))
+    for out in ("out", "complete"):
+        with pytest.raises(OutputError, match=r"its input .*/b/model\.safetensors has changed since"):
+            merge_checkpoints(_recipe(models), tmp_path / out, shard_size=SIZE, resume=True)
+
+
+def test_values_that_were_allowed_do_not_slip_in(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = toy_tensors(1)
+    tensors["lm_head.weight"][3, 2] = np.nan
+    save_file(tensors, models["a"] / "model.safetensors")
+    merge_checkpoints(_recipe(models), tmp_path / "complete", shard_size=SIZE, allow_nonfinite=True)
+    _cut_off(models, tmp_path / "out", monkeypatch, allow_nonfinite=True)
+    for out in ("out", "complete"):
+        with pytest.raises(OutputError, match=r"it was made with allow_nonfinite \(--allow-nonfinite\)"):
+            merge_checkpoints(_recipe(models), tmp_path / out, shard_size=SIZE, resume=True)
+        merge_checkpoints(_recipe(models), tmp_path / out, shard_size=SIZE, resume=True, allow_nonfinite=True)
+
+
+def test_paths_may_be_spelled_in_another_way(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    relative = {name: Path(name) for name in models}
+    _cut_off(relative, Path("out"), monkeypatch)
+    monkeypatch.chdir("/")
+    merge_checkpoints(_recipe(models), tmp_path / "out", shard_size=SIZE, resume=True)
+    merge_checkpoints(tmp_path / "out" / "taskloom_recipe.yml", tmp_path / "out", shard_size=SIZE, resume=True)
+
+
+def test_a_journal_that_is_not_ours_stays(models: Models, tmp_path: Path) -> None:
+    journal = tmp_path / "out.partial.journal"
+    (tmp_path / "precious").write_text("precious")
+    for make in (
+        lambda: journal.write_text("my notes"),
+        lambda: journal.symlink_to(tmp_path / "precious"),
+        lambda: os.mkfifo(journal),
+        lambda: journal.mkdir(),
+    ):
+        make()
+        with pytest.raises(OutputError, match=r"out\.partial\.journal"):
+            merge_checkpoints(_recipe(models), tmp_path / "out", overwrite=True)
+        assert os.path.lexists(journal)
+        journal.rmdir() if journal.is_dir() else journal.unlink()
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_partial_folder_that_is_none(models: Models, tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    (tmp_path / "elsewhere").mkdir()
+    for make in (lambda: partial.write_text("x"), lambda: partial.symlink_to(tmp_path / "elsewhere")):
+        make()
+        with pytest.raises(OutputError, match=r"out\.partial is not a folder that a merge left; remove it"):
+            merge_checkpoints(_recipe(models), tmp_path / "out", overwrite=True)
+        assert _siblings(tmp_path / "out") == ["out.partial"]
+        partial.unlink()
+
+
+def test_an_edited_journal_costs_only_work(
+    models: Models, tmp_path: Path, expected: dict[str, bytes | str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = tmp_path / "out.partial.journal"
+    whole = merge_checkpoints(_recipe(models), tmp_path / "whole", shard_size=SIZE)
+    for edit in ({"tensors": []}, {"kept": "x"}, {"dots": [[1]]}):
+        _cut_off(models, tmp_path / "out", monkeypatch)
+        facts = [json.loads(line) for line in journal.read_text().splitlines()]
+        for fact in facts[1:]:
+            if "tensors" in edit:
+                fact["finished"] |= edit
+            else:
+                for tensor in fact["finished"]["tensors"]:
+                    tensor |= edit
+        journal.write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+        report = merge_checkpoints(_recipe(models), tmp_path / "out", shard_size=SIZE, resume=True)
+        assert _weights(tmp_path / "out") == expected
+        assert _timeless(report) == _timeless(whole)
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_a_folder_that_comes_while_a_merge_runs_is_not_replaced(models: Models, tmp_path: Path) -> None:
+    recipe, planned = prepare(_recipe(models), shard_size=SIZE)
+    out = tmp_path / "out"
+
+    def come(done: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "thesis.txt").write_text("x")
+
+    with pytest.raises(OutputError, match=r"holds no model and no merge_report\.json"):
+        run_plan(recipe, planned, out, overwrite=True, progress=come)
+    assert content(out) == {"thesis.txt": b"x"}
+
+
+def test_weights_in_the_folders_of_modules_are_synced(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (models["base"] / "2_Dense").mkdir()
+    (models["base"] / "2_Dense" / "model.safetensors").write_bytes((models["base"] / "model.safetensors").read_bytes())
+    synced: list[str] = []
+    sync = taskloom.merge.working.sync
+    monkeypatch.setattr("taskloom.merge.working.sync", lambda path: (synced.append(str(path)), sync(path)))
+    merge_checkpoints(_recipe(models), tmp_path / "out")
+    assert str(tmp_path / "out.partial" / "2_Dense" / "model.safetensors") in synced
+    assert str(tmp_path / "out.partial" / "model.safetensors") not in synced
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="mounting needs unshare")
+def test_a_mount_point_is_refused_before_work(models: Models, tmp_path: Path) -> None:
+    (tmp_path / "mounted").mkdir()
+    script = "import sys; from taskloom.cli.main import main; sys.argv = ['taskloom', 'merge', 'recipe.yml', 'mounted']; main()"
+    (tmp_path / "recipe.yml").write_text(json.dumps(_recipe(models)))
+    command = ["unshare", "--mount", "bash", "-c", 'mount -t tmpfs none mounted && exec "$@"', "bash", sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    if "denied" in done.stderr or "not permitted" in done.stderr:
+        pytest.skip("mounting is not allowed here")
+    assert done.returncode == 1
+    assert "is a mount point, whose place no other folder can take; name a folder inside it, such as mounted/merged" in done.stderr
+    assert not list(tmp_path.glob("mounted.*"))

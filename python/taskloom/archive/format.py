@@ -6,6 +6,7 @@ Needs no torch: a header is enough to list an archive or to plan one.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -46,6 +47,8 @@ def why_no_task_name(name: str) -> str | None:
     """What is wrong with a task's name; None for a good one. It names tensors, and a folder where a task is extracted."""
     if not name or not name.isprintable():
         return "must be printable and not empty"
+    if len(name.encode(errors="replace")) > 128:
+        return "must not be longer than 128 bytes"
     if "/" in name or "\\" in name:
         return "must not contain a slash"
     if name.startswith((".", "-")) or name != name.strip():
@@ -155,7 +158,7 @@ def parse_metadata(metadata: Mapping[str, str], where: str) -> ArchiveInfo:
     if metadata.get("taskloom_archive") != FORMAT:
         raise CheckpointError(f"{where}: is no TALL-mask archive: its metadata has no taskloom_archive: {FORMAT}")
     version = metadata.get("taskloom_archive_version", "")
-    if not version.isdecimal() or int(version) < 1:
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", version):
         raise CheckpointError(f"{where}: metadata taskloom_archive_version: expected a whole number, got {version!r}")
     if int(version) > VERSION:
         raise CheckpointError(f"{where}: is an archive of version {version}, this taskloom reads version {VERSION}")

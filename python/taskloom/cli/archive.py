@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from taskloom.cli.errors import reported
 from taskloom.cli.signals import signal_of, stopping_signals, with_notes
 from taskloom.cli.tables import print_json, size
-from taskloom.merge.errors import MergeError
 
 if TYPE_CHECKING:
     from taskloom.archive.extract import ExtractReport
@@ -24,12 +24,8 @@ if TYPE_CHECKING:
 def _reported_errors(debug: bool) -> Iterator[None]:
     """Errors as a message and exit code 1, signals as 128 plus their number."""
     try:
-        with stopping_signals():
+        with stopping_signals(), reported(debug):
             yield
-    except MergeError as error:
-        if debug:
-            raise
-        raise click.ClickException(with_notes(str(error), error)) from error
     except KeyboardInterrupt as error:
         stop = signal_of(error)
         click.echo(f"Error: {with_notes(f'stopped by {stop.name}', error)}", err=True)

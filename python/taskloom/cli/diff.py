@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from taskloom.cli.errors import reported
 from taskloom.cli.tables import number, print_json, print_table, progress_bar, shape
-from taskloom.merge.errors import MergeError
 
 if TYPE_CHECKING:
     from taskloom.merge.diff import DiffReport, TensorDiff
@@ -81,16 +81,12 @@ def diff(a: str, b: str, tensor: str | None, tolerance: float, top: int, threads
     """
     from taskloom.merge.diff import diff_checkpoints
 
-    try:
+    with reported(debug, TroubleError):
         with progress_bar(shown=not (quiet or as_json)) as progress:
             report = diff_checkpoints(a, b, tolerance=tolerance, tensor=tensor, threads=threads, progress=progress)
-    except MergeError as error:
-        if debug:
-            raise
-        raise TroubleError(str(error)) from error
-    if as_json:
-        print_json(report.to_dict())
-    elif not quiet:
-        _print(report, top)
+        if as_json:
+            print_json(report.to_dict())
+        elif not quiet:
+            _print(report, top)
     if not report.same:
         raise SystemExit(1)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from taskloom.cli.errors import reported
 from taskloom.cli.tables import number, print_json, print_table, progress_bar, shape, size
-from taskloom.merge.errors import MergeError
 
 if TYPE_CHECKING:
     from taskloom.merge.inspection import GroupTotals, Inspection, TensorSummary
@@ -69,14 +69,10 @@ def inspect(path: str, tensor: str | None, stats: bool, hashes: bool, as_json: b
     """Show what the checkpoint PATH holds: a folder, a .safetensors file or a hub id. Only headers are read unless asked for more."""
     from taskloom.merge.inspection import inspect_checkpoint
 
-    try:
+    with reported(debug):
         with progress_bar(shown=(stats or hashes) and not as_json) as progress:
             found = inspect_checkpoint(path, stats=stats, hashes=hashes, tensor=tensor, progress=progress)
-    except MergeError as error:
-        if debug:
-            raise
-        raise click.ClickException(str(error)) from error
-    if as_json:
-        print_json(found.to_dict())
-    else:
-        _print(found, stats, hashes)
+        if as_json:
+            print_json(found.to_dict())
+        else:
+            _print(found, stats, hashes)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from taskloom.cli.errors import reported
 from taskloom.cli.mergekit_flags import refuse_mergekit_flags
 from taskloom.cli.signals import signal_of, stopping_signals, with_notes
-from taskloom.merge.errors import MergeError
 
 if TYPE_CHECKING:
     from taskloom.merge.planner import PlannedMerge
@@ -226,20 +226,17 @@ def _merge(recipe: Path, out: Path | None, options: dict[str, Any]) -> None:
 def merge(recipe: Path | None, out: Path | None, list_methods: bool, init: str | None, debug: bool, **options: Any) -> None:
     """Merge the safetensors checkpoints named in RECIPE (a YAML file, as for mergekit) into the new folder OUT."""
     try:
-        if list_methods:
-            _list_methods(options["as_json"])
-        elif init is not None:
-            _print_template(init)
-        else:
-            found = _required(recipe, "RECIPE")
-            if not options["dry_run"]:
-                _required(out, "OUT")
-            with stopping_signals():
-                _merge(found, out, options)
-    except MergeError as error:
-        if debug:
-            raise
-        raise click.ClickException(with_notes(str(error), error)) from error
+        with reported(debug):
+            if list_methods:
+                _list_methods(options["as_json"])
+            elif init is not None:
+                _print_template(init)
+            else:
+                found = _required(recipe, "RECIPE")
+                if not options["dry_run"]:
+                    _required(out, "OUT")
+                with stopping_signals():
+                    _merge(found, out, options)
     except KeyboardInterrupt as error:
         stop = signal_of(error)
         click.echo(f"Error: {with_notes(f'stopped by {stop.name}', error)}", err=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from taskloom.merge.errors import MergeError
+from taskloom.cli.errors import reported
 
 
 @click.command()
@@ -22,13 +22,9 @@ def report(out: Path, page: Path | None, quiet: bool, debug: bool) -> None:
     from taskloom.merge.page import PAGE, recipe_beside, write_page
     from taskloom.merge.read_report import load_report
 
-    try:
+    with reported(debug):
         folder = out if out.is_dir() else out.parent
         target = page or folder / PAGE
         write_page(load_report(out), recipe_beside(folder), target)
-    except MergeError as error:
-        if debug:
-            raise
-        raise click.ClickException(str(error)) from error
     if not quiet:
         click.echo(f"page: {target}")

@@ -50,14 +50,14 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int
         table.add_column(column, justify="left" if place < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
-    console = Console(width=None if sys.stdout.isatty() else _UNLIMITED, highlight=False)
+    console = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else _UNLIMITED, highlight=False)
     console.print(table)
 
 
 @contextmanager
 def progress_bar(shown: bool) -> Iterator[Callable[[str, int, int], None] | None]:
     """A bar on standard error, only where that is a terminal; it is given a stage, what is done of it, and of how much."""
-    if not shown or not sys.stderr.isatty():
+    if not shown or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from taskloom.cli.errors import reported
 from taskloom.cli.tables import number, print_json, print_table, progress_bar, size
-from taskloom.merge.errors import MergeError
 
 if TYPE_CHECKING:
     from taskloom.merge.verify.report import TensorCheck, VerifyReport
@@ -104,16 +104,12 @@ def verify(
     from taskloom.merge.verify import verify_merge
 
     share = 1.0 if everything or (tensor is not None and sample is None) else sample or 0.05
-    try:
+    with reported(debug):
         with progress_bar(shown=not (quiet or as_json)) as progress:
             report = verify_merge(out, sample=share, seed=seed, tensor=tensor, digests=digests, progress=progress)
-    except MergeError as error:
-        if debug:
-            raise
-        raise click.ClickException(str(error)) from error
-    if as_json:
-        print_json(report.to_dict())
-    elif not quiet:
-        _print(report)
+        if as_json:
+            print_json(report.to_dict())
+        elif not quiet:
+            _print(report)
     if not report.ok:
         raise SystemExit(1)

@@ -51,6 +51,15 @@ class TensorStats:
     seconds: float
     magnitude_histogram: list[list[int]] | None
 
+    def fits(self, models: int) -> bool:
+        """Whether the figures are of so many models."""
+
+        def numbers(values: Any) -> bool:
+            return isinstance(values, list) and len(values) == models and all(isinstance(value, int | float) for value in values)
+
+        rows = isinstance(self.dots, list) and len(self.dots) == models and all(map(numbers, self.dots))
+        return numbers(self.kept) and rows and isinstance(self.conflicts, int) and isinstance(self.numel, int)
+
 
 @dataclass(frozen=True)
 class FinishedFile:
@@ -76,6 +85,12 @@ class FinishedFile:
     def has_histograms(self) -> bool:
         """Whether magnitudes were counted in all of its merged tensors."""
         return all(tensor.magnitude_histogram is not None for tensor in self.tensors)
+
+    def fits(self, jobs: Sequence[TensorJob]) -> bool:
+        """Whether its figures are those of these jobs' merged tensors, as far as their kinds and numbers go."""
+        merged = [job for job in jobs if job.stages is not None and prod(job.shape) > 0]
+        figures = {tensor.name: tensor for tensor in self.tensors}
+        return all(job.name in figures and figures[job.name].fits(len(job.tuned)) for job in merged)
 
     def is_at(self, path: Path) -> bool:
         """Whether the file at ``path`` is still this one."""
@@ -173,6 +188,14 @@ class Executor:
             for job, result in zip(self._jobs[output], results, strict=True)
             if result is not None and len(result["kept"]) == len(job.tuned)
         )
+
+
+def jobs_by_file(plan: MergePlan) -> dict[str, list[TensorJob]]:
+    """The jobs of each output file, by the file's name."""
+    found: dict[str, list[TensorJob]] = {output.name: [] for output in plan.outputs}
+    for job in plan.jobs:
+        found[plan.outputs[job.target.file].name].append(job)
+    return found
 
 
 class _Finisher:

@@ -93,7 +93,7 @@ def _read_prefix(path: Path) -> tuple[bytes, FileIdentity]:
         raw = file.read(length)
         if len(raw) < length:
             raise CheckpointError(f"{path}: truncated while it was read")
-        return raw, FileIdentity.of(path, status, raw)
+        return raw, FileIdentity.of(path, file.fileno(), raw)
 
 
 def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:

@@ -77,7 +77,8 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
 def read_regular(path: Path, most: int) -> bytes:
     """The content of a regular file of at most ``most`` bytes; raises CheckpointError where it is none, or larger."""
     with open_regular(path) as file:
-        content = file.read(most + 1)
+        # Not most + 1: so much memory would be taken at once, whatever the file holds.
+        content = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
     if len(content) > most:
         raise CheckpointError(f"{path}: is above the limit of {most} bytes")
     return content

@@ -13,12 +13,13 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from taskloom.merge.checkpoint import open_checkpoint
-from taskloom.merge.errors import CheckpointError
+from taskloom.merge.errors import CheckpointError, RecipeError, ReportError
 from taskloom.merge.header import TensorEntry
 from taskloom.merge.locate import locate
 from taskloom.merge.output import RECIPE, REPORT
 from taskloom.merge.parameters import layer_positions
 from taskloom.merge.patterns import matching_names
+from taskloom.merge.read_report import load_report
 
 _CONFIG_KEYS = (
     *("architectures", "model_type", "torch_dtype", "dtype", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -188,16 +189,17 @@ def _made_by(folder: Path | None) -> dict[str, Any] | None:
     report, recipe = folder / REPORT, folder / RECIPE
     try:
         if report.is_file():
-            content = json.loads(report.read_text(encoding="utf-8"))
-            return {key: content.get(key) for key in ("method", "base_model", "models", "seed")}
+            found = load_report(report)
+            return {"method": found.method, "base_model": found.base_model, "models": found.models, "seed": found.seed}
         if recipe.is_file():
             from taskloom.merge.recipe import load_recipe
 
             loaded = load_recipe(recipe)
             models = [model.label for model in loaded.models]
             return {"method": loaded.method.name, "base_model": loaded.base_model, "models": models, "seed": loaded.seed}
-    except (AttributeError, OSError, ValueError) as error:
-        raise CheckpointError(f"{report}: cannot be read as JSON: {error}") from error
+    except (ReportError, RecipeError):
+        # What made it is a side remark: an archive's recipe, or another program's file, is no reason not to show the tensors.
+        return None
     return None
 
 

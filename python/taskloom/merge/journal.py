@@ -16,6 +16,7 @@ from taskloom.merge.execute import FinishedFile, TensorStats
 from taskloom.merge.identity import FileIdentity
 
 _FORMAT = 1
+_START = b'{"journal": '
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,22 @@ class Fingerprint:
         Digest of the output files' names, sizes and headers.
     inputs
         Every file of every model.
+    allow_nonfinite
+        Whether values that are not finite pass.
     """
 
     taskloom: str
     recipe: str
     layout: str
     inputs: tuple[FileIdentity, ...]
+    allow_nonfinite: bool = False
 
     def difference(self, earlier: Fingerprint) -> str | None:
         """What changed since an earlier merge, in words; None where nothing did."""
         if self.recipe != earlier.recipe:
             return "it was made by another recipe or seed"
+        if earlier.allow_nonfinite and not self.allow_nonfinite:
+            return "it was made with allow_nonfinite (--allow-nonfinite)"
         before = {identity.file: identity for identity in earlier.inputs}
         for identity in self.inputs:
             if identity.file not in before:
@@ -60,19 +66,38 @@ class Fingerprint:
     def to_dict(self) -> dict[str, Any]:
         """The fingerprint as plain types."""
         inputs = [
-            {"file": str(item.file), "bytes": item.size, "modified_ns": item.modified_ns, "header_digest": item.header_digest}
+            {
+                "file": str(item.file),
+                "bytes": item.size,
+                "modified_ns": item.modified_ns,
+                "header_digest": item.header_digest,
+                "sample_digest": item.sample_digest,
+            }
             for item in self.inputs
         ]
-        return {"taskloom": self.taskloom, "recipe": self.recipe, "layout": self.layout, "inputs": inputs}
+        return {
+            "taskloom": self.taskloom,
+            "recipe": self.recipe,
+            "layout": self.layout,
+            "inputs": inputs,
+            "allow_nonfinite": self.allow_nonfinite,
+        }
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Fingerprint:
         """The inverse of :meth:`to_dict`; raises KeyError, TypeError or ValueError for anything else."""
         inputs = tuple(
-            FileIdentity(Path(item["file"]), int(item["bytes"]), int(item["modified_ns"]), str(item["header_digest"]), (0, 0))
+            FileIdentity(
+                Path(item["file"]),
+                int(item["bytes"]),
+                int(item["modified_ns"]),
+                str(item["header_digest"]),
+                str(item["sample_digest"]),
+                (0, 0),
+            )
             for item in plain["inputs"]
         )
-        return cls(str(plain["taskloom"]), str(plain["recipe"]), str(plain["layout"]), inputs)
+        return cls(str(plain["taskloom"]), str(plain["recipe"]), str(plain["layout"]), inputs, bool(plain["allow_nonfinite"]))
 
 
 @dataclass(frozen=True)
@@ -106,6 +131,11 @@ class Journal:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
+    def is_one(self) -> bool:
+        """Whether the file is empty or begins as a journal does, be it torn."""
+        start = os.pread(self._descriptor, len(_START), 0)
+        return _START.startswith(start)
+
     def read(self) -> JournalState:
         """Everything up to the first line that is not whole."""
         raw = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
@@ -125,7 +155,7 @@ class Journal:
                     replacement = int(fact["replacement"])
                 else:
                     break
-            except (AttributeError, KeyError, TypeError, ValueError):
+            except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
                 break
             length += len(line)
         return JournalState(begun, finished, replacement, length)

@@ -85,9 +85,24 @@ def check_output(out: Path, models: Iterable[Checkpoint], *, overwrite: bool = F
     if os.path.isdir(resolved) and any(resolved.iterdir()):
         if not overwrite and not resume:
             raise OutputError(f"output {out}: is not empty; choose another folder, empty this one, or replace it with --overwrite")
-        if not any(resolved.glob("*.safetensors")) and not (resolved / REPORT).is_file():
-            raise OutputError(f"output {out}: holds no model and no {REPORT}; --overwrite replaces only what a merge could have written")
+        check_replaceable(resolved)
+    if os.path.ismount(resolved):
+        raise OutputError(
+            f"output {out}: is a mount point, whose place no other folder can take; name a folder inside it, such as {out}/merged"
+        )
     return resolved
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuse to replace a folder that no merge could have written: one without a safetensors file and without a merge's report.
+
+    Raises
+    ------
+    OutputError
+        If ``out`` is such a folder.
+    """
+    if not any(out.glob("*.safetensors")) and not (out / REPORT).is_file():
+        raise OutputError(f"output {out}: holds no model and no {REPORT}; --overwrite replaces only what a merge could have written")
 
 
 def _matches(path: Path, patterns: Iterable[str]) -> bool:
@@ -118,6 +133,11 @@ def _write_config(model: Checkpoint, destination: Path, dtype: str | None) -> No
             config["torch_dtype"] = name
     # Infinity stands in configs of the wild (Mamba's time_step_limit), so it is passed on.
     write_json(destination / "config.json", config, constants=True)
+
+
+def json_bytes(content: Any) -> bytes:
+    """What :func:`write_json` writes."""
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def write_json(path: Path, content: Any, *, constants: bool = False) -> None:
@@ -208,8 +228,15 @@ def copy_side_files(model: Checkpoint, destination: Path, *, dtype: str | None, 
     return notes
 
 
+def index_content(plan: MergePlan) -> dict[str, Any] | None:
+    """The content of ``model.safetensors.index.json``; None where the output is one file."""
+    if not plan.weight_map:
+        return None
+    return {"metadata": {"total_size": plan.total_size}, "weight_map": dict(sorted(plan.weight_map.items()))}
+
+
 def write_index(plan: MergePlan, folder: Path) -> None:
     """Write ``model.safetensors.index.json`` where the output has more than one file."""
-    if plan.weight_map:
-        content = {"metadata": {"total_size": plan.total_size}, "weight_map": dict(sorted(plan.weight_map.items()))}
+    content = index_content(plan)
+    if content is not None:
         write_json(folder / INDEX, content)

@@ -17,6 +17,7 @@ from taskloom.merge.output import REPORT
 from taskloom.merge.report import VERSION, Figures, MergeReport
 
 _SCALARS: dict[Any, dict[str, Any]] = {
+    bool: {"type": "bool", "strict": True},
     str: {"type": "str", "strict": True},
     int: {"type": "int", "strict": True},
     float: {"type": "float", "strict": True, "allow_inf_nan": False},

@@ -18,6 +18,7 @@ MOST_NODES = 500_000
 MOST_DEPTH = 64
 # So many characters of a text count as one more value: a long one may be aliased often too.
 _CHARACTERS = 100
+_PIECE = 2**16
 # Whole numbers above this are no float.
 _MOST_BITS = 1023
 _MOST_DIGITS = 400
@@ -234,7 +235,9 @@ def read_recipe_text(path: Path) -> str:
     """
     try:
         with open(path, "rb") as file:
-            content = file.read(MOST_BYTES + 1)
+            content = b""
+            while len(content) <= MOST_BYTES and (piece := file.read(_PIECE)):
+                content += piece
     except (OSError, ValueError) as error:
         raise RecipeError(f"recipe {path}: cannot be read: {getattr(error, 'strerror', error)}") from error
     if len(content) > MOST_BYTES:

@@ -73,6 +73,7 @@ class InputReport:
     bytes: int
     modified_ns: int
     header_digest: str
+    sample_digest: str
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class FingerprintReport:
 
     recipe: str
     layout: str
+    allow_nonfinite: bool
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,12 @@ class MergeReport:
         """What decided the output: to be compared with another merge's."""
         from taskloom.merge.journal import Fingerprint
 
-        files = {item.file: FileIdentity(Path(item.file), item.bytes, item.modified_ns, item.header_digest, (0, 0)) for item in self.inputs}
-        return Fingerprint(self.versions["taskloom"], self.fingerprint.recipe, self.fingerprint.layout, tuple(files.values()))
+        files = {
+            item.file: FileIdentity(Path(item.file), item.bytes, item.modified_ns, item.header_digest, item.sample_digest, (0, 0))
+            for item in self.inputs
+        }
+        made = self.fingerprint
+        return Fingerprint(self.versions["taskloom"], made.recipe, made.layout, tuple(files.values()), made.allow_nonfinite)
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> MergeReport:
@@ -211,9 +217,9 @@ def build_report(
         seconds=result.seconds,
         bytes_read=result.bytes_read,
         bytes_written=result.bytes_written,
-        fingerprint=FingerprintReport(merge.recipe, merge.layout),
+        fingerprint=FingerprintReport(merge.recipe, merge.layout, merge.allow_nonfinite),
         inputs=[
-            InputReport(model.label, str(item.file), item.size, item.modified_ns, item.header_digest)
+            InputReport(model.label, str(item.file), item.size, item.modified_ns, item.header_digest, item.sample_digest)
             for model in planned.cast.models
             for item in model.files
         ],

@@ -10,7 +10,17 @@ from typing import Any
 from taskloom.merge.card import model_card, rerun_recipe
 from taskloom.merge.errors import MergeError, OutputError
 from taskloom.merge.journal import Fingerprint
-from taskloom.merge.output import RECIPE, REPORT, check_output, check_side_files, copy_side_files, write_index
+from taskloom.merge.output import (
+    INDEX,
+    RECIPE,
+    REPORT,
+    check_output,
+    check_side_files,
+    copy_side_files,
+    index_content,
+    json_bytes,
+    write_index,
+)
 from taskloom.merge.planner import PlannedMerge, open_models, plan_merge
 from taskloom.merge.recipe import Recipe, load_recipe
 from taskloom.merge.report import MergeReport, build_report, taskloom_version
@@ -48,11 +58,29 @@ def fingerprint_of(recipe: Recipe, planned: PlannedMerge) -> Fingerprint:
     pinned = rerun_recipe(recipe, planned.cast, planned.plan.seed)
     identities = {identity.file: identity for model in planned.cast.models for identity in model.files}
     digest = xxhash.xxh3_128(pinned.encode()).hexdigest()
-    return Fingerprint(taskloom_version(), digest, layout.hexdigest(), tuple(identities.values()))
+    return Fingerprint(taskloom_version(), digest, layout.hexdigest(), tuple(identities.values()), planned.plan.allow_nonfinite)
 
 
-def finished_report(out: Path, merge: Fingerprint) -> MergeReport:
-    """The report of an output that the same merge wrote.
+def _damage(out: Path, report: MergeReport, recipe: Recipe, planned: PlannedMerge) -> str | None:
+    """What is missing from a complete output, or not as it was written; None where nothing is."""
+    from taskloom.merge.execute import FinishedFile
+
+    for file in report.files:
+        if not FinishedFile(file.name, file.bytes, file.digest, 0.0, ()).is_at(out / file.name):
+            return f"{file.name} is not the file that its report names"
+    pinned = rerun_recipe(recipe, planned.cast, planned.plan.seed).encode()
+    index = index_content(planned.plan)
+    wanted = {RECIPE: pinned} | ({} if index is None else {INDEX: json_bytes(index)})
+    for name, content in wanted.items():
+        if not (out / name).is_file() or (out / name).read_bytes() != content:
+            return f"{name} is not what this merge writes"
+    if planned.cast.reference.config is not None and not (out / "config.json").is_file():
+        return "config.json is missing"
+    return None
+
+
+def finished_report(out: Path, merge: Fingerprint, recipe: Recipe, planned: PlannedMerge) -> MergeReport:
+    """The report of an output that the same merge wrote; every file is read to see that it is whole.
 
     Raises
     ------
@@ -62,14 +90,14 @@ def finished_report(out: Path, merge: Fingerprint) -> MergeReport:
     path = out / REPORT
     try:
         report = MergeReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise OutputError(f"output {out}: is there, but {path} cannot be read, so it cannot be told what made it: {error!r}") from error
     difference = merge.difference(report.merge)
     if difference is not None:
         raise OutputError(f"output {out}: is there, and cannot be resumed: {difference}; --overwrite replaces it")
-    for file in report.files:
-        if not (out / file.name).is_file() or (out / file.name).stat().st_size != file.bytes:
-            raise OutputError(f"output {out}: {file.name} is not the file that its report names; --overwrite replaces it")
+    problem = _damage(out, report, recipe, planned)
+    if problem is not None:
+        raise OutputError(f"output {out}: is there, and is damaged: {problem}; --overwrite replaces it")
     return report
 
 
@@ -90,8 +118,8 @@ def run_plan(
 ) -> MergeReport:
     """Carry out a planned merge; the arguments are those of :func:`merge_checkpoints`."""
     from taskloom.merge.ceiling import choose_budget
-    from taskloom.merge.execute import execute_plan
-    from taskloom.merge.working import WorkingFolder, sync_tree
+    from taskloom.merge.execute import execute_plan, jobs_by_file
+    from taskloom.merge.working import WorkingFolder, journal_file, sync_tree
 
     if threads < 0:
         raise MergeError(f"threads: expected 0 (all cores) or more, got {threads}")
@@ -105,20 +133,37 @@ def run_plan(
     budget = choose_budget(planned.plan, threads=threads, max_ram=ceiling, plot=plot)
     target = check_output(Path(out), planned.cast.models, overwrite=overwrite, resume=resume)
     merge = fingerprint_of(recipe, planned)
+
+    def complete() -> MergeReport | None:
+        """The report of a complete output of this merge, with what was asked for besides."""
+        if not (resume and target.is_dir() and any(target.iterdir())):
+            return None
+        try:
+            found = finished_report(target, merge, recipe, planned)
+            if plot and found.total.cosines and not (target / "plots").is_dir():
+                raise OutputError(f"output {target}: is complete, but was made without plots; --overwrite makes it again with them")
+        except OutputError:
+            if not overwrite:
+                raise
+            return None
+        if report and not (target / PAGE).is_file():
+            write_page(found, recipe_beside(target), target / PAGE)
+        return found
+
+    # Without a journal there is nothing to put in order, and a complete output may lie where nothing can be written.
+    if not journal_file(target).exists() and (found := complete()) is not None:
+        return found
     with WorkingFolder(target, overwrite=overwrite) as place:
-        if resume and target.is_dir() and any(target.iterdir()):
-            try:
-                found = finished_report(target, merge)
-            except OutputError:
-                if not overwrite:
-                    raise
-            else:
-                if report:
-                    write_page(found, recipe_beside(target), target / PAGE)
-                return found
+        if (found := complete()) is not None:
+            return found
         place.begin(merge, files=len(planned.plan.outputs), resume=resume)
         folder = place.folder
-        reusable = {name: file for name, file in place.finished.items() if not plot or file.has_histograms}
+        jobs = jobs_by_file(planned.plan)
+        reusable = {
+            name: file
+            for name, file in place.finished.items()
+            if name in jobs and file.fits(jobs[name]) and (not plot or file.has_histograms)
+        }
         for name in place.finished.keys() - reusable.keys():
             (folder / name).unlink()
         place.finished = dict(reusable)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from types import TracebackType
 from taskloom.merge.errors import OutputError
 from taskloom.merge.execute import FinishedFile
 from taskloom.merge.journal import Fingerprint, Journal, JournalState
+from taskloom.merge.output import check_replaceable
 
 _NO_MERGE = Fingerprint("", "", "", ())
 
@@ -47,10 +49,10 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path, *, without: Container[str] = ()) -> None:
-    """Sync every file and folder below ``folder`` but the files named in ``without``, and the folder itself last."""
+    """Sync every file and folder below ``folder`` but its own files named in ``without``, and the folder itself last."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
-            if name not in without:
+            if name not in without or Path(parent) != folder:
                 sync(Path(parent) / name)
         sync(Path(parent))
 
@@ -61,8 +63,10 @@ def _inode(path: Path) -> int | None:
 
 def _open_locked(path: Path, out: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode) or not Journal(descriptor).is_one():
+                raise OutputError(f"output {out}: {path} is there and is not the journal of a merge; remove it")
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Whoever held it before may have removed it between our open and our lock.
             if _inode(path) == os.fstat(descriptor).st_ino:
@@ -153,16 +157,18 @@ class WorkingFolder:
         """
         state = self._state
         self._expected = files
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+            raise OutputError(f"output {self.out}: {self.folder} is not a folder that a merge left; remove it")
         if self.folder.exists() and state.begun is None and any(self.folder.iterdir()):
             raise OutputError(f"output {self.out}: {self.folder} is not a working folder that a merge left; remove it")
         if replaced_folder(self.out).exists():
             raise OutputError(f"output {self.out}: {replaced_folder(self.out)} is in the way; remove it")
         if state.begun is not None and self.folder.exists() and state.finished:
             self._check_leftover(state, merge, resume)
-        keep = resume and merge is not None and state.begun is not None and merge.difference(state.begun) is None
+        begun = None if merge is None or not resume else state.begun
         try:
-            if keep and self.folder.exists():
-                self._take_over(state)
+            if merge is not None and begun is not None and merge.difference(begun) is None and self.folder.exists():
+                self._take_over(merge, state)
             else:
                 self._start_afresh(merge)
         except OSError as error:
@@ -181,15 +187,18 @@ class WorkingFolder:
         elif not self._overwrite:
             raise OutputError(f"output {self.out}: {left}; --resume goes on with it, --overwrite starts afresh")
 
-    def _take_over(self, state: JournalState) -> None:
+    def _take_over(self, merge: Fingerprint, state: JournalState) -> None:
         self._begun = True
-        self._journal.truncate(state.length)
         self.finished = {name: file for name, file in state.finished.items() if file.is_at(self.folder / name)}
         for path in self.folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path.name not in self.finished:
                 path.unlink()
+        # Written anew: what the torn end of a journal hides, and what has changed since (allow_nonfinite), must not stay.
+        self._journal.begin(merge)
+        for file in self.finished.values():
+            self._journal.finish(file)
 
     def _start_afresh(self, merge: Fingerprint | None) -> None:
         self._begun = True
@@ -218,12 +227,14 @@ class WorkingFolder:
         sync(self.folder)
         try:
             if self._overwrite and self.out.exists() and any(self.out.iterdir()):
+                # It may have come while the merge ran.
+                check_replaceable(self.out)
                 self._replace()
             else:
                 # An empty folder at ``out`` is replaced; one that filled up meanwhile makes this fail.
                 os.replace(self.folder, self.out)
                 sync(self.out.parent)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             raise OutputError(f"output {self.out}: cannot be written: {error}") from error
 
     def _replace(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -111,7 +112,8 @@ def write_page(report: MergeReport, recipe: str | None, path: Path) -> None:
         partial.write_text(render_page(report, recipe), encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise OutputError(f"page {path}: cannot be written: {error.strerror}") from error
 
 

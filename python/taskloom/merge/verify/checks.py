@@ -85,7 +85,7 @@ def read_report(out: Path) -> tuple[MergeReport | None, Check | None]:
         return None, skipped("report", f"{REPORT} is not there")
     try:
         return MergeReport.from_dict(json.loads(path.read_text(encoding="utf-8"))), None
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError, RecursionError) as error:
         return None, checked("report", [f"{REPORT} cannot be read: {error!r}"], "")
 
 
@@ -127,7 +127,7 @@ def check_digests(report: MergeReport, out: Path, progress: Callable[[int, int],
 
 
 def check_inputs(report: MergeReport, models: Sequence[Checkpoint]) -> tuple[Check, list[str]]:
-    """Whether the inputs' files have the sizes and headers that the report has; and a note on those that were written to since."""
+    """Whether the inputs' files are those of the report: sizes, headers, sampled blocks; and a note on those that were written to since."""
     found = [(model.label, identity) for model in models for identity in model.files]
     if len(found) != len(report.inputs):
         return checked("inputs", [f"the models have {len(found)} files, the merge read {len(report.inputs)}"], ""), []
@@ -137,7 +137,9 @@ def check_inputs(report: MergeReport, models: Sequence[Checkpoint]) -> tuple[Che
             problems.append(f"{now.file} has {now.size} bytes, {then.bytes} when it was merged")
         elif now.header_digest != then.header_digest:
             problems.append(f"{now.file} has another header than when it was merged")
+        elif now.sample_digest != then.sample_digest:
+            problems.append(f"{now.file} has other weights than when it was merged")
         elif now.modified_ns != then.modified_ns:
             touched.append(str(now.file))
-    notes = [f"written to since the merge, with the same size and header: {', '.join(touched)}"] if touched else []
-    return checked("inputs", problems, f"{len(found)} files of {len(models)} models, sizes and headers as merged"), notes
+    notes = [f"written to since the merge, with the same size, header and sampled blocks: {', '.join(touched)}"] if touched else []
+    return checked("inputs", problems, f"{len(found)} files of {len(models)} models, sizes, headers and sampled blocks as merged"), notes
