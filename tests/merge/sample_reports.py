@@ -52,8 +52,11 @@ def sample_report(
         seconds=2.5,
         bytes_read=3_000_000_000,
         bytes_written=1_000_000_000,
-        fingerprint=FingerprintReport("0123456789abcdef" * 2, "fedcba9876543210" * 2),
-        inputs=[InputReport(model, f"/cache/{model}/model.safetensors", 1_000_000_000, 1, "ab" * 16) for model in ("org/base", *models)],
+        fingerprint=FingerprintReport("0123456789abcdef" * 2, "fedcba9876543210" * 2, False),
+        inputs=[
+            InputReport(model, f"/cache/{model}/model.safetensors", 1_000_000_000, 1, "ab" * 16, "cd" * 16)
+            for model in ("org/base", *models)
+        ],
         files=[FileReport("model.safetensors", 1_000_000_000, "cd" * 16)],
         total=sample_figures(count, generator),
         tensors=tensors,

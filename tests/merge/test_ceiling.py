@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from ceiling_runs import Run, bf16_models, taskloom, write_recipe
 from safetensors.numpy import save_file
+from toy_checkpoints import recipe_of, save_sharded
 
 from taskloom.merge import merge_checkpoints
 from taskloom.merge.ceiling import process_memory
@@ -186,3 +187,18 @@ def test_many_tasks_and_tensors_keep_the_ceiling(tmp_path: Path, method: str) ->
         models.append(path)
     recipe = write_recipe(tmp_path / f"{method}.yml", method, models, PARAMETERS[method])
     check_ceilings(tmp_path, recipe)
+
+
+def test_the_least_holds_for_sharded_models_with_configs(tmp_path: Path) -> None:
+    """An index and a config are read whole; neither may take memory for what they could hold at most."""
+    folders = {}
+    for number, name in enumerate(("base", "a", "b")):
+        tensors = {f"w.{layer}": np.full((64, 64), number + layer, np.float32) for layer in range(3)}
+        folders[name] = save_sharded(
+            tmp_path / name, {f"model-{layer}.safetensors": {key: tensors[key]} for layer, key in enumerate(tensors)}
+        )
+        (folders[name] / "config.json").write_text("{}")
+    (tmp_path / "recipe.yml").write_text(json.dumps(recipe_of(folders, "dare_ties", parameters={"density": 0.5})))
+    least = least_of(tmp_path / "recipe.yml")
+    run = taskloom("merge", tmp_path / "recipe.yml", tmp_path / "out", "-q", "--max-ram", str(least), limit=least)
+    assert run.code == 0, run.output
