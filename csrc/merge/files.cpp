@@ -141,6 +141,10 @@ void OutputFile::write(int64_t offset, const void* data, int64_t bytes) const {
     if (bytes > 0) std::memcpy(memory(offset), data, static_cast<size_t>(bytes));
   } else {
     write_to(descriptor_, offset, data, bytes);
+#ifdef __linux__
+    // A hint: the disk starts at once, so that less is left to wait for when the file is synced.
+    (void)::sync_file_range(descriptor_, offset, bytes, SYNC_FILE_RANGE_WRITE);
+#endif
   }
 }
 

@@ -222,12 +222,14 @@ class _Finisher:
 
     def _finish(self, path: Path, size: int, seconds: float, tensors: tuple[TensorStats, ...], idle: threading.Event) -> None:
         try:
+            # First, because the disk is writing meanwhile.
+            digest = file_digest(path)
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            self._finished(FinishedFile(path.name, size, file_digest(path), seconds, tensors))
+            self._finished(FinishedFile(path.name, size, digest, seconds, tensors))
         except OSError as error:
             self._error = OutputError(f"{path}: cannot be finished: {error.strerror}")
             self._error.__cause__ = error
