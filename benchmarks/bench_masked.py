@@ -12,11 +12,12 @@ import torch
 
 import rows_block_scale
 import rows_magnitude
+import rows_masked_step
 import rows_sparse_merge
 import rows_task_masks
 from harness import Row
 
-ROWS = (*rows_magnitude.ROWS, *rows_sparse_merge.ROWS, *rows_task_masks.ROWS, *rows_block_scale.ROWS)
+ROWS = (*rows_magnitude.ROWS, *rows_sparse_merge.ROWS, *rows_task_masks.ROWS, *rows_block_scale.ROWS, *rows_masked_step.ROWS)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,12 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
   m.def("masked_update(Tensor target, Tensor mask, Tensor delta, float scale) -> Tensor");
   m.def("masked_update_(Tensor(a!) target, Tensor mask, Tensor delta, float scale) -> ()");
   m.def("masked_switch_(Tensor(a!) target, Tensor base, Tensor delta, Tensor old_packed, Tensor new_packed) -> ()");
+  m.def(
+      "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor[] active, float[] step, "
+      "float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize) -> ()");
+  m.def(
+      "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffer, Tensor[] active, float[] step, float lr, float "
+      "momentum, float dampening, float weight_decay, bool nesterov, bool maximize) -> ()");
   m.def("block_scale_merge(Tensor[] base, Tensor[] deltas, Tensor coef, Tensor[] partition) -> Tensor[]");
   m.def("block_scale_merge_backward(Tensor[] gradients, Tensor[] deltas, Tensor[] partition, int groups) -> Tensor");
 }

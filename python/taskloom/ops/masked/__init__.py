@@ -13,6 +13,7 @@ from taskloom.ops.masked.magnitude_threshold import (
 )
 from taskloom.ops.masked.mask_count import mask_count
 from taskloom.ops.masked.masked_compress import masked_compress, masked_restore
+from taskloom.ops.masked.masked_step import masked_adamw_, masked_sgd_
 from taskloom.ops.masked.masked_switch import masked_switch_
 from taskloom.ops.masked.masked_update import masked_update, masked_update_
 from taskloom.ops.masked.multi_task_vector import multi_task_vector
@@ -28,8 +29,10 @@ __all__ = [
     "magnitude_mask",
     "magnitude_threshold",
     "mask_count",
+    "masked_adamw_",
     "masked_compress",
     "masked_restore",
+    "masked_sgd_",
     "masked_switch_",
     "masked_update",
     "masked_update_",

@@ -6,6 +6,7 @@ from taskloom.reference.masked.block_scale_merge import block_scale_merge, block
 from taskloom.reference.masked.magnitude_threshold import magnitude_histogram, magnitude_mask, magnitude_threshold
 from taskloom.reference.masked.mask_count import mask_count
 from taskloom.reference.masked.masked_compress import masked_compress, masked_restore
+from taskloom.reference.masked.masked_step import masked_adamw_, masked_sgd_
 from taskloom.reference.masked.masked_switch import masked_switch_
 from taskloom.reference.masked.masked_update import masked_update, masked_update_
 from taskloom.reference.masked.multi_task_vector import multi_task_vector
@@ -20,8 +21,10 @@ __all__ = [
     "magnitude_mask",
     "magnitude_threshold",
     "mask_count",
+    "masked_adamw_",
     "masked_compress",
     "masked_restore",
+    "masked_sgd_",
     "masked_switch_",
     "masked_update",
     "masked_update_",

@@ -1,0 +1,170 @@
+// The tensors of a fused optimiser step as the wrappers get them: checked, contiguous, and cut into pieces that threads take.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "common/checks.h"
+#include "masked/masked_compress.h"
+#include "masked/masked_step.h"
+
+namespace taskloom {
+
+// Nothing is written before every check has passed: make one, check_state() for each state, then run().
+class StepTensors {
+ public:
+  StepTensors(std::vector<Tensor> params, const std::vector<Tensor>& grads, const std::vector<Tensor>& active)
+      : params_(std::move(params)) {
+    check_length(grads, "grads");
+    check_length(active, "active");
+    for (size_t i = 0; i < params_.size(); ++i) add(params_[i], grads[i], active[i]);
+    count();
+  }
+
+  size_t size() const { return params_.size(); }
+
+  // `state` holds one contiguous vector per parameter, with an element for each active entry.
+  std::vector<void*> check_state(const std::vector<Tensor>& state, const char* name) {
+    check_length(state, name);
+    std::vector<void*> data;
+    for (size_t i = 0; i < state.size(); ++i) {
+      const bool wide = views_[i].dtype == DType::f64;
+      check_dtype(state[i], wide ? ScalarType::Double : ScalarType::Float, name, wide ? "float64" : "float32");
+      STD_TORCH_CHECK(state[i].numel() == counts_[i], name, "[", i, "]: expected ", counts_[i],
+                      " elements, one for each active entry, got ", state[i].numel());
+      STD_TORCH_CHECK(state[i].is_contiguous(), name, "[", i, "]: expected a contiguous tensor");
+      note(state[i], true);
+      data.push_back(state[i].mutable_data_ptr());
+    }
+    return data;
+  }
+
+  // Calls step(parameter's index, parameter, piece) for all pieces.
+  template <class Step>
+  void run(const Step& step) {
+    check_apart();
+    torch_parallel()(static_cast<int64_t>(pieces_.size()), [&](int64_t index) {
+      const auto& [of, piece] = pieces_[static_cast<size_t>(index)];
+      step(of, views_[of], piece);
+    });
+    for (size_t i = 0; i < params_.size(); ++i) {
+      if (!params_[i].is_contiguous()) torch::stable::copy_(params_[i], flat_[i]);
+    }
+  }
+
+ private:
+  static constexpr int64_t chunk = 1 << 18, index_chunk = 1 << 16;
+
+  struct Span {
+    uintptr_t begin, end;
+    bool written;
+  };
+
+  void check_length(const std::vector<Tensor>& list, const char* name) const {
+    STD_TORCH_CHECK(list.size() == params_.size(), name, ": expected ", params_.size(), " tensors as in params, got ", list.size());
+  }
+
+  Tensor& keep(const Tensor& tensor) {
+    kept_.push_back(torch::stable::contiguous(tensor));
+    return kept_.back();
+  }
+
+  void add(const Tensor& param, const Tensor& grad, const Tensor& active) {
+    const DType dtype = dtype_of(param, "params");
+    STD_TORCH_CHECK(dtype_of(grad, "grads") == dtype, "grads: expected the dtype of its parameter");
+    check_numel(grad, param.numel(), "grads", "params");
+    note(param, true);
+    note(grad, false);
+    note(active, false);
+    flat_.push_back(torch::stable::contiguous(param));
+    const ActiveKind kind = kind_of(active, param.numel());
+    const void* gradient = keep(grad).const_data_ptr();
+    const void* entries = keep(active).const_data_ptr();
+    views_.push_back({flat_.back().mutable_data_ptr(), gradient, dtype, kind, entries});
+  }
+
+  static ActiveKind kind_of(const Tensor& active, int64_t numel) {
+    switch (active.scalar_type()) {
+      case ScalarType::Bool:
+        STD_TORCH_CHECK(active.numel() == 0, "active: expected an empty bool tensor (all entries), packed bits or indices");
+        return ActiveKind::all;
+      case ScalarType::Byte:
+        check_packed(active, numel, "active");
+        return ActiveKind::packed;
+      case ScalarType::Int:
+        return ActiveKind::index32;
+      case ScalarType::Long:
+        return ActiveKind::index64;
+      default:
+        STD_TORCH_CHECK(false, "active: expected packed uint8, int32 or int64 indices, got ScalarType ",
+                        static_cast<int>(active.scalar_type()));
+    }
+    return ActiveKind::all;
+  }
+
+  template <class Index>
+  static bool ascending(const void* data, int64_t n, int64_t numel) {
+    const auto* indices = static_cast<const Index*>(data);
+    if (n == 0) return true;
+    bool fine = indices[0] >= 0 && indices[n - 1] < numel;
+    for (int64_t i = 1; i < n; ++i) fine = fine & (indices[i - 1] < indices[i]);
+    return fine;
+  }
+
+  // Cuts parameters into pieces and finds the place of each piece's first entry among the active ones.
+  void count() {
+    for (size_t i = 0; i < params_.size(); ++i) {
+      const bool indexed = views_[i].kind == ActiveKind::index32 || views_[i].kind == ActiveKind::index64;
+      const int64_t n = indexed ? kept_[2 * i + 1].numel() : params_[i].numel(), step = indexed ? index_chunk : chunk;
+      for (int64_t begin = 0; begin < n; begin += step) pieces_.push_back({i, {begin, std::min(step, n - begin), begin}});
+      counts_.push_back(views_[i].kind == ActiveKind::packed ? 0 : n);
+    }
+    std::vector<int64_t> set(pieces_.size());
+    torch_parallel()(static_cast<int64_t>(pieces_.size()), [&](int64_t index) {
+      const auto& [of, piece] = pieces_[static_cast<size_t>(index)];
+      if (views_[of].kind != ActiveKind::packed) return;
+      set[static_cast<size_t>(index)] = masked_compress_loops().count(static_cast<const uint8_t*>(views_[of].active), piece.begin, piece.n);
+    });
+    for (size_t index = 0; index < pieces_.size(); ++index) {
+      auto& [of, piece] = pieces_[index];
+      if (views_[of].kind != ActiveKind::packed) continue;
+      piece.place = counts_[of];
+      counts_[of] += set[index];
+    }
+    for (size_t i = 0; i < params_.size(); ++i) {
+      const MaskedParameter& view = views_[i];
+      const int64_t numel = params_[i].numel();
+      const bool fine = view.kind == ActiveKind::index32   ? ascending<int32_t>(view.active, counts_[i], numel)
+                        : view.kind == ActiveKind::index64 ? ascending<int64_t>(view.active, counts_[i], numel)
+                                                           : true;
+      STD_TORCH_CHECK(fine, "active[", i, "]: expected ascending indices without repeats, from 0 to below ", numel);
+    }
+  }
+
+  void note(const Tensor& tensor, bool written) {
+    if (tensor.numel() == 0) return;
+    int64_t last = 0;
+    for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+    const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+    spans_.push_back({begin, begin + static_cast<uintptr_t>(last + 1) * tensor.element_size(), written});
+  }
+
+  void check_apart() {
+    std::sort(spans_.begin(), spans_.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+    uintptr_t any = 0, written = 0;
+    for (const Span& span : spans_) {
+      STD_TORCH_CHECK(span.begin >= (span.written ? any : written), "params and state must not share memory with another argument");
+      any = std::max(any, span.end);
+      if (span.written) written = std::max(written, span.end);
+    }
+  }
+
+  std::vector<Tensor> params_, flat_, kept_;
+  std::vector<MaskedParameter> views_;
+  std::vector<int64_t> counts_;
+  std::vector<std::pair<size_t, MaskedPiece>> pieces_;
+  std::vector<Span> spans_;
+};
+
+}  // namespace taskloom
