@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from taskloom import archive as archive
     from taskloom import merge as merge
     from taskloom import ops as ops
+    from taskloom import optim as optim
     from taskloom.ops import (
         Explanation,
         MagnitudeThreshold,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
         unpack_mask,
     )
 
-_SUBPACKAGES = ("archive", "merge", "methods", "nn", "ops", "reference", "triton_kernels")
+_SUBPACKAGES = ("archive", "merge", "methods", "nn", "ops", "optim", "reference", "triton_kernels")
 
 __all__ = [
     "Explanation",
