@@ -91,7 +91,7 @@ def test_wrong_variable_is_an_error_that_names_it() -> None:
 def test_forced_triton_raises_with_the_reason() -> None:
     with (
         taskloom.backend("triton"),
-        pytest.raises(RuntimeError, match=r"pack_mask: backend 'triton' was asked for, but .*no Triton kernel"),
+        pytest.raises(RuntimeError, match=r"pack_mask: backend 'triton' was asked for, but Triton kernels run on GPUs"),
     ):
         taskloom.pack_mask(MASK)
 
@@ -119,7 +119,7 @@ def test_explain_on_the_cpu() -> None:
     assert (shown.op, shown.requested, shown.device, shown.chosen) == ("pack_mask", "auto", "cpu", "native")
     assert shown.obstacles["native"] is None
     assert shown.obstacles["reference"] is None
-    assert "no Triton kernel" in str(shown.obstacles["triton"])
+    assert "Triton kernels run on GPUs" in str(shown.obstacles["triton"])
     assert taskloom.explain("pack_mask") == shown
     lines = str(shown).splitlines()
     assert lines[0] == "pack_mask on cpu (backend 'auto'): native"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from taskloom.ops._compile import constant_under_compile
 from taskloom.ops._library import CUDA, native_devices
+from taskloom.ops._triton import triton_obstacle
 
 Backend = Literal["native", "triton", "reference"]
 Transforms = Literal["reference", "refuse"]
@@ -95,25 +96,31 @@ def active_transform() -> str | None:
     return "forward-mode AD" if forward_ad._current_level >= 0 else None
 
 
-def _device(name: str, tensors: tuple[Tensor, ...]) -> str:
+def _device(name: str, tensors: tuple[Tensor, ...]) -> torch.device:
     device = tensors[0].device
     for other in tensors[1:]:
         if other.device != device:
             raise ValueError(f"{name}: all tensors must be on one device, got {device} and {other.device}")
-    return device.type
+    return device
 
 
-def _obstacle(op: Op, candidate: Backend, device: str) -> str | None:
+def _obstacle(op: Op, candidate: Backend, device: torch.device) -> str | None:
     """Why a backend cannot serve an op on a device; None where it can."""
     if candidate == "reference":
         return None
     if candidate == "triton":
-        return "this version has no Triton kernel for it"
-    if device in op.native or device == "meta":
+        return triton_obstacle(str(device))
+    kind = device.type
+    if kind in op.native or kind == "meta":
         return None
-    if device == "cuda" and not CUDA.loaded:
+    if kind == "cuda" and not CUDA.loaded:
         return f"the CUDA library is not loaded: {CUDA.reason}"
-    return f"no native kernel for {device} tensors"
+    return f"no native kernel for {kind} tensors"
+
+
+def kernels(chosen: Backend) -> Any:
+    """The ops that run a chosen backend's kernels: ``torch.ops.taskloom``, or the Triton twins."""
+    return torch.ops.taskloom_triton if chosen == "triton" else torch.ops.taskloom
 
 
 def choose(name: str, *tensors: Tensor) -> Backend:
@@ -185,8 +192,8 @@ def explain(op: str, *tensors: Tensor, device: str | None = None) -> Explanation
         raise ValueError(
             f"op: {op!r} is unknown, the ops are {', '.join(sorted(OPS))}" + (f"; did you mean {close[0]!r}?" if close else "")
         )
-    kind = _device(op, tensors) if tensors else (device or "cpu").partition(":")[0]
-    obstacles = {candidate: _obstacle(OPS[op], candidate, kind) for candidate in _ORDER}
+    where = _device(op, tensors) if tensors else torch.device(device or "cpu")
+    obstacles = {candidate: _obstacle(OPS[op], candidate, where) for candidate in _ORDER}
     requested = _requested.name
     able = [candidate for candidate in _ORDER if obstacles[candidate] is None and requested in ("auto", candidate)]
-    return Explanation(op, requested, kind, able[0] if able else None, obstacles)
+    return Explanation(op, requested, where.type, able[0] if able else None, obstacles)

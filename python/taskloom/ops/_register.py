@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 
 from taskloom.ops._backends import register_op
+from taskloom.ops._triton import define_twin
 
 
 def _refuse_backward(name: str) -> Callable[..., NoReturn]:
@@ -15,6 +16,15 @@ def _refuse_backward(name: str) -> Callable[..., NoReturn]:
         raise RuntimeError(f"{name} has no gradient; call it under torch.no_grad() or on detached tensors")
 
     return backward
+
+
+def _with_ops(setup_context: Callable[..., None] | None, ops: Any) -> Callable[..., None]:
+    def setup(ctx: Any, inputs: Any, output: Any, **keyword_only: Any) -> None:
+        ctx.ops = ops
+        if setup_context is not None:
+            setup_context(ctx, inputs, output, **keyword_only)
+
+    return setup
 
 
 def register(
@@ -35,14 +45,16 @@ def register(
     fake
         Shapes, strides and dtypes of the outputs from those of the inputs; safe for symbolic sizes.
     backward, setup_context
-        As :func:`torch.library.register_autograd` takes them. An op without them raises when a gradient flows into it.
+        As :func:`torch.library.register_autograd` takes them. An op without them raises when a gradient flows into it. A backward calls
+        ops as ``ctx.ops.NAME.default``: native ones, or their Triton twins where the twin ran forward.
     discrete
         Whether no output is floating point: autograd has nothing to do then, and is left out because it costs microseconds a call.
     mutates
         Whether the op changes an argument; autograd knows nothing of such ops, so their wrappers refuse tensors that require grad.
     """
-    qualified = f"taskloom::{name}"
-    torch.library.register_fake(qualified, fake)
-    if not (discrete or mutates):
-        torch.library.register_autograd(qualified, backward or _refuse_backward(name), setup_context=setup_context)
+    for qualified, ops in ((f"taskloom::{name}", torch.ops.taskloom), (define_twin(name), torch.ops.taskloom_triton)):
+        torch.library.register_fake(qualified, fake)
+        if not (discrete or mutates):
+            setup = _with_ops(setup_context, ops)
+            torch.library.register_autograd(qualified, backward or _refuse_backward(name), setup_context=setup)
     register_op(name, transforms="reference" if discrete or backward is not None else "refuse")

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskloom.ops._backends import active_transform, choose
+from taskloom.ops._backends import active_transform, choose, kernels
 from taskloom.ops._checks import FLOATING, check_dtype, check_floating, check_shape
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
-
-_ops = torch.ops.taskloom
 
 _GROUPS = 256
 
@@ -144,12 +142,13 @@ def block_scale_merge(
         _check_partition(op, parts, blocks)
     full = _expanded_coef(op, coef, len(tasks), len(blocks), bool(parts))
     flat = list(chain.from_iterable(tasks))
-    if choose(op, *blocks, *flat, full, *parts) == "reference":
+    chosen = choose(op, *blocks, *flat, full, *parts)
+    if chosen == "reference":
         if active_transform() is None:
             _check_groups(op, parts, full.shape[2])
         merged = reference.block_scale_merge(blocks, tasks, full, parts)
     else:
-        merged = _run(op, parts, full.shape[2], lambda: _ops.block_scale_merge.default(blocks, flat, full, parts))
+        merged = _run(op, parts, full.shape[2], lambda: kernels(chosen).block_scale_merge.default(blocks, flat, full, parts))
     return merged[0] if single else merged
 
 
@@ -198,11 +197,12 @@ def block_scale_merge_backward(
     if not 1 <= groups <= (_GROUPS if parts else 1):
         raise ValueError(f"{op}: groups: expected 1 to {_GROUPS}, and 1 without a partition, got {groups}")
     flat = list(chain.from_iterable(tasks))
-    if choose(op, *blocks, *flat, *parts) == "reference":
+    chosen = choose(op, *blocks, *flat, *parts)
+    if chosen == "reference":
         if active_transform() is None:
             _check_groups(op, parts, groups)
         return reference.block_scale_merge_backward(blocks, tasks, parts, groups)
-    products: Tensor = _run(op, parts, groups, lambda: _ops.block_scale_merge_backward.default(blocks, flat, parts, groups))
+    products: Tensor = _run(op, parts, groups, lambda: kernels(chosen).block_scale_merge_backward.default(blocks, flat, parts, groups))
     return products
 
 
@@ -216,15 +216,15 @@ def _fake_block_scale_merge_backward(
     return gradients[0].new_empty((len(deltas) // len(gradients), len(gradients), groups), dtype=torch.float64)
 
 
-def _scaled(like: Sequence[Tensor], terms: Sequence[Tensor], coef: Tensor, partition: Sequence[Tensor]) -> list[Tensor]:
+def _scaled(ctx: Any, like: Sequence[Tensor], terms: Sequence[Tensor], coef: Tensor, partition: Sequence[Tensor]) -> list[Tensor]:
     """The weighted sum of terms alone, in the dtypes of ``like``."""
     zeros = [torch.zeros_like(one, memory_format=torch.contiguous_format) for one in like]
-    scaled: list[Tensor] = _ops.block_scale_merge.default(zeros, list(terms), coef, list(partition))
+    scaled: list[Tensor] = ctx.ops.block_scale_merge.default(zeros, list(terms), coef, list(partition))
     return scaled
 
 
 def _for_deltas(
-    gradients: Sequence[Tensor], deltas: Sequence[Tensor], coef: Tensor, partition: Sequence[Tensor], needed: Sequence[bool]
+    ctx: Any, gradients: Sequence[Tensor], deltas: Sequence[Tensor], coef: Tensor, partition: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Coefficient times gradient, for each delta of the tasks that need it."""
     blocks = len(gradients)
@@ -232,7 +232,7 @@ def _for_deltas(
     for task in range(len(deltas) // blocks):
         places = slice(task * blocks, (task + 1) * blocks)
         if any(needed[places]):
-            scaled = _scaled(deltas[places], gradients, coef[task : task + 1], partition)
+            scaled = _scaled(ctx, deltas[places], gradients, coef[task : task + 1], partition)
             result += [one if wanted else None for one, wanted in zip(scaled, needed[places], strict=True)]
         else:
             result += [None] * blocks
@@ -253,10 +253,10 @@ def _block_scale_merge_backward(
     for_base, for_deltas, for_coef, _ = ctx.needs_input_grad
     coefficients = None
     if for_coef:
-        products = _ops.block_scale_merge_backward.default(list(gradients), deltas, partition, coef.shape[2])
+        products = ctx.ops.block_scale_merge_backward.default(list(gradients), deltas, partition, coef.shape[2])
         coefficients = products.to(coef.dtype)
     base = [gradient if needed else None for gradient, needed in zip(gradients, for_base, strict=True)]
-    return base, _for_deltas(gradients, deltas, coef, partition, for_deltas), coefficients, [None] * len(partition)
+    return base, _for_deltas(ctx, gradients, deltas, coef, partition, for_deltas), coefficients, [None] * len(partition)
 
 
 def _setup_products(ctx: Any, inputs: tuple[list[Tensor], list[Tensor], list[Tensor], int], output: Tensor) -> None:
@@ -272,9 +272,9 @@ def _products_backward(ctx: Any, products: Tensor) -> tuple[list[Tensor | None],
     for_gradients, for_deltas, _, _ = ctx.needs_input_grad
     blocks: list[Tensor | None] = [None] * ctx.blocks
     if any(for_gradients):
-        scaled = _scaled(gradients, deltas, products, partition)
+        scaled = _scaled(ctx, gradients, deltas, products, partition)
         blocks = [one if needed else None for one, needed in zip(scaled, for_gradients, strict=True)]
-    return blocks, _for_deltas(gradients, deltas, products, partition, for_deltas), [None] * len(partition), None
+    return blocks, _for_deltas(ctx, gradients, deltas, products, partition, for_deltas), [None] * len(partition), None
 
 
 register("block_scale_merge", fake=_fake_block_scale_merge, backward=_block_scale_merge_backward, setup_context=_setup_block_scale_merge)

@@ -7,14 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from taskloom.ops._backends import choose
+from taskloom.ops._backends import choose, kernels
 from taskloom.ops._checks import check_floating, check_shape, packed_bytes
 from taskloom.ops._register import register
 from taskloom.ops.masked._bands import OnOverflow, check_choice, rank_band, segment_length
 from taskloom.ops.masked.magnitude_threshold import MagnitudeThreshold
 from taskloom.reference import masked as reference
-
-_ops = torch.ops.taskloom
 
 
 def given_band(op: str, threshold: MagnitudeThreshold, wide: bool) -> tuple[Tensor, Tensor]:
@@ -106,9 +104,10 @@ def magnitude_mask(
     else:
         length = segment_length(tuned, scope)
         begin, end = rank_band(op, length, scope, rank=rank, density=density, gamma=gamma, at_least_one=False, on_overflow=on_overflow)
-    if choose(op, *tensors) == "reference":
+    chosen = choose(op, *tensors)
+    if chosen == "reference":
         return reference.magnitude_mask(tuned, base, begin, end, scope == "row", cut, equal_kept, packed)
-    mask: Tensor = _ops.magnitude_mask.default(tuned, base, begin, end, scope == "row", cut, equal_kept, packed)
+    mask: Tensor = kernels(chosen).magnitude_mask.default(tuned, base, begin, end, scope == "row", cut, equal_kept, packed)
     return mask
 
 

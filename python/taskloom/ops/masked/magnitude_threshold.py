@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from taskloom._selection import band_ranks
-from taskloom.ops._backends import choose
+from taskloom.ops._backends import choose, kernels
 from taskloom.ops._checks import check_floating, check_shape
 from taskloom.ops._register import register
 from taskloom.ops.masked._bands import check_choice, check_number, check_ranks, segment_length
 from taskloom.reference import masked as reference
-
-_ops = torch.ops.taskloom
 
 _DIGITS = 1 << 16
 
@@ -125,10 +123,11 @@ def magnitude_threshold(
     else:
         ranks = list(rank) if isinstance(rank, Sequence) else [rank] if rank is not None else []
         check_ranks(op, ranks, length, "a row" if by_row else "the whole")
-    if choose(op, *tasks, *origins) == "reference":
+    chosen = choose(op, *tasks, *origins)
+    if chosen == "reference":
         found = reference.magnitude_threshold(tasks, origins, ranks, by_row)
     else:
-        found = _ops.magnitude_threshold.default(tasks, origins, ranks, by_row)
+        found = kernels(chosen).magnitude_threshold.default(tasks, origins, ranks, by_row)
     if isinstance(rank, Sequence):
         return MagnitudeThreshold(*found)
     return MagnitudeThreshold(found[0].squeeze(-1), found[1].squeeze(-1))
@@ -180,9 +179,10 @@ def magnitude_histogram(tuned: Tensor, base: Tensor | None = None, *, shift: int
         raise ValueError(f"{op}: shift: expected one of {', '.join(map(str, shifts))}, got {shift}")
     if not 0 <= prefix < 1 << 47:
         raise ValueError(f"{op}: prefix: expected the higher digits of a magnitude, got {prefix}")
-    if choose(op, *tensors) == "reference":
+    chosen = choose(op, *tensors)
+    if chosen == "reference":
         return reference.magnitude_histogram(tuned, base, shift, prefix, wide)
-    counts: Tensor = _ops.magnitude_histogram.default(tuned, base, shift, prefix, wide)
+    counts: Tensor = kernels(chosen).magnitude_histogram.default(tuned, base, shift, prefix, wide)
     return counts
 
 

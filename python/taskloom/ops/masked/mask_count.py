@@ -7,12 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from taskloom.ops._backends import choose
+from taskloom.ops._backends import choose, kernels
 from taskloom.ops._checks import check_packed, packed_bytes
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
-
-_ops = torch.ops.taskloom
 
 
 def mask_count(packed: Tensor | Sequence[Tensor], numel: int, k: int) -> tuple[Tensor, Tensor]:
@@ -62,11 +60,12 @@ def mask_count(packed: Tensor | Sequence[Tensor], numel: int, k: int) -> tuple[T
         raise ValueError(f"{op}: k: must not be negative, got {k}")
     for place, mask in enumerate(masks):
         check_packed(op, f"packed[{place}]", mask, numel)
-    if choose(op, *masks) == "reference":
+    chosen = choose(op, *masks)
+    if chosen == "reference":
         return reference.mask_count(masks, numel, k)
     selected: Tensor
     histogram: Tensor
-    selected, histogram = _ops.mask_count.default(masks, numel, k)
+    selected, histogram = kernels(chosen).mask_count.default(masks, numel, k)
     return selected, histogram
 
 

@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskloom.ops._backends import choose
+from taskloom.ops._backends import choose, kernels
 from taskloom.ops._checks import FLOATING, check_packed
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
-
-_ops = torch.ops.taskloom
 
 
 def _check_movable(op: str, name: str, tensor: Tensor) -> None:
@@ -52,9 +50,10 @@ def masked_compress(values: Tensor, packed: Tensor) -> Tensor:
     op = "masked_compress"
     _check_movable(op, "values", values)
     check_packed(op, "packed", packed, values.numel())
-    if choose(op, values, packed) == "reference":
+    chosen = choose(op, values, packed)
+    if chosen == "reference":
         return reference.masked_compress(values, packed)
-    compressed: Tensor = _ops.masked_compress.default(values, packed)
+    compressed: Tensor = kernels(chosen).masked_compress.default(values, packed)
     return compressed
 
 
@@ -107,11 +106,12 @@ def masked_restore(compressed: Tensor, packed: Tensor, base: Tensor) -> Tensor:
         if compressed.dtype not in FLOATING or base.dtype not in FLOATING:
             raise TypeError(f"{op}: compressed: expected {base.dtype} as base, got {compressed.dtype}")
         compressed = compressed.to(base.dtype)
-    if choose(op, compressed, packed, base) == "reference":
+    chosen = choose(op, compressed, packed, base)
+    if chosen == "reference":
         _check_length(compressed, packed, base.numel())
         return reference.masked_restore(compressed, packed, base)
     try:
-        restored: Tensor = _ops.masked_restore.default(compressed, packed, base)
+        restored: Tensor = kernels(chosen).masked_restore.default(compressed, packed, base)
     except RuntimeError:
         # The kernel counts the set entries anyway; counting them here first would read the mask twice.
         _check_length(compressed, packed, base.numel())
@@ -135,7 +135,7 @@ def _setup_masked_compress(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tens
 
 def _masked_compress_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     (packed,) = ctx.saved_tensors
-    return _ops.masked_restore.default(gradient, packed, gradient.new_zeros(ctx.shape)), None
+    return ctx.ops.masked_restore.default(gradient, packed, gradient.new_zeros(ctx.shape)), None
 
 
 def _setup_masked_restore(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -147,8 +147,8 @@ def _setup_masked_restore(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], outpu
 def _masked_restore_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
     (packed,) = ctx.saved_tensors
     for_compressed, _, for_base = ctx.needs_input_grad
-    compressed = _ops.masked_compress.default(gradient, packed) if for_compressed else None
-    base = _ops.masked_restore.default(gradient.new_zeros((ctx.length,)), packed, gradient) if for_base else None
+    compressed = ctx.ops.masked_compress.default(gradient, packed) if for_compressed else None
+    base = ctx.ops.masked_restore.default(gradient.new_zeros((ctx.length,)), packed, gradient) if for_base else None
     return compressed, None, base
 
 

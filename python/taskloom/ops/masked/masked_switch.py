@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from taskloom.ops._backends import choose
+from taskloom.ops._backends import choose, kernels
 from taskloom.ops._checks import check_apart, check_floating, check_packed, check_shape, check_untracked, check_writable, mark_changed
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
-
-_ops = torch.ops.taskloom
 
 
 def masked_switch_(target: Tensor, base: Tensor, delta: Tensor, old_packed: Tensor, new_packed: Tensor) -> Tensor:
@@ -61,7 +58,7 @@ def masked_switch_(target: Tensor, base: Tensor, delta: Tensor, old_packed: Tens
     check_apart(op, target, base=base, delta=delta, old_packed=old_packed, new_packed=new_packed)
     if chosen == "reference":
         return reference.masked_switch_(target, base, delta, old_packed, new_packed)
-    _ops.masked_switch_.default(target, base, delta, old_packed, new_packed)
+    kernels(chosen).masked_switch_.default(target, base, delta, old_packed, new_packed)
     mark_changed(target)
     return target
 

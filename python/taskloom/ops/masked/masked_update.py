@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskloom.ops._backends import choose
+from taskloom.ops._backends import choose, kernels
 from taskloom.ops._checks import (
     check_floating,
     check_packed,
@@ -19,8 +19,6 @@ from taskloom.ops._checks import (
 )
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
-
-_ops = torch.ops.taskloom
 
 
 def _check(op: str, target: Tensor, mask: Tensor, delta: Tensor) -> None:
@@ -76,9 +74,10 @@ def masked_update(target: Tensor, mask: Tensor, delta: Tensor, scale: float = 1.
     op = "masked_update"
     _check(op, target, mask, delta)
     scale = plain_number(op, "scale", scale)
-    if choose(op, target, mask, delta) == "reference":
+    chosen = choose(op, target, mask, delta)
+    if chosen == "reference":
         return reference.masked_update(target, mask, delta, scale)
-    updated: Tensor = _ops.masked_update.default(target, mask, delta, scale)
+    updated: Tensor = kernels(chosen).masked_update.default(target, mask, delta, scale)
     return updated
 
 
@@ -115,9 +114,10 @@ def masked_update_(target: Tensor, mask: Tensor, delta: Tensor, scale: float = 1
     scale = plain_number(op, "scale", scale)
     check_writable(op, "target", target)
     check_untracked(op, "masked_update", target=target, delta=delta)
-    if choose(op, target, mask, delta) == "reference":
+    chosen = choose(op, target, mask, delta)
+    if chosen == "reference":
         return reference.masked_update_(target, mask, delta, scale)
-    _ops.masked_update_.default(target, mask, delta, scale)
+    kernels(chosen).masked_update_.default(target, mask, delta, scale)
     mark_changed(target)
     return target
 
@@ -142,7 +142,7 @@ def _masked_update_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, 
     delta = None
     if for_delta:
         zeros = gradient.new_zeros(gradient.shape, dtype=ctx.delta_dtype)
-        delta = _ops.masked_update.default(zeros, mask, gradient, ctx.scale)
+        delta = ctx.ops.masked_update.default(zeros, mask, gradient, ctx.scale)
     return gradient if for_target else None, None, delta, None
 
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from taskloom.ops._backends import choose
+from taskloom.ops._backends import choose, kernels
 from taskloom.ops._checks import check_floating, check_shape, plain_number
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
 from taskloom.reference.masked.arithmetic import accumulation_dtype
-
-_ops = torch.ops.taskloom
 
 
 def multi_task_vector(base: Tensor, tuned: Sequence[Tensor], weight: float | Sequence[float] = 1.0) -> Tensor:
@@ -59,9 +56,10 @@ def multi_task_vector(base: Tensor, tuned: Sequence[Tensor], weight: float | Seq
     if len(weights) != len(tuned):
         raise ValueError(f"{op}: weight: expected one number or one for each of {len(tuned)} tasks, got {len(weights)}")
     weights = [plain_number(op, "weight", one) for one in weights]
-    if choose(op, base, *tuned) == "reference":
+    chosen = choose(op, base, *tuned)
+    if chosen == "reference":
         return reference.multi_task_vector(base, tuned, weights)
-    total: Tensor = _ops.multi_task_vector.default(base, tuned, weights)
+    total: Tensor = kernels(chosen).multi_task_vector.default(base, tuned, weights)
     return total
 
 

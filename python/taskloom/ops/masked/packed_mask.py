@@ -7,12 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from taskloom.ops._backends import choose
+from taskloom.ops._backends import choose, kernels
 from taskloom.ops._checks import check_dtype, check_packed, packed_bytes
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
-
-_ops = torch.ops.taskloom
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -35,9 +33,10 @@ def pack_mask(mask: Tensor) -> Tensor:
         If ``mask`` is no bool tensor.
     """
     check_dtype("pack_mask", "mask", mask, torch.bool)
-    if choose("pack_mask", mask) == "reference":
+    chosen = choose("pack_mask", mask)
+    if chosen == "reference":
         return reference.pack_mask(mask)
-    packed: Tensor = _ops.pack_mask.default(mask)
+    packed: Tensor = kernels(chosen).pack_mask.default(mask)
     return packed
 
 
@@ -66,9 +65,10 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
     if any(size < 0 for size in shape):
         raise ValueError(f"unpack_mask: shape: sizes must not be negative, got {tuple(shape)}")
     check_packed("unpack_mask", "packed", packed, torch.Size(shape).numel())
-    if choose("unpack_mask", packed) == "reference":
+    chosen = choose("unpack_mask", packed)
+    if chosen == "reference":
         return reference.unpack_mask(packed, shape)
-    mask: Tensor = _ops.unpack_mask.default(packed, list(shape))
+    mask: Tensor = kernels(chosen).unpack_mask.default(packed, list(shape))
     return mask
 
 

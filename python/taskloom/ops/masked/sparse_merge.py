@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskloom.ops._backends import choose
+from taskloom.ops._backends import choose, kernels
 from taskloom.ops._checks import FLOATING, check_floating, check_shape, check_writable, mark_changed
 from taskloom.ops._register import register
 from taskloom.ops.masked._bands import OnOverflow, Scope, check_word
@@ -28,8 +28,6 @@ from taskloom.ops.masked._merge_arguments import (
 )
 from taskloom.ops.masked.magnitude_threshold import MagnitudeThreshold
 from taskloom.reference import masked as reference
-
-_ops = torch.ops.taskloom
 
 
 def _check_out(out: Tensor, out_dtype: torch.dtype | None, inputs: Sequence[Tensor], shape: torch.Size) -> None:
@@ -194,18 +192,20 @@ def sparse_merge(
     inputs += [tensor for tensor in (base, arguments["threshold"], arguments["equal_kept"]) if tensor is not None]
     if out is not None:
         _check_out(out, out_dtype, inputs, tuned[0].shape)
-        if choose("sparse_merge_out", *inputs, out) == "reference":
+        chosen = choose("sparse_merge_out", *inputs, out)
+        if chosen == "reference":
             out.copy_(reference.sparse_merge(**arguments, dtype=out.dtype))
         else:
-            _ops.sparse_merge_out.default(**arguments, out=out)
+            kernels(chosen).sparse_merge_out.default(**arguments, out=out)
             mark_changed(out)
         return out
     dtype = out_dtype or (tuned[0] if base is None else base).dtype
     if dtype not in FLOATING:
         raise TypeError(f"{op}: out_dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
-    if choose(op, *inputs) == "reference":
+    chosen = choose(op, *inputs)
+    if chosen == "reference":
         return reference.sparse_merge(**arguments, dtype=dtype)
-    merged: Tensor = _ops.sparse_merge.default(**arguments, dtype=dtype)
+    merged: Tensor = kernels(chosen).sparse_merge.default(**arguments, dtype=dtype)
     return merged
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from taskloom.ops._backends import choose
+from taskloom.ops._backends import choose, kernels
 from taskloom.ops._checks import check_floating, check_shape, packed_bytes
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
-
-_ops = torch.ops.taskloom
 
 
 def task_mask(base: Tensor, tuned: Tensor, multi_task_vector: Tensor, tall_mask_lambda: float = 0.4) -> Tensor:
@@ -57,9 +55,10 @@ def task_mask(base: Tensor, tuned: Tensor, multi_task_vector: Tensor, tall_mask_
         raise TypeError(f"{op}: tall_mask_lambda: expected a number, got {type(tall_mask_lambda).__name__}")
     if not 0 < tall_mask_lambda < float("inf"):
         raise ValueError(f"{op}: tall_mask_lambda: expected a finite number > 0, got {tall_mask_lambda}")
-    if choose(op, base, tuned, multi_task_vector) == "reference":
+    chosen = choose(op, base, tuned, multi_task_vector)
+    if chosen == "reference":
         return reference.task_mask(base, tuned, multi_task_vector, tall_mask_lambda)
-    packed: Tensor = _ops.task_mask.default(base, tuned, multi_task_vector, float(tall_mask_lambda))
+    packed: Tensor = kernels(chosen).task_mask.default(base, tuned, multi_task_vector, float(tall_mask_lambda))
     return packed
 
 
