@@ -27,7 +27,7 @@ def entries_per_program(numel: int, on_gpu: int = 1024) -> int:
     """
     if not INTERPRETED:
         return on_gpu
-    return min(max(256, triton.next_power_of_2(triton.cdiv(numel, 8))), 1 << 17)
+    return min(max(512, triton.next_power_of_2(triton.cdiv(numel, 8))), 1 << 17)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, **constants: Any) -> None:
@@ -38,6 +38,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int =
     # A contraction would round a product and a sum once where the definition rounds twice.
     options = {"num_warps": num_warps, "enable_fp_fusion": False}
     if device.type == "cpu":
+        if not INTERPRETED:
+            raise RuntimeError("Triton kernels run on the CPU only in Triton's interpreter: set TRITON_INTERPRET=1 before it is imported")
         kernel[grid](*arguments, **constants, **options)
     else:
         with torch.get_device_module(device).device(device):

@@ -162,3 +162,13 @@ def test_gpus_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
     shown = CliRunner().invoke(command, ["doctor"]).output
     assert "NVIDIA Imaginary (capability 9.0, 80.0 GB)" in shown
+
+
+def test_triton_says_why_it_is_not_used() -> None:
+    gpus = [{"name": "a GPU"}]
+    assert environment._triton(None, gpus, None) == {"usable": False, "reason": "triton is not installed"}
+    assert environment._triton("3.6.0", [], None)["reason"] == "there is no GPU to run its kernels on"
+    backends = {"cuda": {"pack_mask": {"obstacles": {"triton": "this GPU is old"}}}}
+    assert environment._triton("3.6.0", gpus, backends) == {"usable": False, "reason": "this GPU is old"}
+    backends["cuda"]["pack_mask"]["obstacles"]["triton"] = None
+    assert environment._triton("3.6.0", gpus, backends) == {"usable": True, "reason": "its kernels can run on a GPU"}

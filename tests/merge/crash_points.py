@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import taskloom._native
-
 from taskloom.merge import merge_checkpoints
 
 _STEPS = ("open", "os.mkdir", "os.rename")

@@ -53,14 +53,15 @@ def copied(values: Any) -> Any:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every call of a taskloom op with copies of its arguments."""
+    """Notes every call of an op of our namespaces with copies of its arguments."""
 
-    def __init__(self) -> None:
+    def __init__(self, namespaces: tuple[str, ...] = ("taskloom",)) -> None:
         super().__init__()
+        self.namespaces = namespaces
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func.namespace == "taskloom":
+        if func.namespace in self.namespaces:
             self.calls.append((func, copied(args), copied(kwargs or {})))
         return func(*args, **(kwargs or {}))
 

@@ -24,9 +24,14 @@ def above_cut(bits, index, threshold, tie_end):
 def between_cuts(bits, offsets, cuts, inside, row_length, BY_ROW: tl.constexpr):
     """Whether entries lie in a band: above its end rank's cut and not above its first one's; cuts[row, (begin, end), 2]."""
     if BY_ROW:
-        row = offsets // row_length
-        index = offsets - row * row_length
-        own = cuts + 4 * row
+        # One division of 64 bits for the program and 32-bit ones for its entries: rows are shorter than 2^31.
+        length = tl.full([], row_length, tl.uint32)
+        first = tl.program_id(0).to(tl.int64) * offsets.shape[0]
+        first_row = first // row_length
+        place = (first - first_row * row_length).to(tl.uint32) + (offsets - first).to(tl.uint32)
+        row = place // length
+        index = (place - row * length).to(tl.int64)
+        own = cuts + 4 * (first_row + row.to(tl.int64))
         outer = above_cut(bits, index, tl.load(own + 2, mask=inside, other=0), tl.load(own + 3, mask=inside, other=0))
         inner = above_cut(bits, index, tl.load(own, mask=inside, other=0), tl.load(own + 1, mask=inside, other=0))
     else:

@@ -23,6 +23,8 @@ _BINS = tl.constexpr(1 << DIGIT_BITS)
 # A program adds its histogram to memory once, so it should have counted more entries than there are bins.
 _MOST_PROGRAMS = 1024
 _SCANNED = 1 << 15
+# Kernels place entries in their rows with 32 bits.
+_LONGEST_ROW = (1 << 31) - 1
 
 
 @triton.jit
@@ -209,7 +211,7 @@ def cuts_of(tuned: Tensor, base: Tensor | None, state: Tensor, wide: bool) -> Te
     inside = places.clamp(max=blocks - 1)
     before = (ends - counts).gather(1, inside)
     cuts = torch.empty_like(state)
-    launch(tie_end_kernel, (len(state),), values, origin, state, places, before, cuts, numel, blocks, **constants)
+    launch(tie_end_kernel, (len(state),), values, origin, state, places, before, cuts, numel, blocks, num_warps=8, **constants)
     return cuts
 
 
@@ -217,12 +219,14 @@ def find_row_ranks(tuned: Tensor, base: Tensor | None, ranks: Sequence[int], wid
     """(bits, equal kept) and, with ``ties``, cuts of every row's ranks: int64 of shape ``[rows, ranks, 2]``; tie ends count in the row."""
     shape = tuned.shape or (1,)
     length = shape[-1]
+    if length > _LONGEST_ROW:
+        raise RuntimeError(f"tuned: expected rows of at most {_LONGEST_ROW} entries, got {length}")
     rows = tuned.numel() // length if length else torch.Size(shape[:-1]).numel()
     values = flat(tuned)
     places = torch.tensor(list(ranks), dtype=torch.int64, device=tuned.device)
     state = torch.empty(rows, len(places), 2, dtype=torch.int64, device=tuned.device)
     cuts = torch.empty_like(state) if ties else state
-    block = min(triton.next_power_of_2(max(length, 256)), _SCANNED if INTERPRETED else 2048)
+    block = min(triton.next_power_of_2(max(length, 256)), _SCANNED if INTERPRETED else 1024)
     shift, _ = digit_places(wide)[0]
     constants = {"HAS_BASE": base is not None, "WIDE": wide, "TIES": ties, "TOP": shift, "BLOCK": block}
     arguments = (values, values if base is None else flat(base), places, state, cuts, length)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+import triton
 from taskloom.reference.masked.arithmetic import accumulation_dtype
 from taskloom.reference.masked.magnitude import values_of_bits
 from taskloom.triton_kernels.launch import entries_per_program, flat, launch, programs
@@ -39,7 +39,8 @@ def magnitude_threshold(tuned: Sequence[Tensor], base: Sequence[Tensor], rank: S
         state, _ = find_row_ranks(tuned[0], base[0] if base else None, rank, wide, ties=False)
     else:
         state = find_ranks(tuned, base, rank, wide)
-    return values_of_bits(state[..., 0].contiguous(), dtype), state[..., 1].contiguous()
+    bits, equal_kept = (state[..., part].clone(memory_format=torch.contiguous_format) for part in (0, 1))
+    return values_of_bits(bits, dtype), equal_kept
 
 
 def magnitude_histogram(tuned: Tensor, base: Tensor | None, shift: int, prefix: int, wide: bool) -> Tensor:

@@ -16,7 +16,7 @@ PACKAGES = (
     *("torch", "numpy", "triton", "safetensors", "PyYAML", "pydantic", "click", "rich"),
     *("matplotlib", "huggingface_hub", "scikit-learn", "transformers"),
 )
-VARIABLES = ("TASKLOOM_BACKEND", "TASKLOOM_CPU_LEVEL", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+VARIABLES = ("TASKLOOM_BACKEND", "TASKLOOM_CPU_LEVEL", "TRITON_INTERPRET", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 EXTRAS = {
     "plot": "figures of a merge (taskloom merge --plot)",
     "hub": "models named by a Hugging Face id that are not in the cache yet",
@@ -138,14 +138,15 @@ def _look_at_ops(environment: Environment) -> None:
         }
 
 
-def _triton(version: str | None, gpus: list[Any]) -> dict[str, Any]:
+def _triton(version: str | None, gpus: list[Any], backends: dict[str, Any] | None) -> dict[str, Any]:
+    obstacle = None
     if version is None:
-        reason = "triton is not installed"
+        obstacle = "triton is not installed"
     elif not gpus:
-        reason = "there is no GPU to run its kernels on"
-    else:
-        reason = f"its kernels can run on {gpus[0]['name']}"
-    return {"usable": version is not None and bool(gpus), "reason": reason}
+        obstacle = "there is no GPU to run its kernels on"
+    elif backends is not None:
+        obstacle = next(iter(backends["cuda"].values()))["obstacles"]["triton"]
+    return {"usable": obstacle is None, "reason": obstacle or f"its kernels can run on {gpus[0]['name']}"}
 
 
 def look_around() -> Environment:
@@ -167,5 +168,5 @@ def look_around() -> Environment:
         environment.cuda["library"] = {"loaded": False, "reason": "torch cannot be imported"}
     else:
         _look_at_ops(environment)
-    environment.triton = _triton(environment.versions["triton"], environment.cuda.get("gpus", []))
+    environment.triton = _triton(environment.versions["triton"], environment.cuda.get("gpus", []), environment.backends)
     return environment

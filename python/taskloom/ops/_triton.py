@@ -61,6 +61,8 @@ def triton_obstacle(device: str) -> str | None:
         return "Triton kernels run on GPUs (on the CPU only in Triton's interpreter, TRITON_INTERPRET=1)"
     if kind not in ("cpu", *GPUS):
         return f"there are no Triton kernels for {kind} tensors"
+    if kind in GPUS and interpreted():
+        return "Triton's interpreter is on (TRITON_INTERPRET=1), and it runs kernels on the CPU"
     if kind in GPUS and not torch.get_device_module(kind).is_available():
         return f"torch sees no {kind} device"
     return _capability_obstacle(device) if kind == "cuda" else _installed_obstacle()

@@ -1,0 +1,71 @@
+"""Every kernel compiles for every target, spills nothing, keeps to shared memory, and contracts nothing that decides."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from variants import Variant, variants
+
+from taskloom.triton_kernels import masked
+
+TARGETS = (80, 90, 100)
+VARIANTS = list(variants())
+# What every architecture gives a block of threads without asking for more.
+SHARED_BYTES = 48 * 1024
+# A 64-bit division is a call, around which a register or two may be saved; spills in a loop would be more.
+CALL_BYTES = 16
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def _pairs() -> list[object]:
+    pairs, seen = [], set()
+    for number, variant in enumerate(VARIANTS):
+        for target in TARGETS:
+            # The first variant for the middle target stands for a kernel where the others would take minutes.
+            first = target == 90 and variant.name not in seen
+            marks = [] if first else [pytest.mark.slow]
+            pairs.append(pytest.param(variant, target, id=f"{variant.name}-{number}-sm{target}", marks=marks))
+        seen.add(variant.name)
+    return pairs
+
+
+def _kernels() -> set[str]:
+    modules = [importlib.import_module(f"{masked.__name__}.{found.name}") for found in pkgutil.iter_modules(masked.__path__)]
+    return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+
+
+def test_every_kernel_is_launched() -> None:
+    assert {variant.name for variant in VARIANTS} == _kernels()
+
+
+@pytest.mark.parametrize(("variant", "target"), _pairs())
+def test_compiles(variant: Variant, target: int, tmp_path: Path) -> None:
+    kernel = variant.kernel
+    place = {name: number for number, name in enumerate(kernel.arg_names)}
+    signature = dict(variant.types) | {name: "constexpr" for name, _ in variant.constants}
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={(place[name],): value for name, value in variant.constants},
+        attrs={(place[name],): [["tt.divisibility", 16]] for name in variant.multiples},
+    )
+    options = {"num_warps": variant.num_warps, "enable_fp_fusion": False}
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    assert compiled.metadata.shared <= SHARED_BYTES
+    assert not re.findall(r"\bfma\.\w+\.f(?:32|64)", compiled.asm["ptx"])
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    report = subprocess.run([CUOBJDUMP, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+    used = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", report)
+    assert used is not None, report
+    stack, local = map(int, used.groups())
+    assert stack <= CALL_BYTES
+    assert local == 0
