@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import triton
@@ -38,6 +41,25 @@ def limits_kernel(probabilities, out, BLOCK: tl.constexpr):
 def quotients_kernel(numerator, denominator, out, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     tl.store(out + offsets, entries.divided(tl.load(numerator + offsets), tl.load(denominator + offsets), WIDE))
+
+
+class _Kernel:
+    """Notes what it is launched with."""
+
+    def __init__(self) -> None:
+        self.options: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **options: self.options.update(options)
+
+
+def test_launches_forbid_contraction() -> None:
+    kernel = _Kernel()
+    launch(kernel, (1,), torch.ones(1), BLOCK=8)
+    assert kernel.options == {"BLOCK": 8, "num_warps": 4, "enable_fp_fusion": False}
+    kernel.options.clear()
+    launch(kernel, (0, 3), torch.ones(1), BLOCK=8)
+    assert kernel.options == {}
 
 
 def _random_bits(dtype: torch.dtype) -> Tensor:
