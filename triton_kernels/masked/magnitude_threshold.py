@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-import triton
 from taskloom.reference.masked.arithmetic import accumulation_dtype
 from taskloom.reference.masked.magnitude import values_of_bits
 from taskloom.triton_kernels.launch import entries_per_program, flat, launch, programs
