@@ -83,6 +83,7 @@ def variants() -> Iterator[Variant]:
     """The variants, in the order of the contracts."""
     launches = _Launches()
     contracts = [contract for path in sorted(OPS.glob("cases_*.py")) for contract in importlib.import_module(path.stem).CONTRACTS]
+    contracts = [contract for contract in contracts if _backends.OPS[contract.op].triton]
     cases = [(contract, case) for contract in contracts for case in contract.cases()]
     with ExitStack() as stack:
         for found in pkgutil.iter_modules(masked.__path__):

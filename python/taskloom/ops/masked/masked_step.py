@@ -259,5 +259,5 @@ def _fake_step(*args: Any) -> None:
     return None
 
 
-register("masked_adamw_", fake=_fake_step, mutates=True)
-register("masked_sgd_", fake=_fake_step, mutates=True)
+register("masked_adamw_", fake=_fake_step, mutates=True, triton=False)
+register("masked_sgd_", fake=_fake_step, mutates=True, triton=False)
