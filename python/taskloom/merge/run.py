@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def run_plan(
         return found
 
     # Without a journal there is nothing to put in order, and a complete output may lie where nothing can be written.
-    if not journal_file(target).exists() and (found := complete()) is not None:
+    if not os.path.exists(journal_file(target)) and (found := complete()) is not None:
         return found
     with WorkingFolder(target, overwrite=overwrite) as place:
         if (found := complete()) is not None:
