@@ -82,7 +82,7 @@ class Page(HTMLParser):
 
 
 def _shape(report: MergeReport, **changes: object) -> MergeReport:
-    return dataclasses.replace(report, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(report, **changes)
 
 
 NOTHING_MERGED = _shape(

@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from taskloom.cli.errors import reported
-from taskloom.cli.signals import signal_of, stopping_signals, with_notes
-from taskloom.cli.tables import print_json, size
+from taskloom.cli.errors import reported, stoppable
+from taskloom.cli.tables import byte_bar, print_json, size
 
 if TYPE_CHECKING:
     from taskloom.archive.extract import ExtractReport
     from taskloom.archive.opened import TallArchive
     from taskloom.archive.report import CompressReport
-
-
-@contextmanager
-def _reported_errors(debug: bool) -> Iterator[None]:
-    """Errors as a message and exit code 1, signals as 128 plus their number."""
-    try:
-        with stopping_signals(), reported(debug):
-            yield
-    except KeyboardInterrupt as error:
-        stop = signal_of(error)
-        click.echo(f"Error: {with_notes(f'stopped by {stop.name}', error)}", err=True)
-        click.get_current_context().exit(128 + stop)
-
-
-@contextmanager
-def _progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int], None] | None]:
-    """A bar on stderr, only where stderr is a terminal."""
-    if not shown or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(label, total=total)
-        yield lambda done: progress.update(bar, completed=done)
 
 
 def _print_compressed(report: CompressReport) -> None:
@@ -84,7 +53,7 @@ def _compress(recipe: Path, out: Path | None, options: dict[str, Any]) -> None:
         assert out is not None
         from taskloom.archive.compress import run_compression
 
-        with _progress_bar("compressing", planned.progress_total, shown=not options["quiet"]) as progress:
+        with byte_bar("compressing", planned.progress_total, shown=not options["quiet"]) as progress:
             report = run_compression(
                 planned,
                 out,
@@ -133,7 +102,7 @@ def compress(recipe: Path | None, out: Path | None, init: bool, debug: bool, **o
         raise click.UsageError("missing argument RECIPE", click.get_current_context())
     if out is None and not options["dry_run"]:
         raise click.UsageError("missing argument OUT", click.get_current_context())
-    with _reported_errors(debug):
+    with stoppable(), reported(debug):
         _compress(recipe, out, options)
 
 
@@ -165,7 +134,7 @@ def _extract(archive: Path, task: str, out: Path | None, options: dict[str, Any]
     from taskloom.archive.extract import plan_extraction, run_extraction
 
     planned = plan_extraction(str(archive), task, shard_size=options["shard_size"])
-    with _progress_bar("restoring", planned.progress_total, shown=not options["quiet"]) as progress:
+    with byte_bar("restoring", planned.progress_total, shown=not options["quiet"]) as progress:
         report = run_extraction(
             planned,
             out,
@@ -196,7 +165,7 @@ def extract(archive: Path, task: str | None, out: Path | None, list_tasks: bool,
     """Restore the checkpoint of TASK from ARCHIVE, which taskloom compress wrote, into the new folder OUT (default: ARCHIVE-TASK)."""
     if task is None and not list_tasks:
         raise click.UsageError("missing argument TASK; --list shows the archive's tasks", click.get_current_context())
-    with _reported_errors(debug):
+    with stoppable(), reported(debug):
         if list_tasks:
             from taskloom.archive.opened import open_archive
 

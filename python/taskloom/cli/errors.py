@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import click
 
-from taskloom.cli.signals import with_notes
+from taskloom.cli.signals import signal_of, stopping_signals, with_notes
 from taskloom.merge.errors import MergeError
 
 
@@ -36,3 +36,15 @@ def reported(debug: bool, failure: type[click.ClickException] = click.ClickExcep
         if debug or (isinstance(error, OSError) and error.errno == errno.EPIPE):
             raise
         raise failure(with_notes(_message(error), error)) from error
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within the block SIGINT, SIGTERM and SIGHUP end the command with a message that names them, and 128 plus their number."""
+    try:
+        with stopping_signals():
+            yield
+    except KeyboardInterrupt as error:
+        stop = signal_of(error)
+        click.echo(f"Error: {with_notes(f'stopped by {stop.name}', error)}", err=True)
+        click.get_current_context().exit(128 + stop)

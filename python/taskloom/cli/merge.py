@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from taskloom.cli.errors import reported
+from taskloom.cli.errors import reported, stoppable
 from taskloom.cli.mergekit_flags import refuse_mergekit_flags
-from taskloom.cli.signals import signal_of, stopping_signals, with_notes
+from taskloom.cli.tables import byte_bar, print_json, size
 
 if TYPE_CHECKING:
-    from taskloom.merge.planner import PlannedMerge
     from taskloom.merge.preview import Preview
     from taskloom.merge.report import MergeReport
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def _print_json(content: Any) -> None:
-    import json
-
-    click.echo(json.dumps(content, indent=2, ensure_ascii=False))
 
 
 def _shown_default(value: Any) -> str:
@@ -44,7 +26,7 @@ def _list_methods(as_json: bool) -> None:
     from taskloom.merge.stages import METHODS, REQUIRED
 
     if as_json:
-        _print_json(
+        print_json(
             [
                 {
                     "name": method.name,
@@ -91,14 +73,14 @@ def _print_preview(preview: Preview) -> None:
         "base": preview.base_model or "-",
         "models": ", ".join(preview.models),
         "tensors": f"{preview.tensors_merged} merged ({preview.parameters_merged:,} parameters), {preview.tensors_copied} copied",
-        "read": _size(preview.bytes_in),
-        "write": f"{_size(preview.bytes_out)} in {len(preview.files)} file{'s' if len(preview.files) > 1 else ''}",
-        "memory": f"at most {_size(preview.anonymous_memory)} (besides the mapped files); --max-ram can be {_size(preview.least_max_ram)}",
+        "read": size(preview.bytes_in),
+        "write": f"{size(preview.bytes_out)} in {len(preview.files)} file{'s' if len(preview.files) > 1 else ''}",
+        "memory": f"at most {size(preview.anonymous_memory)} (besides the mapped files); --max-ram can be {size(preview.least_max_ram)}",
     }
     for label, value in rows.items():
         click.echo(f"{label:<9}{value}")
-    for name, size in preview.files.items():
-        click.echo(f"  {name}  {_size(size)}")
+    for name, count in preview.files.items():
+        click.echo(f"  {name}  {size(count)}")
     for note in preview.notes:
         click.echo(f"note: {note}")
 
@@ -107,7 +89,7 @@ def _print_summary(report: MergeReport, *, page: bool) -> None:
     merged = sum(tensor.figures is not None for tensor in report.tensors)
     click.echo(
         f"merged {merged} of {len(report.tensors)} tensors in {report.seconds:.1f} s "
-        f"({_size(report.bytes_read)} read, {_size(report.bytes_written)} written)"
+        f"({size(report.bytes_read)} read, {size(report.bytes_written)} written)"
     )
     for model, density in zip(report.models, report.total.kept_density, strict=False):
         click.echo(f"  kept {density:7.2%} of {model}")
@@ -118,30 +100,6 @@ def _print_summary(report: MergeReport, *, page: bool) -> None:
     click.echo(f"report: {Path(report.output) / 'merge_report.json'}")
     if page:
         click.echo(f"page: {Path(report.output) / 'merge_report.html'}")
-
-
-@contextmanager
-def _progress_bar(planned: PlannedMerge, shown: bool) -> Iterator[Callable[[int], None] | None]:
-    """A bar on stderr, only where stderr is a terminal."""
-    if not shown or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    with Progress(
-        TextColumn("merging"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        # Drawn when there is news, without a thread of its own: a thread has a stack and a heap.
-        auto_refresh=False,
-    ) as progress:
-        bar = progress.add_task("merging", total=planned.progress_total)
-        yield lambda done: progress.update(bar, completed=done, refresh=True)
 
 
 def _required(value: Path | None, name: str) -> Path:
@@ -169,11 +127,11 @@ def _merge(recipe: Path, out: Path | None, options: dict[str, Any]) -> None:
             plot=options["plot"],
         )
         if options["as_json"]:
-            _print_json(shown.to_dict())
+            print_json(shown.to_dict())
         else:
             _print_preview(shown)
         return
-    with _progress_bar(planned, shown=not options["quiet"]) as progress:
+    with byte_bar("merging", planned.progress_total, shown=not options["quiet"]) as progress:
         report = run_plan(
             loaded,
             planned,
@@ -189,7 +147,7 @@ def _merge(recipe: Path, out: Path | None, options: dict[str, Any]) -> None:
             progress=progress,
         )
     if options["as_json"]:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
     elif not options["quiet"]:
         _print_summary(report, page=options["page"])
 
@@ -225,19 +183,13 @@ def _merge(recipe: Path, out: Path | None, options: dict[str, Any]) -> None:
 @refuse_mergekit_flags
 def merge(recipe: Path | None, out: Path | None, list_methods: bool, init: str | None, debug: bool, **options: Any) -> None:
     """Merge the safetensors checkpoints named in RECIPE (a YAML file, as for mergekit) into the new folder OUT."""
-    try:
-        with reported(debug):
-            if list_methods:
-                _list_methods(options["as_json"])
-            elif init is not None:
-                _print_template(init)
-            else:
-                found = _required(recipe, "RECIPE")
-                if not options["dry_run"]:
-                    _required(out, "OUT")
-                with stopping_signals():
-                    _merge(found, out, options)
-    except KeyboardInterrupt as error:
-        stop = signal_of(error)
-        click.echo(f"Error: {with_notes(f'stopped by {stop.name}', error)}", err=True)
-        click.get_current_context().exit(128 + stop)
+    with stoppable(), reported(debug):
+        if list_methods:
+            _list_methods(options["as_json"])
+        elif init is not None:
+            _print_template(init)
+        else:
+            found = _required(recipe, "RECIPE")
+            if not options["dry_run"]:
+                _required(out, "OUT")
+            _merge(found, out, options)

@@ -66,3 +66,19 @@ def progress_bar(shown: bool) -> Iterator[Callable[[str, int, int], None] | None
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("", total=None)
         yield lambda stage, done, total: progress.update(bar, description=stage, completed=done, total=total)
+
+
+@contextmanager
+def byte_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int], None] | None]:
+    """A bar that counts bytes up to ``total`` on standard error, only where that is a terminal."""
+    if not shown or sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    # Drawn when there is news, without a thread of its own: a thread has a stack and a heap.
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
+        bar = progress.add_task(label, total=total)
+        yield lambda done: progress.update(bar, completed=done, refresh=True)

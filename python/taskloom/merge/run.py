@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from taskloom.merge.card import model_card, rerun_recipe
-from taskloom.merge.errors import MergeError, OutputError
+from taskloom.merge.errors import MergeError, OutputError, ReportError
 from taskloom.merge.journal import Fingerprint
 from taskloom.merge.output import (
     INDEX,
@@ -23,6 +22,7 @@ from taskloom.merge.output import (
     write_index,
 )
 from taskloom.merge.planner import PlannedMerge, open_models, plan_merge
+from taskloom.merge.read_report import load_report
 from taskloom.merge.recipe import Recipe, load_recipe
 from taskloom.merge.report import MergeReport, build_report, taskloom_version
 from taskloom.merge.shards import parse_size
@@ -90,9 +90,9 @@ def finished_report(out: Path, merge: Fingerprint, recipe: Recipe, planned: Plan
     """
     path = out / REPORT
     try:
-        report = MergeReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise OutputError(f"output {out}: is there, but {path} cannot be read, so it cannot be told what made it: {error!r}") from error
+        report = load_report(path)
+    except ReportError as error:
+        raise OutputError(f"output {out}: is there, but {path} cannot be read, so it cannot be told what made it: {error}") from error
     difference = merge.difference(report.merge)
     if difference is not None:
         raise OutputError(f"output {out}: is there, and cannot be resumed: {difference}; --overwrite replaces it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -24,22 +25,24 @@ def check_not_negative(name: str, value: float | Tensor) -> None:
         raise ValueError(f"{name}: expected a number that is not negative, got {float(value)}")
 
 
-class MaskedOptimizer(Optimizer):
+class MaskedOptimizer(Optimizer, ABC):
     """An optimiser whose state exists for active entries only; :class:`MaskedAdamW` and :class:`MaskedSGD` say what a step is.
 
     The mask of a parameter is kept in its state under ``"active"`` (packed uint8, or int32 or int64 indices where fewer than 1 in 32
     entries are active), so that it is saved and loaded with the moments.
     """
 
-    # Names of the compact state that a step of this group needs.
+    @abstractmethod
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        raise NotImplementedError
+        """Names of the compact state that a step of this group needs."""
 
+    @abstractmethod
     def _run(self, group: dict[str, Any], params: list[Tensor], steps: list[float]) -> None:
-        raise NotImplementedError
+        """One step over these parameters of a group, each with the number of its step."""
 
+    @abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Raise ValueError unless a group's hyperparameters are in range."""
 
     def __init__(self, params: Any, masks: Masks, defaults: dict[str, Any]) -> None:
         self._check_group(defaults)

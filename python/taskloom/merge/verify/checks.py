@@ -8,15 +8,14 @@ from pathlib import Path
 
 from taskloom.merge.checkpoint import Checkpoint, open_checkpoint
 from taskloom.merge.digest import file_digest
-from taskloom.merge.errors import CheckpointError
+from taskloom.merge.errors import CheckpointError, ReportError
 from taskloom.merge.locate import Located
-from taskloom.merge.output import RECIPE, REPORT
+from taskloom.merge.output import INDEX, RECIPE, REPORT
 from taskloom.merge.plan import TensorJob
+from taskloom.merge.read_report import load_report
 from taskloom.merge.recipe import Recipe
 from taskloom.merge.report import MergeReport
 from taskloom.merge.verify.report import Check
-
-_INDEX = "model.safetensors.index.json"
 
 
 def checked(name: str, problems: Sequence[str], passed: str) -> Check:
@@ -40,10 +39,10 @@ def open_output(out: Path) -> tuple[Checkpoint | None, Check]:
     strangers = sorted({path.name for path in out.glob("*.safetensors")} - known)
     if strangers:
         problems.append(f"{', '.join(strangers)} does not belong to the model")
-    index = out / _INDEX
+    index = out / INDEX
     if index.is_file():
         if known == {"model.safetensors"}:
-            problems.append(f"{_INDEX} is there although the model is one file")
+            problems.append(f"{INDEX} is there although the model is one file")
         problems += _index_problems(index, sum(entry.nbytes for entry in opened.tensors.values()))
     return opened, checked("files", problems, f"{len(known)} safetensors files, whole")
 
@@ -84,9 +83,9 @@ def read_report(out: Path) -> tuple[MergeReport | None, Check | None]:
     if not path.exists():
         return None, skipped("report", f"{REPORT} is not there")
     try:
-        return MergeReport.from_dict(json.loads(path.read_text(encoding="utf-8"))), None
-    except (AttributeError, KeyError, OSError, TypeError, ValueError, RecursionError) as error:
-        return None, checked("report", [f"{REPORT} cannot be read: {error!r}"], "")
+        return load_report(path), None
+    except ReportError as error:
+        return None, checked("report", [f"{REPORT} cannot be read: {error}"], "")
 
 
 def check_report(report: MergeReport, recipe: Recipe) -> Check:
