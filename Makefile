@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip --disable-pip-version-check
 CMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake
-CXX_FILES = $(shell find csrc cmake tests/sanitize -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CXX_FILES = $(shell find csrc cmake tests/sanitize tests/cuda_kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .PHONY: build
 .PHONY: test

@@ -1,0 +1,86 @@
+"""Every CUDA kernel, run by the emulator, gives what the CPU's kernels give: discrete results to the bit, values within one ulp."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import emulated
+import pytest
+import torch
+from contract import Case, Contract, Recorder, assert_close, assert_same_bits, copied
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import taskloom
+
+OPS_FOLDER = Path(__file__).parents[1] / "ops"
+CONTRACTS = tuple(contract for path in sorted(OPS_FOLDER.glob("cases_*.py")) for contract in importlib.import_module(path.stem).CONTRACTS)
+# Sums over a whole tensor, which no device adds in another's order.
+SUMS = ("block_scale_merge_backward",)
+WITHOUT_KERNEL: tuple[str, ...] = (
+    "block_scale_merge",
+    "block_scale_merge_backward",
+    "magnitude_histogram",
+    "magnitude_mask",
+    "magnitude_threshold",
+    "mask_count",
+    "masked_adamw_",
+    "masked_compress",
+    "masked_restore",
+    "masked_sgd_",
+    "masked_switch_",
+    "multi_task_vector",
+    "sparse_merge",
+    "sparse_merge_out",
+    "task_mask",
+)
+SAMPLES = [pytest.param(contract, case, id=f"{contract.op}-{case.name}") for contract in CONTRACTS for case in contract.cases()]
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _in_order(values: Tensor) -> Tensor:
+    """Integers in the order of the floating-point values, neighbours one apart."""
+    bits = values.contiguous().view(_INTEGERS[values.element_size()]).long()
+    least = torch.iinfo(_INTEGERS[values.element_size()]).min
+    return torch.where(bits < 0, least - bits, bits)
+
+
+def assert_within_one_ulp(got: Tensor, expected: Tensor) -> None:
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+    if not got.is_floating_point():
+        assert torch.equal(got, expected)
+        return
+    assert torch.equal(got.isnan(), expected.isnan())
+    numbers = ~got.isnan()
+    assert (_in_order(got[numbers]) - _in_order(expected[numbers])).abs().max().item() <= 1 if numbers.any() else True
+
+
+def _results(op: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """What a call returns, and its arguments afterwards: those that the op changes, and those that it must not."""
+    args, kwargs = copied(args), copied(kwargs)
+    returned = op(*args, **kwargs)
+    return [leaf for leaf in pytree.tree_leaves((returned, args, kwargs)) if isinstance(leaf, Tensor)]
+
+
+@pytest.mark.parametrize(("contract", "case"), SAMPLES)
+def test_kernels_match_the_cpu(contract: Contract, case: Case, order: str) -> None:
+    with taskloom.backend("native"), Recorder() as recorder, torch.enable_grad():
+        contract.run(case)
+    for op, args, kwargs in recorder.calls:
+        name = op.name().partition("::")[2]
+        if name in WITHOUT_KERNEL:
+            continue
+        twin = getattr(torch.ops.taskloom_emulated, name).default
+        got, expected = _results(twin, args, kwargs), _results(op, args, kwargs)
+        assert len(got) == len(expected)
+        for ours, theirs in zip(got, expected, strict=True):
+            (assert_close if name in SUMS else assert_within_one_ulp)(ours, theirs)
+        for once, twice in zip(got, _results(twin, args, kwargs), strict=True):
+            assert_same_bits(once, twice)
+
+
+def test_which_ops_have_no_kernel() -> None:
+    names = {name.removeprefix("taskloom::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("taskloom::")}
+    assert {name for name in names if not emulated.has_kernel(name)} == set(WITHOUT_KERNEL)
