@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import importlib.util
 import subprocess
 import sys
 from functools import cache
@@ -30,8 +29,6 @@ def _run(*command: str) -> None:
 
 
 def _built() -> Path:
-    torch_folder = importlib.util.find_spec("torch")
-    assert torch_folder is not None and torch_folder.submodule_search_locations is not None
     tool = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
     _BUILD.mkdir(parents=True, exist_ok=True)
     with (_BUILD / "lock").open("w") as lock:
@@ -40,7 +37,7 @@ def _built() -> Path:
             tool,
             *("-G", "Ninja", "-S", str(_HERE), "-B", str(_BUILD)),
             f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
-            f"-DTASKLOOM_TORCH_DIR={next(iter(torch_folder.submodule_search_locations))}",
+            f"-DTASKLOOM_TORCH_DIR={Path(torch.__file__).parent}",
         )
         _run(tool, "--build", str(_BUILD))
     return _BUILD / "libtaskloom_cuda_emulated.so"
