@@ -7,22 +7,21 @@ namespace {
 
 template <class Acc>
 struct AdamwRule {
-  Acc *exp_avg, *exp_avg_sq;
+  Acc *first, *second;  // exp_avg, exp_avg_sq
   const AdamwScalars& scalars;
 
-  void operator()(Acc* __restrict__ parameter, const Acc* __restrict__ gradient, int64_t place, int64_t n) const {
+  void step(Acc* __restrict__ parameter, const Acc* __restrict__ gradient, Acc* __restrict__ exp_avg, Acc* __restrict__ exp_avg_sq,
+            int64_t n) const {
     const auto kept = static_cast<Acc>(scalars.kept), rate1 = static_cast<Acc>(scalars.rate1), beta2 = static_cast<Acc>(scalars.beta2);
     const auto rate2 = static_cast<Acc>(scalars.rate2), root = static_cast<Acc>(scalars.root_correction2);
     const auto eps = static_cast<Acc>(scalars.eps), step_size = static_cast<Acc>(scalars.step_size);
     const Acc sign = scalars.maximize ? Acc{-1} : Acc{1};
-    Acc* __restrict__ first = exp_avg + place;
-    Acc* __restrict__ second = exp_avg_sq + place;
     for (int64_t i = 0; i < n; ++i) {
       const Acc slope = sign * gradient[i];
-      const Acc mean = first[i] + (slope - first[i]) * rate1;
-      const Acc square = second[i] * beta2 + (rate2 * slope) * slope;
-      first[i] = mean;
-      second[i] = square;
+      const Acc mean = exp_avg[i] + (slope - exp_avg[i]) * rate1;
+      const Acc square = exp_avg_sq[i] * beta2 + (rate2 * slope) * slope;
+      exp_avg[i] = mean;
+      exp_avg_sq[i] = square;
       parameter[i] = parameter[i] * kept + (step_size * mean) / (square_root(square) / root + eps);
     }
   }

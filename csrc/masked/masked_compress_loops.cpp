@@ -8,13 +8,12 @@ namespace {
 constexpr uint64_t all_set = ~uint64_t{0};
 
 int64_t count(const uint8_t* packed, int64_t begin, int64_t n) {
-  uint64_t words[mask_block_words];
+  const int64_t whole = n / 64, rest = n % 64;
   int64_t bits = 0;
-  for (int64_t done = 0; done < n; done += mask_block) {
-    load_words(packed, begin + done, n - done < mask_block ? n - done : mask_block, mask_block_words, words);
-    bits += count_bits(words, mask_block_words);
-  }
-  return bits;
+  for (int64_t w = 0; w < whole; ++w) bits += __builtin_popcountll(load_at<uint64_t>(packed + begin / 8, w));
+  uint64_t last = 0;
+  if (rest != 0) load_words(packed, begin + 64 * whole, rest, 1, &last);
+  return bits + __builtin_popcountll(last);
 }
 
 template <class Lane>

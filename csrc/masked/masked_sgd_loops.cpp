@@ -7,17 +7,17 @@ namespace {
 
 template <class Acc>
 struct SgdRule {
-  Acc* buffer;
+  Acc *first, *second;  // the momentum buffer, or null; null
   const SgdScalars& scalars;
 
-  void operator()(Acc* __restrict__ parameter, Acc* __restrict__ gradient, int64_t place, int64_t n) const {
+  void step(Acc* __restrict__ parameter, Acc* __restrict__ gradient, Acc* __restrict__ buffer, Acc*, int64_t n) const {
     const Acc sign = scalars.maximize ? Acc{-1} : Acc{1};
     for (int64_t i = 0; i < n; ++i) gradient[i] *= sign;
     if (scalars.weight_decay != 0) {
       const auto decay = static_cast<Acc>(scalars.weight_decay);
       for (int64_t i = 0; i < n; ++i) gradient[i] += decay * parameter[i];
     }
-    if (buffer != nullptr) follow(gradient, buffer + place, n);
+    if (buffer != nullptr) follow(gradient, buffer, n);
     const auto step_size = static_cast<Acc>(scalars.step_size);
     for (int64_t i = 0; i < n; ++i) parameter[i] += step_size * gradient[i];
   }
@@ -39,7 +39,8 @@ struct SgdRule {
 };
 
 void step(const MaskedParameter& of, void* buffer, const SgdScalars& scalars, const MaskedPiece& piece) {
-  step_piece(of, piece, SgdRule<float>{static_cast<float*>(buffer), scalars}, SgdRule<double>{static_cast<double*>(buffer), scalars});
+  step_piece(of, piece, SgdRule<float>{static_cast<float*>(buffer), nullptr, scalars},
+             SgdRule<double>{static_cast<double*>(buffer), nullptr, scalars});
 }
 
 const MaskedSgdLoops table = {step};

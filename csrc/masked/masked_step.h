@@ -20,9 +20,9 @@ struct MaskedParameter {
 };
 
 // What one call of a loop does: entries begin .. begin + n (begin a multiple of 8), or indices begin .. begin + n of a list of indices;
-// the state of the first of them is element `place`.
+// the state of the first of them is element `place`, and `active` of them have some.
 struct MaskedPiece {
-  int64_t begin, n, place;
+  int64_t begin, n, place, active;
 };
 
 }  // namespace taskloom

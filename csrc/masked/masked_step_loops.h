@@ -1,13 +1,10 @@
-// Brings active entries together in batches, steps them with a rule, and puts them back. For NAME_loops.cpp files: internal linkage.
+// Brings active entries together, steps them with a rule, and puts them back. For NAME_loops.cpp files: internal linkage.
 #pragma once
 
 #include "common/convert.h"
+#include "common/lanes_avx512.h"
 #include "masked/mask_words.h"
 #include "masked/masked_step.h"
-
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
 namespace taskloom {
 namespace {
@@ -15,6 +12,53 @@ namespace {
 // A batch takes blocks of a mask until it has `step_batch` entries, so it may hold one block more.
 constexpr int64_t step_batch = 512;
 constexpr int64_t step_room = step_batch + mask_block;
+
+// Rules work on whole vectors of this many entries. All buffers have room for the last one.
+constexpr int64_t step_vector = 16;
+
+inline int64_t padded(int64_t n) { return (n + step_vector - 1) / step_vector * step_vector; }
+
+// The last few elements of a rule's state in a copy of the length of a vector, put back at the end; of no state, nothing.
+template <class Acc>
+class StateTail {
+ public:
+  StateTail(Acc* state, int64_t n) : state_(state), n_(state == nullptr ? 0 : n) {
+    for (int64_t i = 0; i < n_; ++i) copy_[i] = state_[i];
+  }
+  ~StateTail() {
+    for (int64_t i = 0; i < n_; ++i) state_[i] = copy_[i];
+  }
+  StateTail(const StateTail&) = delete;
+  StateTail& operator=(const StateTail&) = delete;
+
+  Acc* data() { return state_ == nullptr ? nullptr : copy_; }
+
+ private:
+  Acc* state_;
+  int64_t n_;
+  Acc copy_[step_vector] = {};
+};
+
+// Zeroes what a vector has beyond n entries, so that a rule meets no numbers that are slow to work with.
+template <class Acc>
+inline void pad(Acc* values, int64_t n) {
+  for (int64_t i = n; i < padded(n); ++i) values[i] = Acc{0};
+}
+
+// Calls rule.step for n entries in buffers: whole vectors first, then the rest with a copy of its state.
+template <class Acc, class Rule>
+void apply(const Rule& rule, Acc* parameter, Acc* gradient, int64_t place, int64_t n) {
+  Acc* const first = rule.first == nullptr ? nullptr : rule.first + place;
+  Acc* const second = rule.second == nullptr ? nullptr : rule.second + place;
+  const int64_t whole = n / step_vector * step_vector;
+  rule.step(parameter, gradient, first, second, whole);
+  if (whole == n) return;
+  pad(parameter, n);
+  pad(gradient, n);
+  StateTail<Acc> first_tail(first == nullptr ? nullptr : first + whole, n - whole);
+  StateTail<Acc> second_tail(second == nullptr ? nullptr : second + whole, n - whole);
+  rule.step(parameter + whole, gradient + whole, first_tail.data(), second_tail.data(), step_vector);
+}
 
 // Writes the positions of a word's set bits, counted from `first`, and returns how many; may write up to 16 more than these.
 inline int64_t append_positions(uint64_t bits, int32_t first, int32_t* to) {
@@ -40,7 +84,7 @@ void step_run(const MaskedParameter& of, int64_t at, int64_t n, int64_t place, c
     const int64_t size = n - done < step_batch ? n - done : step_batch;
     load_block(of.dtype, of.parameter, at + done, size, parameter);
     load_block(of.dtype, of.gradient, at + done, size, gradient);
-    rule(parameter, gradient, place + done, size);
+    apply(rule, parameter, gradient, place + done, size);
     store_block(of.dtype, parameter, size, of.parameter, at + done);
   }
 }
@@ -56,7 +100,7 @@ void step_gathered(const MaskedParameter& of, int64_t at, const Index* positions
   load_block(of.dtype, lanes, 0, n, parameter);
   for (int64_t i = 0; i < n; ++i) lanes[i] = slope[positions[i]];
   load_block(of.dtype, lanes, 0, n, gradient);
-  rule(parameter, gradient, place, n);
+  apply(rule, parameter, gradient, place, n);
   store_block(of.dtype, parameter, n, lanes, 0);
   for (int64_t i = 0; i < n; ++i) to[positions[i]] = lanes[i];
 }
@@ -90,6 +134,67 @@ void step_packed(const MaskedParameter& of, const MaskedPiece& piece, const Rule
   flush();
 }
 
+#ifdef __AVX512BW__
+// Going over all entries of a mask takes about the time of fetching one in 80.
+constexpr int64_t step_dense = 80;
+
+// The parameters and gradients of this many words stay in the first-level cache between the two passes over them.
+constexpr int64_t step_region_words = 2 * mask_block_words;
+constexpr int64_t step_region = 64 * step_region_words;
+
+// Entries of a region from `at` on: the active lanes of each vector are moved together, stepped, and moved apart again.
+template <DType dtype, class Rule>
+void step_compressed(const MaskedParameter& of, int64_t at, const uint64_t* words, int64_t place, const Rule& rule) {
+  alignas(64) float parameter[step_region + lane_count], gradient[step_region + lane_count];
+  int64_t held = 0;
+  for (int64_t lane = 0; lane < step_region; lane += lane_count) {
+    const auto some = static_cast<__mmask16>(words[lane / 64] >> (lane % 64));
+    _mm512_storeu_ps(parameter + held, _mm512_maskz_compress_ps(some, Storage<dtype>::load(of.parameter, at + lane, some)));
+    _mm512_storeu_ps(gradient + held, _mm512_maskz_compress_ps(some, Storage<dtype>::load(of.gradient, at + lane, some)));
+    held += __builtin_popcount(some);
+  }
+  apply(rule, parameter, gradient, place, held);
+  const float* from = parameter;
+  for (int64_t lane = 0; lane < step_region; lane += lane_count) {
+    const auto some = static_cast<__mmask16>(words[lane / 64] >> (lane % 64));
+    Storage<dtype>::store(of.parameter, at + lane, _mm512_maskz_expand_ps(some, _mm512_loadu_ps(from)), some);
+    from += __builtin_popcount(some);
+  }
+}
+
+template <DType dtype, class Rule>
+void step_regions(const MaskedParameter& of, const MaskedPiece& piece, const Rule& rule) {
+  uint64_t words[step_region_words];
+  int64_t place = piece.place;
+  for (int64_t done = 0; done < piece.n; done += step_region) {
+    const int64_t at = piece.begin + done, size = piece.n - done < step_region ? piece.n - done : step_region;
+    load_words(static_cast<const uint8_t*>(of.active), at, size, step_region_words, words);
+    const int64_t active = count_bits(words, step_region_words);
+    if (active == size) {
+      step_run<float>(of, at, size, place, rule);
+    } else if (active != 0) {
+      step_compressed<dtype>(of, at, words, place, rule);
+    }
+    place += active;
+  }
+}
+
+// Packed entries that are many, of every dtype whose arithmetic is float.
+template <class Rule>
+void step_dense_packed(const MaskedParameter& of, const MaskedPiece& piece, const Rule& rule) {
+  switch (of.dtype) {
+    case DType::f32:
+      return step_regions<DType::f32>(of, piece, rule);
+    case DType::bf16:
+      return step_regions<DType::bf16>(of, piece, rule);
+    case DType::f16:
+      return step_regions<DType::f16>(of, piece, rule);
+    case DType::f64:
+      return;
+  }
+}
+#endif
+
 template <class Acc, class Lane, class Index, class Rule>
 void step_indexed(const MaskedParameter& of, const MaskedPiece& piece, const Rule& rule) {
   const auto* indices = static_cast<const Index*>(of.active) + piece.begin;
@@ -105,6 +210,11 @@ void step_lanes(const MaskedParameter& of, const MaskedPiece& piece, const Rule&
     case ActiveKind::all:
       return step_run<Acc>(of, piece.begin, piece.n, piece.place, rule);
     case ActiveKind::packed:
+#ifdef __AVX512BW__
+      if constexpr (sizeof(Acc) == sizeof(float)) {
+        if (piece.active >= piece.n / step_dense) return step_dense_packed(of, piece, rule);
+      }
+#endif
       return step_packed<Acc, Lane>(of, piece, rule);
     case ActiveKind::index32:
       return step_indexed<Acc, Lane, int32_t>(of, piece, rule);

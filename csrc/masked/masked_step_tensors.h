@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 #include <vector>
 
@@ -44,8 +45,8 @@ class StepTensors {
   template <class Step>
   void run(const Step& step) {
     check_apart();
-    torch_parallel()(static_cast<int64_t>(pieces_.size()), [&](int64_t index) {
-      const auto& [of, piece] = pieces_[static_cast<size_t>(index)];
+    each_piece([&](size_t index) {
+      const auto& [of, piece] = pieces_[index];
       step(of, views_[of], piece);
     });
     for (size_t i = 0; i < params_.size(); ++i) {
@@ -60,6 +61,15 @@ class StepTensors {
     uintptr_t begin, end;
     bool written;
   };
+
+  // Threads take the next piece when they are free: pieces are as unequal as parameters, and as the density of their masks.
+  template <class Body>
+  void each_piece(const Body& body) const {
+    std::atomic<size_t> next{0};
+    torch_parallel()(static_cast<int64_t>(pieces_.size()), [&](int64_t) {
+      for (size_t index = next++; index < pieces_.size(); index = next++) body(index);
+    });
+  }
 
   void check_length(const std::vector<Tensor>& list, const char* name) const {
     STD_TORCH_CHECK(list.size() == params_.size(), name, ": expected ", params_.size(), " tensors as in params, got ", list.size());
@@ -103,13 +113,19 @@ class StepTensors {
     return ActiveKind::all;
   }
 
+  // Whether indices begin .. begin + n ascend, and follow the one before them.
   template <class Index>
-  static bool ascending(const void* data, int64_t n, int64_t numel) {
+  static bool ascending(const void* data, int64_t begin, int64_t n) {
     const auto* indices = static_cast<const Index*>(data);
-    if (n == 0) return true;
-    bool fine = indices[0] >= 0 && indices[n - 1] < numel;
-    for (int64_t i = 1; i < n; ++i) fine = fine & (indices[i - 1] < indices[i]);
+    bool fine = true;
+    for (int64_t i = std::max<int64_t>(begin, 1); i < begin + n; ++i) fine = fine & (indices[i - 1] < indices[i]);
     return fine;
+  }
+
+  template <class Index>
+  static bool inside(const void* data, int64_t n, int64_t numel) {
+    const auto* indices = static_cast<const Index*>(data);
+    return n == 0 || (indices[0] >= 0 && indices[n - 1] < numel);
   }
 
   // Cuts parameters into pieces and finds the place of each piece's first entry among the active ones.
@@ -117,28 +133,42 @@ class StepTensors {
     for (size_t i = 0; i < params_.size(); ++i) {
       const bool indexed = views_[i].kind == ActiveKind::index32 || views_[i].kind == ActiveKind::index64;
       const int64_t n = indexed ? kept_[2 * i + 1].numel() : params_[i].numel(), step = indexed ? index_chunk : chunk;
-      for (int64_t begin = 0; begin < n; begin += step) pieces_.push_back({i, {begin, std::min(step, n - begin), begin}});
+      for (int64_t begin = 0; begin < n; begin += step) {
+        const int64_t size = std::min(step, n - begin);
+        pieces_.push_back({i, {begin, size, begin, size}});
+      }
       counts_.push_back(views_[i].kind == ActiveKind::packed ? 0 : n);
     }
-    std::vector<int64_t> set(pieces_.size());
-    torch_parallel()(static_cast<int64_t>(pieces_.size()), [&](int64_t index) {
-      const auto& [of, piece] = pieces_[static_cast<size_t>(index)];
-      if (views_[of].kind != ActiveKind::packed) return;
-      set[static_cast<size_t>(index)] = masked_compress_loops().count(static_cast<const uint8_t*>(views_[of].active), piece.begin, piece.n);
+    // The number of a packed piece's active entries; of indices, whether they are in order.
+    std::vector<int64_t> found(pieces_.size());
+    each_piece([&](size_t index) {
+      const auto& [of, piece] = pieces_[index];
+      const MaskedParameter& view = views_[of];
+      if (view.kind == ActiveKind::packed) {
+        found[index] = masked_compress_loops().count(static_cast<const uint8_t*>(view.active), piece.begin, piece.n);
+      } else if (view.kind == ActiveKind::index32) {
+        found[index] = ascending<int32_t>(view.active, piece.begin, piece.n);
+      } else if (view.kind == ActiveKind::index64) {
+        found[index] = ascending<int64_t>(view.active, piece.begin, piece.n);
+      }
     });
+    std::vector<bool> fine(params_.size(), true);
     for (size_t index = 0; index < pieces_.size(); ++index) {
       auto& [of, piece] = pieces_[index];
-      if (views_[of].kind != ActiveKind::packed) continue;
-      piece.place = counts_[of];
-      counts_[of] += set[index];
+      if (views_[of].kind == ActiveKind::packed) {
+        piece.place = counts_[of];
+        piece.active = found[index];
+        counts_[of] += piece.active;
+      } else if (views_[of].kind != ActiveKind::all) {
+        fine[of] = fine[of] && found[index] != 0;
+      }
     }
     for (size_t i = 0; i < params_.size(); ++i) {
       const MaskedParameter& view = views_[i];
       const int64_t numel = params_[i].numel();
-      const bool fine = view.kind == ActiveKind::index32   ? ascending<int32_t>(view.active, counts_[i], numel)
-                        : view.kind == ActiveKind::index64 ? ascending<int64_t>(view.active, counts_[i], numel)
-                                                           : true;
-      STD_TORCH_CHECK(fine, "active[", i, "]: expected ascending indices without repeats, from 0 to below ", numel);
+      if (view.kind == ActiveKind::index32) fine[i] = fine[i] && inside<int32_t>(view.active, counts_[i], numel);
+      if (view.kind == ActiveKind::index64) fine[i] = fine[i] && inside<int64_t>(view.active, counts_[i], numel);
+      STD_TORCH_CHECK(fine[i], "active[", i, "]: expected ascending indices without repeats, from 0 to below ", numel);
     }
   }
 
