@@ -89,6 +89,25 @@ void step_run(const MaskedParameter& of, int64_t at, int64_t n, int64_t place, c
   }
 }
 
+// Left to itself the compiler takes the processor's gather and scatter instructions, which are slower than as many loads and stores.
+inline void one_by_one() { asm volatile(""); }
+
+template <class Lane, class Index>
+void pick(const Lane* from, const Index* positions, int64_t n, Lane* to) {
+  for (int64_t i = 0; i < n; ++i) {
+    to[i] = from[positions[i]];
+    one_by_one();
+  }
+}
+
+template <class Lane, class Index>
+void put(const Lane* from, const Index* positions, int64_t n, Lane* to) {
+  for (int64_t i = 0; i < n; ++i) {
+    to[positions[i]] = from[i];
+    one_by_one();
+  }
+}
+
 // Entries at + positions[0 .. n], n at most step_room.
 template <class Acc, class Lane, class Index, class Rule>
 void step_gathered(const MaskedParameter& of, int64_t at, const Index* positions, int64_t n, int64_t place, const Rule& rule) {
@@ -96,13 +115,13 @@ void step_gathered(const MaskedParameter& of, int64_t at, const Index* positions
   alignas(64) Lane lanes[step_room];
   auto* to = static_cast<Lane*>(of.parameter) + at;
   const auto* slope = static_cast<const Lane*>(of.gradient) + at;
-  for (int64_t i = 0; i < n; ++i) lanes[i] = to[positions[i]];
+  pick(to, positions, n, lanes);
   load_block(of.dtype, lanes, 0, n, parameter);
-  for (int64_t i = 0; i < n; ++i) lanes[i] = slope[positions[i]];
+  pick(slope, positions, n, lanes);
   load_block(of.dtype, lanes, 0, n, gradient);
   apply(rule, parameter, gradient, place, n);
   store_block(of.dtype, parameter, n, lanes, 0);
-  for (int64_t i = 0; i < n; ++i) to[positions[i]] = lanes[i];
+  put(lanes, positions, n, to);
 }
 
 template <class Acc, class Lane, class Rule>

@@ -7,6 +7,7 @@ from taskloom.triton_kernels.masked.magnitude_mask import magnitude_mask
 from taskloom.triton_kernels.masked.magnitude_threshold import magnitude_histogram, magnitude_threshold
 from taskloom.triton_kernels.masked.mask_count import mask_count
 from taskloom.triton_kernels.masked.masked_compress import masked_compress, masked_restore
+from taskloom.triton_kernels.masked.masked_step import masked_adamw_, masked_sgd_
 from taskloom.triton_kernels.masked.masked_switch import masked_switch_
 from taskloom.triton_kernels.masked.masked_update import masked_update, masked_update_
 from taskloom.triton_kernels.masked.multi_task_vector import multi_task_vector
@@ -21,8 +22,10 @@ __all__ = [
     "magnitude_mask",
     "magnitude_threshold",
     "mask_count",
+    "masked_adamw_",
     "masked_compress",
     "masked_restore",
+    "masked_sgd_",
     "masked_switch_",
     "masked_update",
     "masked_update_",

@@ -28,21 +28,20 @@ class Op:
     """What the choice of a backend depends on for one op: its kernels' devices, and what it does under a torch.func transform.
 
     ``transforms`` is ``reference`` where the reference is differentiable and serves under forward AD and torch.func transforms, and
-    ``refuse`` where a derivative would mean nothing. ``triton`` tells whether there is a Triton kernel for it.
+    ``refuse`` where a derivative would mean nothing.
     """
 
     name: str
     native: frozenset[str]
     transforms: Transforms
-    triton: bool = True
 
 
 OPS: dict[str, Op] = {}
 
 
-def register_op(name: str, *, transforms: Transforms, triton: bool) -> None:
+def register_op(name: str, *, transforms: Transforms) -> None:
     """Make an op of the loaded libraries known to :func:`choose`."""
-    OPS[name] = Op(name, native_devices(name), transforms, triton)
+    OPS[name] = Op(name, native_devices(name), transforms)
 
 
 def _checked(name: str, where: str) -> str:
@@ -110,7 +109,7 @@ def _obstacle(op: Op, candidate: Backend, device: torch.device) -> str | None:
     if candidate == "reference":
         return None
     if candidate == "triton":
-        return triton_obstacle(str(device)) if op.triton else "this version has no Triton kernel for it"
+        return triton_obstacle(str(device))
     kind = device.type
     if kind in op.native or kind == "meta":
         return None

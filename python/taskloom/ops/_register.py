@@ -35,7 +35,6 @@ def register(
     setup_context: Callable[..., None] | None = None,
     discrete: bool = False,
     mutates: bool = False,
-    triton: bool = True,
 ) -> None:
     """Register one op of the loaded library.
 
@@ -52,15 +51,10 @@ def register(
         Whether no output is floating point: autograd has nothing to do then, and is left out because it costs microseconds a call.
     mutates
         Whether the op changes an argument; autograd knows nothing of such ops, so their wrappers refuse tensors that require grad.
-    triton
-        Whether there is a Triton kernel for it.
     """
-    namespaces = [(f"taskloom::{name}", torch.ops.taskloom)]
-    if triton:
-        namespaces.append((define_twin(name), torch.ops.taskloom_triton))
-    for qualified, ops in namespaces:
+    for qualified, ops in ((f"taskloom::{name}", torch.ops.taskloom), (define_twin(name), torch.ops.taskloom_triton)):
         torch.library.register_fake(qualified, fake)
         if not (discrete or mutates):
             setup = _with_ops(setup_context, ops)
             torch.library.register_autograd(qualified, backward or _refuse_backward(name), setup_context=setup)
-    register_op(name, transforms="reference" if discrete or backward is not None else "refuse", triton=triton)
+    register_op(name, transforms="reference" if discrete or backward is not None else "refuse")

@@ -12,15 +12,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import taskloom
-from taskloom.ops._backends import OPS as KNOWN
 
 OPS = Path(__file__).parents[2] / "ops"
-CONTRACTS = tuple(
-    contract
-    for path in sorted(OPS.glob("cases_*.py"))
-    for contract in importlib.import_module(path.stem).CONTRACTS
-    if KNOWN[contract.op].triton
-)
+CONTRACTS = tuple(contract for path in sorted(OPS.glob("cases_*.py")) for contract in importlib.import_module(path.stem).CONTRACTS)
 
 # A program of any size takes milliseconds in the interpreter: of the ops that launch many, these cases are run every time, of the others
 # all but a few; the rest is slow.

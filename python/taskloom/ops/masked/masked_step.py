@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskloom.ops._backends import choose
+from taskloom.ops._backends import choose, kernels
 from taskloom.ops._checks import check_floating, check_packed, check_shape, check_writable
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
 from taskloom.reference.masked.masked_step import active_indices
-
-_ops = torch.ops.taskloom
 
 _INDICES = (torch.int32, torch.int64)
 
@@ -116,7 +114,6 @@ def _run(
     grads: Listed,
     active: Any,
     state: dict[str, Listed],
-    native: Callable[..., None],
     defined: Callable[..., None],
     step: float | Sequence[float],
     **numbers: Any,
@@ -134,14 +131,15 @@ def _run(
     if count == 0:
         return
     changed = [*listed, *(tensor for one in states.values() for tensor in one)]
-    if choose(op, *changed, *gradients, *entries) == "reference":
+    chosen = choose(op, *changed, *gradients, *entries)
+    if chosen == "reference":
         _check_sizes(op, listed, entries, states)
         run = defined
     else:
-        run = native
+        run = getattr(kernels(chosen), op).default
     given = {"momentum_buffer": []} if op == "masked_sgd_" and not states else states
     run(listed, gradients, *given.values(), entries, steps, *numbers.values())
-    if run is native:
+    if chosen != "reference":
         _mark_changed(changed)
 
 
@@ -203,8 +201,7 @@ def masked_adamw_(
         raise ValueError(f"{op}: eps: expected a number that is not negative, got {eps}")
     state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     numbers = {"lr": float(lr), "beta1": float(beta1), "beta2": float(beta2), "eps": float(eps), "weight_decay": float(weight_decay)}
-    native, defined = _ops.masked_adamw_.default, reference.masked_adamw_
-    _run(op, params, grads, active, state, native, defined, step, **numbers, maximize=maximize)
+    _run(op, params, grads, active, state, reference.masked_adamw_, step, **numbers, maximize=maximize)
 
 
 def masked_sgd_(
@@ -251,13 +248,12 @@ def masked_sgd_(
         raise ValueError(f"{op}: momentum_buffer: expected one exactly where momentum is not 0, got momentum {momentum}")
     state = {} if momentum_buffer is None else {"momentum_buffer": momentum_buffer}
     numbers = {"lr": float(lr), "momentum": float(momentum), "dampening": float(dampening), "weight_decay": float(weight_decay)}
-    native, defined = _ops.masked_sgd_.default, reference.masked_sgd_
-    _run(op, params, grads, active, state, native, defined, step, **numbers, nesterov=nesterov, maximize=maximize)
+    _run(op, params, grads, active, state, reference.masked_sgd_, step, **numbers, nesterov=nesterov, maximize=maximize)
 
 
 def _fake_step(*args: Any) -> None:
     return None
 
 
-register("masked_adamw_", fake=_fake_step, mutates=True, triton=False)
-register("masked_sgd_", fake=_fake_step, mutates=True, triton=False)
+register("masked_adamw_", fake=_fake_step, mutates=True)
+register("masked_sgd_", fake=_fake_step, mutates=True)
