@@ -76,8 +76,9 @@ def aligned(tensors: Sequence[Tensor]) -> bool:
 
 
 def table(rows: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """A table of 64-bit words (addresses, keys) on a device."""
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+    """A table of 64-bit words (addresses, keys) on a device; the host does not wait for a GPU to have it."""
+    words = torch.tensor(rows, dtype=torch.int64)
+    return words.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else words.to(device)
 
 
 def written_in_place(target: Tensor, *others: Tensor) -> bool:

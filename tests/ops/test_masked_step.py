@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from contract import assert_same_bits
+from contract import assert_close, assert_same_bits
 from samples import random_packed, weights
 from torch import Tensor
 
 import taskloom
+from taskloom import _native
+from taskloom.ops import _library
 
 NUMEL = 1003
 
@@ -77,6 +79,50 @@ def test_native_is_the_reference_bit_for_bit(dtype: torch.dtype) -> None:
         results.append((param, first, second))
     for ours, theirs in zip(*results, strict=True):
         assert_same_bits(ours, theirs)
+
+
+def _clustered(numel: int) -> Tensor:
+    """Whole stretches that are active or not, and sparse and dense ones between them."""
+    mask = torch.rand(numel, generator=torch.Generator().manual_seed(5)) < torch.linspace(0, 0.2, numel)
+    mask[numel // 3 : numel // 2] = True
+    mask[numel // 2 : numel // 2 + 3000] = False
+    return taskloom.pack_mask(mask)
+
+
+@pytest.mark.parametrize("level", [level for level in _native.build_info()["levels"] if level <= _native.detected_cpu_level()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.usefixtures("restored_level")
+def test_every_density_is_stepped_alike_on_every_level(dtype: torch.dtype, level: str) -> None:
+    numel = 9007
+    masks = [random_packed(numel, density=density) for density in (0.0, 0.004, 0.0125, 0.1, 0.5, 0.98, 1.0)] + [_clustered(numel)]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    _library.force_cpu_level(level)
+    results = []
+    for backend in ("native", "reference"):
+        params = [weights(numel, seed=place, dtype=dtype) for place in range(len(masks))]
+        grads = [weights(numel, seed=20 + place, dtype=dtype) for place in range(len(masks))]
+        counts = [int(taskloom.unpack_mask(mask, (numel,)).sum()) for mask in masks]
+        states = [[weights(count, seed=seed, dtype=wide).abs() for count in counts] for seed in (40, 41)]
+        with taskloom.backend(backend):
+            taskloom.masked_adamw_(params, grads, *states, masks, 2, lr=0.1)
+            taskloom.masked_sgd_(params, grads, states[0], masks, 2, lr=0.1, momentum=0.9, nesterov=True)
+        results.append([*params, *states[0], *states[1]])
+    for ours, theirs in zip(*results, strict=True):
+        # torch's root of float64 is not always the nearest number.
+        assert_close(ours, theirs) if dtype == torch.float64 else assert_same_bits(ours, theirs)
+
+
+def test_parameters_at_odd_addresses() -> None:
+    packed = random_packed(5000)
+    count = int(taskloom.unpack_mask(packed, (5000,)).sum())
+    results = []
+    for start in (0, 1):
+        param, grad = weights(5001).roll(start)[start : 5000 + start], weights(5001, seed=1).roll(start)[start : 5000 + start]
+        first, second = torch.zeros(count + start)[start:], torch.zeros(count + start)[start:]
+        taskloom.masked_adamw_(param, grad, first, second, packed, 1)
+        results.append((param, first, second))
+    for one, other in zip(*results, strict=True):
+        assert_same_bits(one, other)
 
 
 def test_a_list_is_stepped_as_its_tensors_are() -> None:

@@ -82,7 +82,8 @@ class _Group:
         self.device = self.params[0].device
         indexed = self.kind is INDEXED
         entries = [(one if indexed else param).numel() for one, param in zip(self.active, self.params, strict=True)]
-        self.block = entries_per_program(sum(entries), 2048)
+        # Numbers of 64 bits take twice the registers, and their roots and quotients are calls around which registers are saved.
+        self.block = entries_per_program(sum(entries), 512 if params[places[0]].dtype == torch.float64 else 2048)
         blocks = [programs(count, self.block) for count in entries]
         self.programs = sum(blocks)
         self.starts = [sum(blocks[:place]) for place in range(len(blocks) + 1)]
