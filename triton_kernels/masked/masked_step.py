@@ -53,12 +53,11 @@ def _wrong_state(name: str, place: int, expected: int, got: int) -> str:
 
 
 def _require(fine: Tensor, message: str) -> None:
-    """Refuse what the device has found wrong, without waiting for a GPU: it stops at an assertion before anything is written."""
-    if fine.device.type == "cpu":
-        if not bool(fine):
-            raise RuntimeError(message)
-    else:
+    """Refuse what the device has found wrong; a CUDA device stops at an assertion before anything is written, and nobody waits for it."""
+    if fine.device.type == "cuda":
         torch.ops.aten._assert_async.msg(fine, message)
+    elif not bool(fine):
+        raise RuntimeError(message)
 
 
 class _Group:
@@ -124,7 +123,7 @@ class _Group:
         """Refuse states whose size is not the number of active entries."""
         for name, tensors in self.state.items():
             sizes = [tensor.numel() for tensor in tensors]
-            if self.device.type != "cpu":
+            if self.device.type == "cuda":
                 _require((found == table(sizes, self.device)).all(), f"{name}: expected one element for each active entry")
                 continue
             for place, expected, got in zip(self.places, found.tolist(), sizes, strict=True):
@@ -134,7 +133,7 @@ class _Group:
     def _check_indices(self) -> None:
         wrong = torch.empty(self.programs, dtype=torch.int64, device=self.device)
         launch(check_indices_kernel, (self.programs,), self.table, self.owners, self.active[0], wrong, BLOCK=self.block)
-        if self.device.type != "cpu":
+        if self.device.type == "cuda":
             _require((wrong == 0).all(), "active: expected ascending indices without repeats, from 0 to below the parameter's size")
             return
         for row, place in enumerate(self.places):
