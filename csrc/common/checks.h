@@ -6,6 +6,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -67,14 +69,46 @@ inline int64_t check_packed_shape(const Tensor& packed, const std::vector<int64_
   return numel;
 }
 
-inline Tensor empty_of_shape(const Tensor& like, ScalarType dtype) { return torch::stable::empty(like.sizes(), dtype); }
+// The tensor itself where it is contiguous, else a contiguous copy: a call through torch's dispatcher takes as long as a small op.
+inline Tensor contiguous_of(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
-// Whether two contiguous tensors share a byte.
+// A new contiguous CPU tensor, past the dispatcher too.
+inline Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  constexpr size_t usual = 8;
+  std::array<int64_t, usual> few;
+  std::vector<int64_t> many(sizes.size() > usual ? sizes.size() : 0);
+  int64_t* const strides = many.empty() ? few.data() : many.data();
+  int64_t stride = 1;
+  for (size_t place = sizes.size(); place-- > 0;) {
+    strides[place] = stride;
+    stride *= std::max<int64_t>(sizes[place], 1);
+  }
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
+                                                         static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty_of_shape(const Tensor& like, ScalarType dtype) { return empty_cpu(like.sizes(), dtype); }
+
+// Bytes from the first element of a tensor to the end of its last; nothing where it has none. Strides are never negative.
+struct Extent {
+  uintptr_t begin, end;
+};
+
+inline Extent extent_of(const Tensor& tensor) {
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const size_t element = tensor.element_size();
+  if (tensor.is_contiguous()) return {begin, begin + static_cast<uintptr_t>(tensor.numel()) * element};
+  uintptr_t last = 0;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) last += static_cast<uintptr_t>((tensor.size(dim) - 1) * tensor.stride(dim));
+  return {begin, begin + (tensor.numel() == 0 ? 0 : (last + 1) * element)};
+}
+
+// Whether memory of one tensor lies between the first and the last element of the other.
 inline bool share_memory(const Tensor& a, const Tensor& b) {
-  const auto a_begin = reinterpret_cast<uintptr_t>(a.const_data_ptr()), b_begin = reinterpret_cast<uintptr_t>(b.const_data_ptr());
-  const auto a_end = a_begin + static_cast<uintptr_t>(a.numel()) * a.element_size();
-  const auto b_end = b_begin + static_cast<uintptr_t>(b.numel()) * b.element_size();
-  return a_begin < b_end && b_begin < a_end;
+  const Extent first = extent_of(a), second = extent_of(b);
+  return first.begin < second.end && second.begin < first.end && first.begin != first.end && second.begin != second.end;
 }
 
 inline void run_on_torch_threads(void*, int64_t count, ParallelFor::Body body, void* argument) {

@@ -25,7 +25,7 @@ struct Blocks {
   int64_t tasks = 0;
 
   Elements keep(const Tensor& tensor, const char* name) {
-    kept.push_back(torch::stable::contiguous(tensor));
+    kept.push_back(contiguous_of(tensor));
     return elements_of(kept.back(), name);
   }
 
@@ -51,7 +51,7 @@ struct Blocks {
         const Tensor& part = partition[static_cast<size_t>(b)];
         check_dtype(part, ScalarType::Byte, "partition", "uint8");
         check_numel(part, numel, "partition", base_name);
-        kept.push_back(torch::stable::contiguous(part));
+        kept.push_back(contiguous_of(part));
         block.partition = static_cast<const uint8_t*>(kept.back().const_data_ptr());
       }
       blocks.push_back(block);
@@ -87,7 +87,7 @@ std::vector<Tensor> block_scale_merge_cpu(std::vector<Tensor> base, std::vector<
   Blocks all(base, "base", deltas, partition, groups);
   STD_TORCH_CHECK(coef.size(0) == all.tasks && count == static_cast<int64_t>(base.size()), "coef: expected shape [", all.tasks, ", ",
                   base.size(), ", groups], got [", coef.size(0), ", ", count, ", ", groups, "]");
-  const Tensor flat = torch::stable::contiguous(coef);
+  const Tensor flat = contiguous_of(coef);
   const DType dtype = dtype_of(coef, "coef");
   STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64, "coef: expected a float32 or float64 tensor");
   std::vector<float> narrow;
@@ -123,7 +123,7 @@ Tensor block_scale_merge_backward_cpu(std::vector<Tensor> gradients, std::vector
     std::vector<double> scratch(static_cast<size_t>(groups > 1 ? size * scale_lanes : 0));
     return block_scale_merge_loops().dots(block, piece.begin, piece.n, parts.data() + index * size, scratch.data());
   });
-  Tensor out = torch::stable::empty({all.tasks, count, groups}, ScalarType::Double);
+  Tensor out = empty_cpu({all.tasks, count, groups}, ScalarType::Double);
   auto* sums = static_cast<double*>(out.mutable_data_ptr());
   std::fill(sums, sums + count * size, 0.0);
   for (size_t index = 0; index < all.pieces.size(); ++index) {

@@ -17,10 +17,10 @@ struct DeltaTensors {
   int64_t row_length;  // of the last dimension; 1 without one
 
   DeltaTensors(const Tensor& values, const std::optional<Tensor>& origin)
-      : tuned(torch::stable::contiguous(values)), numel(values.numel()), row_length(values.dim() == 0 ? 1 : values.size(values.dim() - 1)) {
+      : tuned(contiguous_of(values)), numel(values.numel()), row_length(values.dim() == 0 ? 1 : values.size(values.dim() - 1)) {
     if (!origin.has_value()) return;
     STD_TORCH_CHECK(origin->numel() == numel, "base: expected ", numel, " entries as in tuned, got ", origin->numel());
-    base = torch::stable::contiguous(*origin);
+    base = contiguous_of(*origin);
   }
 
   Delta delta() const {
@@ -70,7 +70,7 @@ struct GivenCuts {
   Tensor threshold, equal_kept;
 
   GivenCuts(const Tensor& thresholds, const Tensor& kept, int64_t tasks, bool wide)
-      : threshold(torch::stable::contiguous(thresholds)), equal_kept(torch::stable::contiguous(kept)) {
+      : threshold(contiguous_of(thresholds)), equal_kept(contiguous_of(kept)) {
     const DType dtype = dtype_of(threshold, "threshold");
     STD_TORCH_CHECK(dtype == DType::f32 || (wide && dtype == DType::f64),
                     "threshold: expected float32 (or float64 where a tensor is float64)");

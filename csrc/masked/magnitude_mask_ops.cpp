@@ -27,7 +27,7 @@ Tensor magnitude_mask_cpu(const Tensor& tuned, std::optional<Tensor> base, int64
   STD_TORCH_CHECK(given == equal_kept.has_value(), "threshold, equal_kept: expected both or neither");
   STD_TORCH_CHECK(given || (0 <= rank_begin && rank_begin <= rank_end && rank_end <= length),
                   "rank: expected 0 <= rank_begin <= rank_end <= ", length, ", got ", rank_begin, " and ", rank_end);
-  Tensor mask = packed ? torch::stable::empty({(numel + 7) / 8}, ScalarType::Byte) : torch::stable::empty(tuned.sizes(), ScalarType::Bool);
+  Tensor mask = packed ? empty_cpu({(numel + 7) / 8}, ScalarType::Byte) : empty_cpu(tuned.sizes(), ScalarType::Bool);
   auto* to = static_cast<uint8_t*>(mask.mutable_data_ptr());
   const ParallelFor parallel = torch_parallel();
   if (by_row && !given && tensors.rows() > 1) {

@@ -75,8 +75,8 @@ std::tuple<Tensor, Tensor> magnitude_threshold_cpu(std::vector<Tensor> tuned, st
   const int64_t cuts = static_cast<int64_t>(ranks.size());
   const int64_t rows = by_row ? tensors.front().rows() : 1;
   const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
-  Tensor thresholds = by_row ? torch::stable::empty({rows, cuts}, dtype) : torch::stable::empty({cuts}, dtype);
-  Tensor kept = by_row ? torch::stable::empty({rows, cuts}, ScalarType::Long) : torch::stable::empty({cuts}, ScalarType::Long);
+  Tensor thresholds = by_row ? empty_cpu({rows, cuts}, dtype) : empty_cpu({cuts}, dtype);
+  Tensor kept = by_row ? empty_cpu({rows, cuts}, ScalarType::Long) : empty_cpu({cuts}, ScalarType::Long);
   const ParallelFor parallel = torch_parallel();
   const Delta& first = segments.front().delta;
   // One row is spread over the threads as a tensor is.

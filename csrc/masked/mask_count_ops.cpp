@@ -22,11 +22,11 @@ std::tuple<Tensor, Tensor> mask_count_cpu(std::vector<Tensor> packed, int64_t nu
   std::vector<const uint8_t*> masks;
   for (const Tensor& one : packed) {
     check_packed(one, numel, "packed");
-    flat.push_back(torch::stable::contiguous(one));
+    flat.push_back(contiguous_of(one));
     masks.push_back(static_cast<const uint8_t*>(flat.back().const_data_ptr()));
   }
-  Tensor selected = torch::stable::empty({(numel + 7) / 8}, ScalarType::Byte);
-  Tensor histogram = torch::stable::empty({tasks + 1}, ScalarType::Long);
+  Tensor selected = empty_cpu({(numel + 7) / 8}, ScalarType::Byte);
+  Tensor histogram = empty_cpu({tasks + 1}, ScalarType::Long);
   auto* to = static_cast<uint8_t*>(selected.mutable_data_ptr());
   auto* counts = static_cast<int64_t*>(histogram.mutable_data_ptr());
   const int64_t chunks = chunk_count(numel, chunk);

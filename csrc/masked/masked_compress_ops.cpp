@@ -33,11 +33,11 @@ std::vector<int64_t> places_of(const uint8_t* packed, int64_t numel) {
 Tensor masked_compress_cpu(const Tensor& values, const Tensor& packed) {
   const int64_t numel = values.numel(), size = element_bytes(values, "values");
   check_packed(packed, numel, "packed");
-  const Tensor flat = torch::stable::contiguous(values), bits = torch::stable::contiguous(packed);
+  const Tensor flat = contiguous_of(values), bits = contiguous_of(packed);
   const auto* mask = static_cast<const uint8_t*>(bits.const_data_ptr());
   const void* from = flat.const_data_ptr();
   const std::vector<int64_t> places = places_of(mask, numel);
-  Tensor out = torch::stable::empty({places.back()}, values.scalar_type());
+  Tensor out = empty_cpu({places.back()}, values.scalar_type());
   void* to = out.mutable_data_ptr();
   torch_parallel()(chunk_count(numel, chunk), [&](int64_t index) {
     const int64_t begin = index * chunk;
@@ -50,8 +50,8 @@ Tensor masked_restore_cpu(const Tensor& compressed, const Tensor& packed, const 
   const int64_t numel = base.numel(), size = element_bytes(base, "base");
   STD_TORCH_CHECK(compressed.scalar_type() == base.scalar_type(), "compressed: expected the dtype of base");
   check_packed(packed, numel, "packed");
-  const Tensor flat = torch::stable::contiguous(base), bits = torch::stable::contiguous(packed);
-  const Tensor stored = torch::stable::contiguous(compressed);
+  const Tensor flat = contiguous_of(base), bits = contiguous_of(packed);
+  const Tensor stored = contiguous_of(compressed);
   const auto* mask = static_cast<const uint8_t*>(bits.const_data_ptr());
   const std::vector<int64_t> places = places_of(mask, numel);
   STD_TORCH_CHECK(compressed.numel() == places.back(), "compressed: expected ", places.back(), " elements, one for each set entry, got ",

@@ -76,7 +76,7 @@ class StepTensors {
   }
 
   Tensor& keep(const Tensor& tensor) {
-    kept_.push_back(torch::stable::contiguous(tensor));
+    kept_.push_back(contiguous_of(tensor));
     return kept_.back();
   }
 
@@ -87,7 +87,7 @@ class StepTensors {
     note(param, true);
     note(grad, false);
     note(active, false);
-    flat_.push_back(torch::stable::contiguous(param));
+    flat_.push_back(contiguous_of(param));
     const ActiveKind kind = kind_of(active, param.numel());
     const void* gradient = keep(grad).const_data_ptr();
     const void* entries = keep(active).const_data_ptr();

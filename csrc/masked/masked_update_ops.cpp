@@ -13,7 +13,7 @@ constexpr int64_t chunk = 1 << 18;
 
 // A contiguous input that a loop may read while it writes `out`: a copy, unless it is elsewhere or exactly `out`.
 Tensor beside(const Tensor& input, const Tensor& out) {
-  const Tensor flat = torch::stable::contiguous(input);
+  const Tensor flat = contiguous_of(input);
   const bool same = flat.const_data_ptr() == out.const_data_ptr() && flat.scalar_type() == out.scalar_type();
   return share_memory(flat, out) && !same ? torch::stable::clone(flat) : flat;
 }
@@ -50,13 +50,13 @@ void check(const Tensor& target, const Tensor& mask, const Tensor& delta) {
 Tensor masked_update_cpu(const Tensor& target, const Tensor& mask, const Tensor& delta, double scale) {
   check(target, mask, delta);
   Tensor out = empty_of_shape(target, target.scalar_type());
-  update(torch::stable::contiguous(target), mask, delta, scale, out);
+  update(contiguous_of(target), mask, delta, scale, out);
   return out;
 }
 
 void masked_update_inplace_cpu(Tensor target, const Tensor& mask, const Tensor& delta, double scale) {
   check(target, mask, delta);
-  const Tensor flat = torch::stable::contiguous(target);
+  const Tensor flat = contiguous_of(target);
   update(flat, mask, delta, scale, flat);
   if (!target.is_contiguous()) torch::stable::copy_(target, flat);
 }

@@ -16,14 +16,14 @@ Tensor multi_task_vector_cpu(const Tensor& base, std::vector<Tensor> tuned, std:
   const int64_t numel = base.numel();
   STD_TORCH_CHECK(!tuned.empty() && weight.size() == tuned.size(), "weight: expected one for each of ", tuned.size(),
                   " tasks (at least 1), got ", weight.size());
-  const Tensor flat_base = torch::stable::contiguous(base);
+  const Tensor flat_base = contiguous_of(base);
   std::vector<Tensor> flat;
   std::vector<Elements> elements;
   MultiTaskVector view{elements_of(flat_base, "base"), nullptr, weight.data(), static_cast<int64_t>(tuned.size())};
   bool wide = view.base.dtype == DType::f64;
   for (const Tensor& one : tuned) {
     check_numel(one, numel, "tuned", "base");
-    flat.push_back(torch::stable::contiguous(one));
+    flat.push_back(contiguous_of(one));
     elements.push_back(elements_of(flat.back(), "tuned"));
     wide = wide || elements.back().dtype == DType::f64;
   }

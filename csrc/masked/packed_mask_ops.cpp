@@ -14,9 +14,9 @@ constexpr int64_t chunk = 1 << 18;
 
 Tensor pack_mask_cpu(const Tensor& mask) {
   check_dtype(mask, ScalarType::Bool, "mask", "bool");
-  const Tensor flat = torch::stable::contiguous(mask);
+  const Tensor flat = contiguous_of(mask);
   const int64_t numel = flat.numel();
-  Tensor packed = torch::stable::empty({(numel + 7) / 8}, ScalarType::Byte);
+  Tensor packed = empty_cpu({(numel + 7) / 8}, ScalarType::Byte);
   const auto* from = static_cast<const uint8_t*>(flat.const_data_ptr());
   auto* to = static_cast<uint8_t*>(packed.mutable_data_ptr());
   torch_parallel()(chunk_count(numel, chunk), [&](int64_t index) {
@@ -28,8 +28,8 @@ Tensor pack_mask_cpu(const Tensor& mask) {
 
 Tensor unpack_mask_cpu(const Tensor& packed, std::vector<int64_t> shape) {
   const int64_t numel = check_packed_shape(packed, shape);
-  const Tensor flat = torch::stable::contiguous(packed);
-  Tensor mask = torch::stable::empty(shape, ScalarType::Bool);
+  const Tensor flat = contiguous_of(packed);
+  Tensor mask = empty_cpu(shape, ScalarType::Bool);
   const auto* from = static_cast<const uint8_t*>(flat.const_data_ptr());
   auto* to = static_cast<uint8_t*>(mask.mutable_data_ptr());
   torch_parallel()(chunk_count(numel, chunk), [&](int64_t index) {

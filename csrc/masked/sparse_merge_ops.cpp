@@ -49,7 +49,7 @@ struct BoundMerge {
   std::vector<Tensor> tensors;
 
   const void* keep(const Tensor& tensor) {
-    tensors.push_back(torch::stable::contiguous(tensor));
+    tensors.push_back(contiguous_of(tensor));
     return tensors.back().const_data_ptr();
   }
 };
@@ -203,7 +203,7 @@ void merge_into(const MergeArguments& arguments, Tensor out) {
   STD_TORCH_CHECK(out.numel() == bound.merge.numel, "out: expected ", bound.merge.numel, " entries, got ", out.numel());
   bound.merge.out_dtype = dtype_of(out, "out");
   const bool direct = writable_in_place(out, bound.tensors);
-  Tensor target = direct ? out : torch::stable::empty(out.sizes(), out.scalar_type());
+  Tensor target = direct ? out : empty_cpu(out.sizes(), out.scalar_type());
   MergeOutput output;
   output.data = target.mutable_data_ptr();
   sparse_merge(bound.merge, output, parallel);
@@ -216,7 +216,7 @@ Tensor sparse_merge_cpu(std::optional<Tensor> base, std::vector<Tensor> tuned, s
                         std::vector<double> epsilon, int64_t seed, int64_t key, Text rescale, Text elect, int64_t zero_sign, Text vote,
                         int64_t consensus_k, std::vector<double> tall_mask_lambda, Text combine, double scale, ScalarType dtype) {
   STD_TORCH_CHECK(!tuned.empty(), "tuned: expected at least one tensor");
-  Tensor out = torch::stable::empty(tuned.front().sizes(), dtype);
+  Tensor out = empty_cpu(tuned.front().sizes(), dtype);
   merge_into(
       {base,    tuned, weight, select.value,  by_row,      rank_begin, rank_end,   threshold,   equal_kept,       masks,         density,
        epsilon, seed,  key,    rescale.value, elect.value, zero_sign,  vote.value, consensus_k, tall_mask_lambda, combine.value, scale},

@@ -73,7 +73,9 @@ def __getattr__(name: str) -> Any:
     if name in _SUBPACKAGES:
         return importlib.import_module(f"taskloom.{name}")
     if name in __all__:
-        return getattr(importlib.import_module("taskloom.ops"), name)
+        # Kept, because the search for a name that the module lacks takes longer than a small op.
+        found = globals()[name] = getattr(importlib.import_module("taskloom.ops"), name)
+        return found
     if name == "__version__":
         from importlib.metadata import version
 

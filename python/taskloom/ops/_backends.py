@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from taskloom.ops._compile import constant_under_compile
 from taskloom.ops._library import CUDA, native_devices
@@ -18,9 +19,13 @@ from taskloom.ops._triton import triton_obstacle
 
 Backend = Literal["native", "triton", "reference"]
 Transforms = Literal["reference", "refuse"]
+# What runs an op where autograd has nothing to do, and where it has; None for the reference.
+Calls = tuple[Callable[..., Any] | None, Callable[..., Any] | None]
 
 BACKENDS = ("auto", "native", "triton", "reference")
 _ORDER: tuple[Backend, ...] = ("native", "triton", "reference")
+
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
 
 
 @dataclass(frozen=True)
@@ -28,20 +33,39 @@ class Op:
     """What the choice of a backend depends on for one op: its kernels' devices, and what it does under a torch.func transform.
 
     ``transforms`` is ``reference`` where the reference is differentiable and serves under forward AD and torch.func transforms, and
-    ``refuse`` where a derivative would mean nothing.
+    ``refuse`` where a derivative would mean nothing. ``autograd`` tells whether autograd has something to do at its calls. ``calls`` keeps
+    what was chosen, by device and by what was asked for.
     """
 
     name: str
     native: frozenset[str]
     transforms: Transforms
+    autograd: bool = False
+    calls: dict[Any, Calls] = field(default_factory=dict, compare=False, repr=False)
+
+
+def direct_call(overload: Any) -> Callable[..., Any]:
+    """What an overload calls in the end: its own ``__call__`` does nothing else."""
+    call: Callable[..., Any] = getattr(overload, "_op", overload)
+    return call
+
+
+def _below_autograd(call: Callable[..., Any]) -> Callable[..., Any]:
+    guard = torch._C._AutoDispatchBelowAutograd
+
+    def below(*arguments: Any, **named: Any) -> Any:
+        with guard():
+            return call(*arguments, **named)
+
+    return below
 
 
 OPS: dict[str, Op] = {}
 
 
-def register_op(name: str, *, transforms: Transforms) -> None:
+def register_op(name: str, *, transforms: Transforms, autograd: bool) -> None:
     """Make an op of the loaded libraries known to :func:`choose`."""
-    OPS[name] = Op(name, native_devices(name), transforms)
+    OPS[name] = Op(name, native_devices(name), transforms, autograd)
 
 
 def _checked(name: str, where: str) -> str:
@@ -90,7 +114,7 @@ def backend(name: str) -> Iterator[None]:
 @constant_under_compile
 def active_transform() -> str | None:
     """The innermost torch.func transform or forward AD that is active, by the name that users know; None outside of any."""
-    interpreter: Any = torch._C._functorch.peek_interpreter_stack()
+    interpreter: Any = _innermost_transform()
     if interpreter is not None:
         return f"torch.func's {interpreter.key().name.lower()} transform"
     return "forward-mode AD" if forward_ad._current_level >= 0 else None
@@ -150,6 +174,37 @@ def choose(name: str, *tensors: Tensor) -> Backend:
     if obstacle is not None:
         raise RuntimeError(f"{name}: backend {requested!r} was asked for, but {obstacle}")
     return forced
+
+
+def _resolved(op: Op, key: Any, tensors: tuple[Tensor, ...]) -> Calls:
+    chosen = choose(op.name, *tensors)
+    if chosen == "reference":
+        calls: Calls = (None, None)
+    else:
+        call = direct_call(getattr(kernels(chosen), op.name).default)
+        calls = (_below_autograd(call) if op.autograd else call, call)
+    op.calls[key] = calls
+    return calls
+
+
+def kernel(name: str, *tensors: Tensor) -> Callable[..., Any] | None:
+    """What to call for op ``name`` and ``tensors``, by what was asked for; None where the reference serves.
+
+    The choice is :func:`choose`'s, and its errors; it is kept, because a call of a small op takes a microsecond or two.
+    """
+    # torch.compile wants an op that it can trace, and a transform may change from call to call.
+    if not is_compiling() and forward_ad._current_level < 0 and _innermost_transform() is None:
+        op = OPS[name]
+        key: Any = _requested.name
+        for tensor in tensors:
+            if not tensor.is_cpu:
+                key = key, _device(name, tensors)
+                break
+        calls = op.calls.get(key) or _resolved(op, key, tensors)
+        return calls[op.autograd and is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)]
+    chosen = choose(name, *tensors)
+    found: Callable[..., Any] | None = None if chosen == "reference" else getattr(kernels(chosen), name).default
+    return found
 
 
 @dataclass(frozen=True)

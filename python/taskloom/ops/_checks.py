@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:
     """Raise TypeError unless ``tensor`` is a tensor of a dtype that the kernels compute with."""
+    if isinstance(tensor, Tensor) and tensor.dtype in FLOATING:
+        return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in FLOATING:
-        raise TypeError(f"{op}: {name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    raise TypeError(f"{op}: {name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def check_floating_like(op: str, name: str, tensor: Tensor, like: Tensor, of: str) -> None:
+    """Raise unless ``tensor`` has such a dtype and the shape of ``like``, which is the argument ``of``."""
+    if isinstance(tensor, Tensor) and tensor.dtype in FLOATING and tensor.shape == like.shape:
+        return
+    check_floating(op, name, tensor)
+    check_shape(op, name, tensor, like.shape, of)
+
+
+def check_all_floating_like(op: str, name: str, tensors: Sequence[Tensor], like: Tensor, of: str) -> None:
+    """The same of every tensor of a list; the place of one is spelt out for an error only."""
+    shape = like.shape
+    for place, tensor in enumerate(tensors):
+        if not (isinstance(tensor, Tensor) and tensor.dtype in FLOATING and tensor.shape == shape):
+            check_floating_like(op, f"{name}[{place}]", tensor, like, of)
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
@@ -26,7 +46,7 @@ def check_dtype(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
 
 def check_shape(op: str, name: str, tensor: Tensor, shape: torch.Size | tuple[int, ...], of: str) -> None:
     """Raise ValueError unless ``tensor`` has ``shape``, which is that of the argument ``of``."""
-    if tensor.shape != torch.Size(shape):
+    if tensor.shape != shape:
         raise ValueError(f"{op}: {name}: expected shape {tuple(shape)} as {of}, got {tuple(tensor.shape)}")
 
 
@@ -37,6 +57,8 @@ def packed_bytes(numel: int) -> int:
 
 def check_packed(op: str, name: str, packed: Tensor, numel: int) -> None:
     """Raise unless ``packed`` is a one-dimensional uint8 tensor of as many bytes as ``numel`` entries take."""
+    if isinstance(packed, Tensor) and packed.dtype == torch.uint8 and packed.shape == ((numel + 7) // 8,):
+        return
     check_dtype(op, name, packed, torch.uint8)
     if packed.dim() != 1 or packed.shape[0] != packed_bytes(numel):
         raise ValueError(
@@ -44,9 +66,28 @@ def check_packed(op: str, name: str, packed: Tensor, numel: int) -> None:
         )
 
 
+def is_usual(like: Tensor, others: tuple[Tensor, ...], packed: tuple[Tensor, ...] = ()) -> bool:
+    """Whether all are what nearly every call brings: floating point and of one shape, with masks packed for it.
+
+    It asks in as few steps as Python can; where it says no, the checks by name say what is wrong, or that it is right all the same.
+    """
+    if not (isinstance(like, Tensor) and like.dtype in FLOATING):
+        return False
+    shape = like.shape
+    for tensor in others:
+        if not (isinstance(tensor, Tensor) and tensor.dtype in FLOATING and tensor.shape == shape):
+            return False
+    if packed:
+        bits = ((like.numel() + 7) // 8,)
+        for mask in packed:
+            if not (isinstance(mask, Tensor) and mask.dtype == torch.uint8 and mask.shape == bits):
+                return False
+    return True
+
+
 def check_untracked(op: str, twin: str | None, **tensors: Tensor) -> None:
     """Raise RuntimeError where autograd would have to follow an in-place op that it knows nothing of."""
-    if not torch.is_grad_enabled():
+    if not is_grad_enabled():
         return
     for name, tensor in tensors.items():
         if tensor.requires_grad:
@@ -56,38 +97,42 @@ def check_untracked(op: str, twin: str | None, **tensors: Tensor) -> None:
 
 def plain_number(op: str, name: str, value: float | Tensor) -> float:
     """``value`` as a float; raise TypeError where that would cut a gradient off."""
-    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+    if type(value) is float:
+        return value
+    if isinstance(value, Tensor) and value.requires_grad and is_grad_enabled():
         raise TypeError(f"{op}: {name}: expected a number, got a tensor that requires grad; the op has no gradient for it")
     return float(value)
 
 
 def check_writable(op: str, name: str, tensor: Tensor) -> None:
     """Raise ValueError where ``tensor`` repeats elements (as after expand), so that writing to it would mean nothing."""
+    # A size that is not known yet must not decide anything while a graph is traced.
+    if not is_compiling() and tensor.is_contiguous():
+        return
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         raise ValueError(f"{op}: {name}: expected a tensor that can be written to, got strides {tensor.stride()}, which repeat elements")
 
 
 def mark_changed(tensor: Tensor) -> None:
     """Tell autograd that an op wrote to ``tensor``, so that a backward which needs the old values raises."""
-    if not (torch.compiler.is_compiling() or tensor.is_inference()):
-        torch.autograd.graph.increment_version(tensor)
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
+    if not (is_compiling() or tensor.is_inference()):
+        torch._C._increment_version((tensor,))
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:
-    """First and last address (exclusive) of the elements."""
-    if tensor.numel() == 0:
+    """First and last address (exclusive) of the elements; nothing where there are none, or no memory that one could tell of."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta or tensor.numel() == 0:
         return 0, 0
+    begin = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return begin, begin + tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+    return begin, begin + (last + 1) * tensor.element_size()
 
 
 def check_apart(op: str, target: Tensor, **others: Tensor) -> None:
     """Raise ValueError where memory of ``target`` lies between the first and the last element of another argument."""
-    if torch.compiler.is_compiling() or not all(map(_has_memory, (target, *others.values()))):
+    if is_compiling():
         return
     begin, end = _memory(target)
     for name, other in others.items():

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from taskloom.ops._backends import register_op
+from taskloom.ops._backends import Transforms, register_op
 from taskloom.ops._triton import define_twin
 
 
@@ -57,4 +57,5 @@ def register(
         if not (discrete or mutates):
             setup = _with_ops(setup_context, ops)
             torch.library.register_autograd(qualified, backward or _refuse_backward(name), setup_context=setup)
-    register_op(name, transforms="reference" if discrete or backward is not None else "refuse")
+    transforms: Transforms = "reference" if discrete or backward is not None else "refuse"
+    register_op(name, transforms=transforms, autograd=not (discrete or mutates))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from taskloom._selection import name_key
-from taskloom.ops._checks import check_floating, check_packed, check_shape
+from taskloom.ops._checks import check_all_floating_like, check_floating, check_packed, check_shape
 from taskloom.ops._compile import constant_under_compile
 from taskloom.ops.masked._bands import OnOverflow, Scope, check_choice, check_number, check_word, rank_band, segment_length
 from taskloom.ops.masked.magnitude_mask import given_band
@@ -35,10 +35,10 @@ def check_tensors(base: Tensor | None, tuned: Sequence[Tensor]) -> None:
         raise ValueError(f"{OP}: tuned: expected at least one tensor, got none")
     if base is not None:
         check_floating(OP, "base", base)
-    for task, tensor in enumerate(tuned):
-        check_floating(OP, f"tuned[{task}]", tensor)
-        of, like = ("tuned[0]", tuned[0]) if base is None else ("base", base)
-        check_shape(OP, f"tuned[{task}]", tensor, like.shape, of)
+    else:
+        check_floating(OP, "tuned[0]", tuned[0])
+    of, like = ("tuned[0]", tuned[0]) if base is None else ("base", base)
+    check_all_floating_like(OP, "tuned", tuned, like, of)
 
 
 def per_task(name: str, value: float | Sequence[float], tasks: int, low: float | None = None, high: float | None = None) -> list[float]:

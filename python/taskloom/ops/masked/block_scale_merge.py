@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskloom.ops._backends import active_transform, choose, kernels
+from taskloom.ops._backends import active_transform, kernel
 from taskloom.ops._checks import FLOATING, check_dtype, check_floating, check_shape
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
@@ -42,8 +42,9 @@ def _listed_tasks(op: str, deltas: Sequence[Tensor | Sequence[Tensor]], base: li
     """The checked blocks of each task."""
     tasks = []
     for t, task in enumerate(deltas):
-        blocks = _listed(op, f"deltas[{t}]", task, len(base), single)
-        _check_blocks(op, f"deltas[{t}]", blocks, base)
+        name = f"deltas[{t}]"
+        blocks = _listed(op, name, task, len(base), single)
+        _check_blocks(op, name, blocks, base)
         tasks.append(blocks)
     if not tasks:
         raise ValueError(f"{op}: deltas: expected at least one task, got none")
@@ -135,20 +136,21 @@ def block_scale_merge(
     if not blocks:
         raise ValueError(f"{op}: base: expected at least one block, got none")
     for place, block in enumerate(blocks):
-        check_floating(op, f"base[{place}]", block)
+        if not (isinstance(block, Tensor) and block.dtype in FLOATING):
+            check_floating(op, f"base[{place}]", block)
     tasks = _listed_tasks(op, deltas, blocks, single)
     parts: list[Tensor] = [] if partition is None else _listed(op, "partition", partition, len(blocks), single)
     if parts:
         _check_partition(op, parts, blocks)
     full = _expanded_coef(op, coef, len(tasks), len(blocks), bool(parts))
     flat = list(chain.from_iterable(tasks))
-    chosen = choose(op, *blocks, *flat, full, *parts)
-    if chosen == "reference":
+    run = kernel(op, *blocks, *flat, full, *parts)
+    if run is None:
         if active_transform() is None:
             _check_groups(op, parts, full.shape[2])
         merged = reference.block_scale_merge(blocks, tasks, full, parts)
     else:
-        merged = _run(op, parts, full.shape[2], lambda: kernels(chosen).block_scale_merge.default(blocks, flat, full, parts))
+        merged = _run(op, parts, full.shape[2], lambda: run(blocks, flat, full, parts))
     return merged[0] if single else merged
 
 
@@ -197,12 +199,12 @@ def block_scale_merge_backward(
     if not 1 <= groups <= (_GROUPS if parts else 1):
         raise ValueError(f"{op}: groups: expected 1 to {_GROUPS}, and 1 without a partition, got {groups}")
     flat = list(chain.from_iterable(tasks))
-    chosen = choose(op, *blocks, *flat, *parts)
-    if chosen == "reference":
+    run = kernel(op, *blocks, *flat, *parts)
+    if run is None:
         if active_transform() is None:
             _check_groups(op, parts, groups)
         return reference.block_scale_merge_backward(blocks, tasks, parts, groups)
-    products: Tensor = _run(op, parts, groups, lambda: kernels(chosen).block_scale_merge_backward.default(blocks, flat, parts, groups))
+    products: Tensor = _run(op, parts, groups, lambda: run(blocks, flat, parts, groups))
     return products
 
 

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from taskloom.ops._backends import choose, kernels
-from taskloom.ops._checks import check_floating, check_shape, packed_bytes
+from taskloom.ops._backends import kernel
+from taskloom.ops._checks import check_floating, check_floating_like, packed_bytes
 from taskloom.ops._register import register
 from taskloom.ops.masked._bands import OnOverflow, check_choice, rank_band, segment_length
 from taskloom.ops.masked.magnitude_threshold import MagnitudeThreshold
@@ -90,8 +90,7 @@ def magnitude_mask(
     op = "magnitude_mask"
     check_floating(op, "tuned", tuned)
     if base is not None:
-        check_floating(op, "base", base)
-        check_shape(op, "base", base, tuned.shape, "tuned")
+        check_floating_like(op, "base", base, tuned, "tuned")
     check_choice(op, "scope", scope, ("tensor", "row"))
     tensors = [tuned] if base is None else [tuned, base]
     begin = end = 0
@@ -104,10 +103,10 @@ def magnitude_mask(
     else:
         length = segment_length(tuned, scope)
         begin, end = rank_band(op, length, scope, rank=rank, density=density, gamma=gamma, at_least_one=False, on_overflow=on_overflow)
-    chosen = choose(op, *tensors)
-    if chosen == "reference":
+    run = kernel(op, *tensors)
+    if run is None:
         return reference.magnitude_mask(tuned, base, begin, end, scope == "row", cut, equal_kept, packed)
-    mask: Tensor = kernels(chosen).magnitude_mask.default(tuned, base, begin, end, scope == "row", cut, equal_kept, packed)
+    mask: Tensor = run(tuned, base, begin, end, scope == "row", cut, equal_kept, packed)
     return mask
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from taskloom._selection import band_ranks
-from taskloom.ops._backends import choose, kernels
-from taskloom.ops._checks import check_floating, check_shape
+from taskloom.ops._backends import kernel
+from taskloom.ops._checks import FLOATING, check_floating, check_shape
 from taskloom.ops._register import register
 from taskloom.ops.masked._bands import check_choice, check_number, check_ranks, segment_length
 from taskloom.reference import masked as reference
@@ -41,7 +41,8 @@ def _as_list(op: str, name: str, value: Tensor | Sequence[Tensor]) -> list[Tenso
     if not tensors:
         raise ValueError(f"{op}: {name}: expected at least one tensor, got none")
     for tensor in tensors:
-        check_floating(op, name, tensor)
+        if not (isinstance(tensor, Tensor) and tensor.dtype in FLOATING):
+            check_floating(op, name, tensor)
     return list(tensors)
 
 
@@ -53,7 +54,8 @@ def _delta_lists(op: str, tuned: Tensor | Sequence[Tensor], base: Tensor | Seque
     if len(origins) != len(tasks):
         raise ValueError(f"{op}: base: expected {len(tasks)} tensors as in tuned, got {len(origins)}")
     for origin, task in zip(origins, tasks, strict=True):
-        check_shape(op, "base", origin, task.shape, "tuned")
+        if origin.shape != task.shape:
+            check_shape(op, "base", origin, task.shape, "tuned")
     return tasks, origins
 
 
@@ -123,11 +125,8 @@ def magnitude_threshold(
     else:
         ranks = list(rank) if isinstance(rank, Sequence) else [rank] if rank is not None else []
         check_ranks(op, ranks, length, "a row" if by_row else "the whole")
-    chosen = choose(op, *tasks, *origins)
-    if chosen == "reference":
-        found = reference.magnitude_threshold(tasks, origins, ranks, by_row)
-    else:
-        found = kernels(chosen).magnitude_threshold.default(tasks, origins, ranks, by_row)
+    run = kernel(op, *tasks, *origins)
+    found = (run or reference.magnitude_threshold)(tasks, origins, ranks, by_row)
     if isinstance(rank, Sequence):
         return MagnitudeThreshold(*found)
     return MagnitudeThreshold(found[0].squeeze(-1), found[1].squeeze(-1))
@@ -179,10 +178,10 @@ def magnitude_histogram(tuned: Tensor, base: Tensor | None = None, *, shift: int
         raise ValueError(f"{op}: shift: expected one of {', '.join(map(str, shifts))}, got {shift}")
     if not 0 <= prefix < 1 << 47:
         raise ValueError(f"{op}: prefix: expected the higher digits of a magnitude, got {prefix}")
-    chosen = choose(op, *tensors)
-    if chosen == "reference":
+    run = kernel(op, *tensors)
+    if run is None:
         return reference.magnitude_histogram(tuned, base, shift, prefix, wide)
-    counts: Tensor = kernels(chosen).magnitude_histogram.default(tuned, base, shift, prefix, wide)
+    counts: Tensor = run(tuned, base, shift, prefix, wide)
     return counts
 
 

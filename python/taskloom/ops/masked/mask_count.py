@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from taskloom.ops._backends import choose, kernels
+from taskloom.ops._backends import kernel
 from taskloom.ops._checks import check_packed, packed_bytes
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
@@ -58,15 +58,15 @@ def mask_count(packed: Tensor | Sequence[Tensor], numel: int, k: int) -> tuple[T
         raise TypeError(f"{op}: k: expected an int, got {type(k).__name__}")
     if k < 0:
         raise ValueError(f"{op}: k: must not be negative, got {k}")
+    length = (packed_bytes(numel),)
     for place, mask in enumerate(masks):
-        check_packed(op, f"packed[{place}]", mask, numel)
-    chosen = choose(op, *masks)
-    if chosen == "reference":
+        if not (isinstance(mask, Tensor) and mask.dtype == torch.uint8 and mask.shape == length):
+            check_packed(op, f"packed[{place}]", mask, numel)
+    run = kernel(op, *masks)
+    if run is None:
         return reference.mask_count(masks, numel, k)
-    selected: Tensor
-    histogram: Tensor
-    selected, histogram = kernels(chosen).mask_count.default(masks, numel, k)
-    return selected, histogram
+    found: tuple[Tensor, Tensor] = run(masks, numel, k)
+    return found
 
 
 def _fake_mask_count(packed: Sequence[Tensor], numel: int, k: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskloom.ops._backends import choose, kernels
+from taskloom.ops._backends import kernel
 from taskloom.ops._checks import FLOATING, check_packed
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
@@ -50,10 +50,10 @@ def masked_compress(values: Tensor, packed: Tensor) -> Tensor:
     op = "masked_compress"
     _check_movable(op, "values", values)
     check_packed(op, "packed", packed, values.numel())
-    chosen = choose(op, values, packed)
-    if chosen == "reference":
+    run = kernel(op, values, packed)
+    if run is None:
         return reference.masked_compress(values, packed)
-    compressed: Tensor = kernels(chosen).masked_compress.default(values, packed)
+    compressed: Tensor = run(values, packed)
     return compressed
 
 
@@ -106,12 +106,12 @@ def masked_restore(compressed: Tensor, packed: Tensor, base: Tensor) -> Tensor:
         if compressed.dtype not in FLOATING or base.dtype not in FLOATING:
             raise TypeError(f"{op}: compressed: expected {base.dtype} as base, got {compressed.dtype}")
         compressed = compressed.to(base.dtype)
-    chosen = choose(op, compressed, packed, base)
-    if chosen == "reference":
+    run = kernel(op, compressed, packed, base)
+    if run is None:
         _check_length(compressed, packed, base.numel())
         return reference.masked_restore(compressed, packed, base)
     try:
-        restored: Tensor = kernels(chosen).masked_restore.default(compressed, packed, base)
+        restored: Tensor = run(compressed, packed, base)
     except RuntimeError:
         # The kernel counts the set entries anyway; counting them here first would read the mask twice.
         _check_length(compressed, packed, base.numel())

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from taskloom.ops._backends import choose, kernels
-from taskloom.ops._checks import check_floating, check_packed, check_shape, check_writable
+from taskloom.ops._backends import kernel
+from taskloom.ops._checks import FLOATING, check_floating, check_packed, check_shape, check_writable
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
 from taskloom.reference.masked.masked_step import active_indices
@@ -26,7 +27,10 @@ def _listed(op: str, name: str, value: Any, count: int) -> list[Any]:
     return listed
 
 
-def _check_active(op: str, name: str, active: Any, param: Tensor) -> Tensor:
+def _check_active(op: str, place: int, active: Any, param: Tensor) -> Tensor:
+    if isinstance(active, Tensor) and active.dtype == torch.uint8 and active.shape == ((param.numel() + 7) // 8,):
+        return active
+    name = f"active[{place}]"
     if active is None:
         return torch.empty(0, dtype=torch.bool, device=param.device)
     if not isinstance(active, Tensor):
@@ -44,11 +48,12 @@ def _check_active(op: str, name: str, active: Any, param: Tensor) -> Tensor:
 def _check_params(op: str, params: list[Tensor], grads: list[Tensor]) -> None:
     recorded = torch.is_grad_enabled()
     for place, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        check_floating(op, f"params[{place}]", param)
-        check_writable(op, f"params[{place}]", param)
+        # A model has hundreds of parameters: names are made only for an error.
+        if not (isinstance(param, Tensor) and param.dtype in FLOATING and not is_compiling() and param.is_contiguous()):
+            check_floating(op, f"params[{place}]", param)
+            check_writable(op, f"params[{place}]", param)
         if recorded and param.requires_grad:
             raise RuntimeError(f"{op}: params[{place}] requires grad and the op is in place; use torch.no_grad()")
-        # A model has hundreds of parameters: names are made only for an error.
         if isinstance(grad, Tensor) and grad.dtype == param.dtype and grad.shape == param.shape and grad.layout == torch.strided:
             continue
         check_floating(op, f"grads[{place}]", grad)
@@ -95,10 +100,9 @@ def _check_sizes(op: str, params: list[Tensor], active: list[Tensor], state: dic
 
 
 def _mark_changed(tensors: list[Tensor]) -> None:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return
-    followed = [tensor for tensor in tensors if not tensor.is_inference()]
-    torch.autograd.graph.increment_version(followed)
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def _steps(op: str, step: float | Sequence[float], count: int) -> list[float]:
@@ -122,7 +126,7 @@ def _run(
     count = len(listed)
     gradients = _listed(op, "grads", grads, count)
     _check_params(op, listed, gradients)
-    entries = [_check_active(op, f"active[{place}]", one, listed[place]) for place, one in enumerate(_listed(op, "active", active, count))]
+    entries = [_check_active(op, place, one, listed[place]) for place, one in enumerate(_listed(op, "active", active, count))]
     states = {name: _listed(op, name, one, count) for name, one in state.items()}
     for name, one in states.items():
         _check_state(op, name, one, listed)
@@ -131,15 +135,12 @@ def _run(
     if count == 0:
         return
     changed = [*listed, *(tensor for one in states.values() for tensor in one)]
-    chosen = choose(op, *changed, *gradients, *entries)
-    if chosen == "reference":
+    call = kernel(op, *changed, *gradients, *entries)
+    if call is None:
         _check_sizes(op, listed, entries, states)
-        run = defined
-    else:
-        run = getattr(kernels(chosen), op).default
     given = {"momentum_buffer": []} if op == "masked_sgd_" and not states else states
-    run(listed, gradients, *given.values(), entries, steps, *numbers.values())
-    if chosen != "reference":
+    (call or defined)(listed, gradients, *given.values(), entries, steps, *numbers.values())
+    if call is not None:
         _mark_changed(changed)
 
 

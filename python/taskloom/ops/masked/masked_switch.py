@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
-from taskloom.ops._backends import choose, kernels
-from taskloom.ops._checks import check_apart, check_floating, check_packed, check_shape, check_untracked, check_writable, mark_changed
+from taskloom.ops._backends import kernel
+from taskloom.ops._checks import (
+    check_apart,
+    check_floating,
+    check_floating_like,
+    check_packed,
+    check_untracked,
+    check_writable,
+    is_usual,
+    mark_changed,
+)
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
 
@@ -46,19 +55,26 @@ def masked_switch_(target: Tensor, base: Tensor, delta: Tensor, old_packed: Tens
     Source: this library.
     """
     op = "masked_switch_"
-    check_floating(op, "target", target)
-    for name, tensor in (("base", base), ("delta", delta)):
-        check_floating(op, name, tensor)
-        check_shape(op, name, tensor, target.shape, "target")
-    check_packed(op, "old_packed", old_packed, target.numel())
-    check_packed(op, "new_packed", new_packed, target.numel())
+    if not is_usual(target, (base, delta), (old_packed, new_packed)):
+        check_floating(op, "target", target)
+        check_floating_like(op, "base", base, target, "target")
+        check_floating_like(op, "delta", delta, target, "target")
+        check_packed(op, "old_packed", old_packed, target.numel())
+        check_packed(op, "new_packed", new_packed, target.numel())
     check_writable(op, "target", target)
-    check_untracked(op, None, target=target, base=base, delta=delta)
-    chosen = choose(op, target, base, delta, old_packed, new_packed)
-    check_apart(op, target, base=base, delta=delta, old_packed=old_packed, new_packed=new_packed)
-    if chosen == "reference":
+    if is_grad_enabled() and (target.requires_grad or base.requires_grad or delta.requires_grad):
+        check_untracked(op, None, target=target, base=base, delta=delta)
+    run = kernel(op, target, base, delta, old_packed, new_packed)
+    if run is None or not target.is_cpu:
+        check_apart(op, target, base=base, delta=delta, old_packed=old_packed, new_packed=new_packed)
+    if run is None:
         return reference.masked_switch_(target, base, delta, old_packed, new_packed)
-    kernels(chosen).masked_switch_.default(target, base, delta, old_packed, new_packed)
+    try:
+        run(target, base, delta, old_packed, new_packed)
+    except RuntimeError:
+        # The CPU kernel looks at addresses in a fraction of the time; it cannot name the argument.
+        check_apart(op, target, base=base, delta=delta, old_packed=old_packed, new_packed=new_packed)
+        raise
     mark_changed(target)
     return target
 

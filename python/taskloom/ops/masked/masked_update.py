@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
-from taskloom.ops._backends import choose, kernels
+from taskloom.ops._backends import kernel
 from taskloom.ops._checks import (
     check_floating,
+    check_floating_like,
     check_packed,
     check_shape,
     check_untracked,
     check_writable,
+    is_usual,
     mark_changed,
     plain_number,
 )
@@ -23,14 +25,13 @@ from taskloom.reference import masked as reference
 
 def _check(op: str, target: Tensor, mask: Tensor, delta: Tensor) -> None:
     check_floating(op, "target", target)
-    check_floating(op, "delta", delta)
-    check_shape(op, "delta", delta, target.shape, "target")
+    check_floating_like(op, "delta", delta, target, "target")
     if not isinstance(mask, Tensor):
         raise TypeError(f"{op}: mask: expected a tensor, got {type(mask).__name__}")
-    if mask.dtype == torch.bool:
-        check_shape(op, "mask", mask, target.shape, "target")
-    elif mask.dtype == torch.uint8:
+    if mask.dtype == torch.uint8:
         check_packed(op, "mask", mask, target.numel())
+    elif mask.dtype == torch.bool:
+        check_shape(op, "mask", mask, target.shape, "target")
     else:
         raise TypeError(f"{op}: mask: expected torch.bool or packed torch.uint8, got {mask.dtype}")
 
@@ -72,12 +73,13 @@ def masked_update(target: Tensor, mask: Tensor, delta: Tensor, scale: float = 1.
     elsewhere.
     """
     op = "masked_update"
-    _check(op, target, mask, delta)
+    if not is_usual(target, (delta,), (mask,)):
+        _check(op, target, mask, delta)
     scale = plain_number(op, "scale", scale)
-    chosen = choose(op, target, mask, delta)
-    if chosen == "reference":
+    run = kernel(op, target, mask, delta)
+    if run is None:
         return reference.masked_update(target, mask, delta, scale)
-    updated: Tensor = kernels(chosen).masked_update.default(target, mask, delta, scale)
+    updated: Tensor = run(target, mask, delta, scale)
     return updated
 
 
@@ -110,14 +112,16 @@ def masked_update_(target: Tensor, mask: Tensor, delta: Tensor, scale: float = 1
     Source: this library.
     """
     op = "masked_update_"
-    _check(op, target, mask, delta)
+    if not is_usual(target, (delta,), (mask,)):
+        _check(op, target, mask, delta)
     scale = plain_number(op, "scale", scale)
     check_writable(op, "target", target)
-    check_untracked(op, "masked_update", target=target, delta=delta)
-    chosen = choose(op, target, mask, delta)
-    if chosen == "reference":
+    if is_grad_enabled() and (target.requires_grad or delta.requires_grad):
+        check_untracked(op, "masked_update", target=target, delta=delta)
+    run = kernel(op, target, mask, delta)
+    if run is None:
         return reference.masked_update_(target, mask, delta, scale)
-    kernels(chosen).masked_update_.default(target, mask, delta, scale)
+    run(target, mask, delta, scale)
     mark_changed(target)
     return target
 

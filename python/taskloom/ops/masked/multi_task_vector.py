@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from taskloom.ops._backends import choose, kernels
-from taskloom.ops._checks import check_floating, check_shape, plain_number
+from taskloom.ops._backends import kernel
+from taskloom.ops._checks import check_all_floating_like, check_floating, plain_number
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
 from taskloom.reference.masked.arithmetic import accumulation_dtype
@@ -49,17 +49,15 @@ def multi_task_vector(base: Tensor, tuned: Sequence[Tensor], weight: float | Seq
     tuned = list(tuned)
     if not tuned:
         raise ValueError(f"{op}: tuned: expected at least one tensor, got none")
-    for place, one in enumerate(tuned):
-        check_floating(op, f"tuned[{place}]", one)
-        check_shape(op, f"tuned[{place}]", one, base.shape, "base")
+    check_all_floating_like(op, "tuned", tuned, base, "base")
     weights = [weight] * len(tuned) if isinstance(weight, (int, float)) else list(weight)
     if len(weights) != len(tuned):
         raise ValueError(f"{op}: weight: expected one number or one for each of {len(tuned)} tasks, got {len(weights)}")
     weights = [plain_number(op, "weight", one) for one in weights]
-    chosen = choose(op, base, *tuned)
-    if chosen == "reference":
+    run = kernel(op, base, *tuned)
+    if run is None:
         return reference.multi_task_vector(base, tuned, weights)
-    total: Tensor = kernels(chosen).multi_task_vector.default(base, tuned, weights)
+    total: Tensor = run(base, tuned, weights)
     return total
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from taskloom.ops._backends import choose, kernels
+from taskloom.ops._backends import kernel
 from taskloom.ops._checks import check_dtype, check_packed, packed_bytes
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
@@ -33,10 +33,10 @@ def pack_mask(mask: Tensor) -> Tensor:
         If ``mask`` is no bool tensor.
     """
     check_dtype("pack_mask", "mask", mask, torch.bool)
-    chosen = choose("pack_mask", mask)
-    if chosen == "reference":
+    run = kernel("pack_mask", mask)
+    if run is None:
         return reference.pack_mask(mask)
-    packed: Tensor = kernels(chosen).pack_mask.default(mask)
+    packed: Tensor = run(mask)
     return packed
 
 
@@ -62,13 +62,16 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
     ValueError
         If a size is negative or ``packed`` has another number of bytes than the shape needs.
     """
-    if any(size < 0 for size in shape):
-        raise ValueError(f"unpack_mask: shape: sizes must not be negative, got {tuple(shape)}")
-    check_packed("unpack_mask", "packed", packed, torch.Size(shape).numel())
-    chosen = choose("unpack_mask", packed)
-    if chosen == "reference":
+    numel = 1
+    for size in shape:
+        if size < 0:
+            raise ValueError(f"unpack_mask: shape: sizes must not be negative, got {tuple(shape)}")
+        numel *= size
+    check_packed("unpack_mask", "packed", packed, numel)
+    run = kernel("unpack_mask", packed)
+    if run is None:
         return reference.unpack_mask(packed, shape)
-    mask: Tensor = kernels(chosen).unpack_mask.default(packed, list(shape))
+    mask: Tensor = run(packed, shape)
     return mask
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskloom.ops._backends import choose, kernels
+from taskloom.ops._backends import kernel
 from taskloom.ops._checks import FLOATING, check_floating, check_shape, check_writable, mark_changed
 from taskloom.ops._register import register
 from taskloom.ops.masked._bands import OnOverflow, Scope, check_word
@@ -192,20 +192,20 @@ def sparse_merge(
     inputs += [tensor for tensor in (base, arguments["threshold"], arguments["equal_kept"]) if tensor is not None]
     if out is not None:
         _check_out(out, out_dtype, inputs, tuned[0].shape)
-        chosen = choose("sparse_merge_out", *inputs, out)
-        if chosen == "reference":
+        run = kernel("sparse_merge_out", *inputs, out)
+        if run is None:
             out.copy_(reference.sparse_merge(**arguments, dtype=out.dtype))
         else:
-            kernels(chosen).sparse_merge_out.default(**arguments, out=out)
+            run(**arguments, out=out)
             mark_changed(out)
         return out
     dtype = out_dtype or (tuned[0] if base is None else base).dtype
     if dtype not in FLOATING:
         raise TypeError(f"{op}: out_dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
-    chosen = choose(op, *inputs)
-    if chosen == "reference":
+    run = kernel(op, *inputs)
+    if run is None:
         return reference.sparse_merge(**arguments, dtype=dtype)
-    merged: Tensor = kernels(chosen).sparse_merge.default(**arguments, dtype=dtype)
+    merged: Tensor = run(**arguments, dtype=dtype)
     return merged
 
 

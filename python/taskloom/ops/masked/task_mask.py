@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from taskloom.ops._backends import choose, kernels
-from taskloom.ops._checks import check_floating, check_shape, packed_bytes
+from taskloom.ops._backends import kernel
+from taskloom.ops._checks import check_floating, check_floating_like, is_usual, packed_bytes
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
 
@@ -47,18 +47,18 @@ def task_mask(base: Tensor, tuned: Tensor, multi_task_vector: Tensor, tall_mask_
     Source: TALL-masks, Wang et al., ICML 2024, arXiv 2405.07813, equation 4. Not differentiable.
     """
     op = "task_mask"
-    check_floating(op, "base", base)
-    for name, tensor in (("tuned", tuned), ("multi_task_vector", multi_task_vector)):
-        check_floating(op, name, tensor)
-        check_shape(op, name, tensor, base.shape, "base")
+    if not is_usual(base, (tuned, multi_task_vector)):
+        check_floating(op, "base", base)
+        check_floating_like(op, "tuned", tuned, base, "base")
+        check_floating_like(op, "multi_task_vector", multi_task_vector, base, "base")
     if isinstance(tall_mask_lambda, bool) or not isinstance(tall_mask_lambda, (int, float)):
         raise TypeError(f"{op}: tall_mask_lambda: expected a number, got {type(tall_mask_lambda).__name__}")
     if not 0 < tall_mask_lambda < float("inf"):
         raise ValueError(f"{op}: tall_mask_lambda: expected a finite number > 0, got {tall_mask_lambda}")
-    chosen = choose(op, base, tuned, multi_task_vector)
-    if chosen == "reference":
+    run = kernel(op, base, tuned, multi_task_vector)
+    if run is None:
         return reference.task_mask(base, tuned, multi_task_vector, tall_mask_lambda)
-    packed: Tensor = kernels(chosen).task_mask.default(base, tuned, multi_task_vector, float(tall_mask_lambda))
+    packed: Tensor = run(base, tuned, multi_task_vector, float(tall_mask_lambda))
     return packed
 
 
