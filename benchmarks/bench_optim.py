@@ -1,13 +1,15 @@
-"""Step time and state memory of MaskedAdamW beside torch.optim.AdamW with a mask multiplied into the gradient, in one run.
+"""Step time and state memory of the masked optimisers beside torch.optim with a mask multiplied into the gradient, in one run.
 
     python benchmarks/bench_optim.py [--json NAME.json]
 
-Every density is gated first: active entries must follow torch's AdamW, others must keep their bits.
+Every density is gated first: active entries must follow torch's optimiser, others must keep their bits. Steps are timed in the middle of
+training, both sides at the same step. Then the functions that rewrite parameters, beside the same in plain torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +19,20 @@ import torch
 from torch import Tensor, nn
 
 import environment
-from harness import large_copy, seconds_of
+from harness import Contest, check_close, large_copy, outcome, seconds_of
+from rewrite_contests import CONTESTS
 from spread import spread, summary
-from taskloom.optim import MaskedAdamW
+from taskloom.optim import MaskedAdamW, MaskedSGD
 
 # Weights of four layers of a transformer of width 768, and their biases.
 SHAPES = ((2304, 768), (2304,), (768, 768), (768,), (3072, 768), (3072,), (768, 3072), (768,)) * 4
 DENSITIES = (0.01, 0.1, 0.5)
-OPTIONS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.01}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "AdamW": {"lr": 1e-3, "weight_decay": 0.01},
+    "SGD": {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.01},
+}
+OURS: dict[str, Any] = {"AdamW": MaskedAdamW, "SGD": MaskedSGD}
+THEIRS: dict[str, Any] = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}
 
 
 def _params() -> list[nn.Parameter]:
@@ -48,10 +56,10 @@ def state_bytes(optimizer: torch.optim.Optimizer, masks: bool) -> int:
     )
 
 
-def gate(density: float) -> None:
+def gate_steps(kind: str, density: float) -> None:
     """Raise unless active entries follow torch and the others keep their bits."""
     ours, theirs, start, masks = _params(), _params(), _params(), _masks(density)
-    own, other = MaskedAdamW(ours, masks, **OPTIONS), torch.optim.AdamW(theirs, foreach=True, **OPTIONS)
+    own, other = OURS[kind](ours, masks, **OPTIONS[kind]), THEIRS[kind](theirs, foreach=True, **OPTIONS[kind])
     for _ in range(3):
         own.step()
         other.step()
@@ -72,13 +80,13 @@ def _masked_step(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], m
     return step
 
 
-def measure(density: float, rounds: int) -> dict[str, Any]:
-    """Step times, each after a large copy, of ours and of torch's in turn."""
+def measure_steps(kind: str, density: float, rounds: int) -> dict[str, Any]:
+    """Step times, each after a large copy, of ours and of torch's in turn; the first step, which makes the state, is not counted."""
     masks = _masks(density)
     copy = large_copy()
     params = {name: _params() for name in ("ours", "foreach", "fused")}
-    ours = MaskedAdamW(params["ours"], masks, **OPTIONS)
-    theirs = {name: torch.optim.AdamW(params[name], **{name: True}, **OPTIONS) for name in ("foreach", "fused")}
+    ours = OURS[kind](params["ours"], masks, **OPTIONS[kind])
+    theirs = {name: THEIRS[kind](params[name], **{name: True}, **OPTIONS[kind]) for name in ("foreach", "fused")}
     calls: dict[str, Callable[[], Any]] = {"ours": ours.step}
     calls |= {name: _masked_step(optimizer, params[name], masks) for name, optimizer in theirs.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -90,6 +98,7 @@ def measure(density: float, rounds: int) -> dict[str, Any]:
             times[name].append(seconds_of(call))
     dense = state_bytes(theirs["fused"], masks=True)
     return {
+        "optimizer": kind,
         "density": density,
         "seconds": {name: summary(taken) for name, taken in times.items()},
         "over_ours": {
@@ -100,26 +109,60 @@ def measure(density: float, rounds: int) -> dict[str, Any]:
     }
 
 
+def gate_rewrite(contest: Contest) -> None:
+    """Raise unless plain torch gives the same, where it draws no random numbers of its own."""
+    if contest.shared is not None:
+        for peer in contest.peers.values():
+            check_close(outcome(contest, contest.ours), outcome(contest, peer), contest.exact)
+
+
+def measure_rewrite(name: str, contest: Contest, rounds: int) -> dict[str, Any]:
+    """Times of a function and of plain torch in turn, each after a large copy and from the same state."""
+    copy = large_copy()
+    calls = {"ours": contest.ours, **contest.peers}
+    changed = [*([] if contest.changes is None else [contest.changes]), *contest.state]
+    start = [tensor.clone() for tensor in changed]
+    times: dict[str, list[float]] = {each: [] for each in calls}
+    for _ in range(rounds):
+        for each, call in calls.items():
+            for tensor, old in zip(changed, start, strict=True):
+                tensor.copy_(old)
+            copy()
+            times[each].append(seconds_of(call))
+    over = {each: summary([theirs / own for theirs, own in zip(times[each], times["ours"], strict=True)]) for each in contest.peers}
+    seconds = {each: summary(taken) for each, taken in times.items()}
+    return {"function": name, "bytes": contest.bytes, "sizes": dict(contest.sizes), "seconds": seconds, "over_ours": over}
+
+
+def _ratios(over: dict[str, Any]) -> str:
+    return ", ".join(f"{name} / ours {spread(ratio, 1)}" for name, ratio in over.items())
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Step time and state memory of MaskedAdamW beside torch.optim.AdamW.")
+    parser = argparse.ArgumentParser(description="Step time and state memory of the masked optimisers beside torch.optim.")
     parser.add_argument("--json", type=Path, help="file to keep the figures in, under benchmarks/results")
     parser.add_argument("--rounds", type=int, default=9)
     given = parser.parse_args()
-    found = []
-    for density in DENSITIES:
-        gate(density)
-        one = measure(density, given.rounds)
+    found, rewrites = [], []
+    for kind, density in itertools.product(OURS, DENSITIES):
+        gate_steps(kind, density)
+        one = measure_steps(kind, density, given.rounds)
         found.append(one)
-        ratios = ", ".join(f"{name} / ours {spread(ratio, 1)}" for name, ratio in one["over_ours"].items())
         print(
-            f"density {density}: step {1e3 * one['seconds']['ours']['median']:.1f} ms; {ratios}; "
-            f"moments {one['moments_share']:.3f} of the dense ones, {one['state_share']:.3f} with masks",
+            f"{kind}, density {density}: step {1e3 * one['seconds']['ours']['median']:.1f} ms; {_ratios(one['over_ours'])}; "
+            f"state {one['moments_share']:.3f} of the dense one, {one['state_share']:.3f} with masks",
             flush=True,
         )
+    for name, make in CONTESTS.items():
+        contest = make()
+        gate_rewrite(contest)
+        one = measure_rewrite(name, contest, given.rounds)
+        rewrites.append(one)
+        print(f"{name}: {1e3 * one['seconds']['ours']['median']:.1f} ms; {_ratios(one['over_ours'])}", flush=True)
     if given.json:
         entries = sum(torch.Size(shape).numel() for shape in SHAPES)
         facts = {"device": environment.device(), "versions": environment.versions(), "threads": torch.get_num_threads()}
-        whole = {**facts, **environment.commit(), "entries": entries, "densities": found}
+        whole = {**facts, **environment.commit(), "entries": entries, "densities": found, "rewrites": rewrites}
         (Path(__file__).parent / "results" / given.json.name).write_text(json.dumps(whole, indent=2) + "\n")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -40,7 +40,9 @@ class Contest:
     exact
         Whether the gate expects the reference's values themselves, not values near them.
     changes
-        The tensor that the calls write in place.
+        The tensor that the calls write in place, and that is compared.
+    state
+        Tensors that the calls change beside it: they are put back before a result is compared, and are not compared.
     sizes
         What else the JSON says of the inputs, beside shape and dtype.
     """
@@ -51,6 +53,7 @@ class Contest:
     shared: Callable[[Any], Any] | None = lambda result: result
     exact: bool = False
     changes: Tensor | None = None
+    state: Sequence[Tensor] = ()
     sizes: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -70,13 +73,14 @@ class Row:
 
 def outcome(contest: Contest, call: Call) -> Any:
     """Copies of what a call gives; what it changed in place is put back."""
-    before = None if contest.changes is None else contest.changes.clone()
+    changed = [*([] if contest.changes is None else [contest.changes]), *contest.state]
+    before = [tensor.clone() for tensor in changed]
     result = call()
-    if contest.changes is None or before is None:
-        return result
-    found = contest.changes.clone()
-    contest.changes.copy_(before)
-    return found
+    if contest.changes is not None:
+        result = contest.changes.clone()
+    for tensor, old in zip(changed, before, strict=True):
+        tensor.copy_(old)
+    return result
 
 
 def check_close(got: Any, expected: Any, exact: bool = False) -> None:

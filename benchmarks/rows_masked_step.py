@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,10 @@ from harness import Contest, Row, Shape
 from inputs import bool_mask, packed_mask, weights
 
 DENSITY = 0.1
+STEP = 10
+
+Step = Callable[[Tensor, Tensor, list[Tensor], Tensor], None]
+DenseStep = Callable[[Tensor, Tensor, list[Tensor]], None]
 
 
 def _moved(param: Tensor, active: int, states: int) -> int:
@@ -17,54 +24,51 @@ def _moved(param: Tensor, active: int, states: int) -> int:
     return 3 * active * param.itemsize + 2 * states * 4 * active + (param.numel() + 7) // 8
 
 
+def _step_contest(shape: Shape, dtype: torch.dtype, states: int, ours: Step, theirs: DenseStep, peer: str) -> Contest:
+    """A step in the middle of training: the same number, and the same state, for both."""
+    param, grad = weights(shape, 0, dtype), weights(shape, 1, dtype)
+    packed, mask = packed_mask(shape, 2, DENSITY), bool_mask(shape, 2, DENSITY)
+    dense = [torch.where(mask, weights(shape, 3 + place).abs(), 0) for place in range(states)]
+    compact = [one[mask] for one in dense]
+    # Torch keeps state in the dtype of the parameter.
+    dense = [one.to(dtype) for one in dense]
+
+    def step() -> Tensor:
+        ours(param, grad, compact, packed)
+        return param
+
+    def dense_step() -> Tensor:
+        theirs(param, grad * mask, dense)
+        return param
+
+    moved = _moved(param, compact[0].numel(), states)
+    changed = {"changes": param, "state": (*compact, *dense), "sizes": {"density": DENSITY, "step": STEP}}
+    return Contest(ours=step, bytes=moved, peers={peer: dense_step}, **changed)
+
+
 def adamw_contest(shape: Shape, dtype: torch.dtype) -> Contest:
-    param, grad, packed, mask = (
-        weights(shape, 0, dtype),
-        weights(shape, 1, dtype),
-        packed_mask(shape, 2, DENSITY),
-        bool_mask(shape, 2, DENSITY),
-    )
-    active = int(mask.sum())
-    first, second = torch.zeros(active), torch.zeros(active)
-    dense = [torch.zeros(shape, dtype=dtype) for _ in range(2)]
+    options: dict[str, Any] = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
+    count = torch.tensor(float(STEP))
 
-    def ours() -> Tensor:
-        first.zero_(), second.zero_()
-        taskloom.masked_adamw_(param, grad, first, second, packed, 1, weight_decay=0.0)
-        return param
+    def ours(param: Tensor, grad: Tensor, state: list[Tensor], packed: Tensor) -> None:
+        taskloom.masked_adamw_(param, grad, state[0], state[1], packed, STEP, weight_decay=0.0)
 
-    def fused() -> Tensor:
-        for state in dense:
-            state.zero_()
-        options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8, "amsgrad": False, "maximize": False}
-        torch._fused_adamw_([param], [grad * mask], [dense[0]], [dense[1]], [], [torch.tensor(1.0)], **options)
-        return param
+    def fused(param: Tensor, grad: Tensor, state: list[Tensor]) -> None:
+        torch._fused_adamw_([param], [grad], [state[0]], [state[1]], [], [count], amsgrad=False, maximize=False, **options)
 
-    return Contest(
-        ours=ours, bytes=_moved(param, active, 2), peers={"mask and fused AdamW": fused}, changes=param, sizes={"density": DENSITY}
-    )
+    return _step_contest(shape, dtype, 2, ours, fused, "mask and fused AdamW")
 
 
 def sgd_contest(shape: Shape, dtype: torch.dtype) -> Contest:
-    param, grad, packed, mask = (
-        weights(shape, 0, dtype),
-        weights(shape, 1, dtype),
-        packed_mask(shape, 2, DENSITY),
-        bool_mask(shape, 2, DENSITY),
-    )
-    buffer = torch.zeros(int(mask.sum()))
-    dense = torch.zeros(shape, dtype=dtype)
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0}
 
-    def ours() -> Tensor:
-        taskloom.masked_sgd_(param, grad, buffer, packed, 1, lr=0.1, momentum=0.9)
-        return param
+    def ours(param: Tensor, grad: Tensor, state: list[Tensor], packed: Tensor) -> None:
+        taskloom.masked_sgd_(param, grad, state[0], packed, STEP, lr=0.1, momentum=0.9)
 
-    def eager() -> Tensor:
-        dense.copy_(grad * mask)
-        return param.add_(dense, alpha=-0.1)
+    def fused(param: Tensor, grad: Tensor, state: list[Tensor]) -> None:
+        torch._fused_sgd_([param], [grad], state, nesterov=False, maximize=False, is_first_step=False, **options)
 
-    moved = _moved(param, buffer.numel(), 1)
-    return Contest(ours=ours, bytes=moved, peers={"mask and SGD": eager}, changes=param, sizes={"density": DENSITY})
+    return _step_contest(shape, dtype, 1, ours, fused, "mask and fused SGD")
 
 
 ROWS = (

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from taskloom.optim.active import Mask, bool_of, carried, count_of, indices_of, stored_mask
@@ -74,6 +75,8 @@ class MaskedOptimizer(Optimizer, ABC):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step of every parameter with a gradient: one call of the op for a group, or with ``foreach=False`` for each parameter.
 
+        A compiled function may call it: the step then runs as it is, beside the graphs. ``fullgraph=True`` is refused.
+
         Parameters
         ----------
         closure
@@ -93,6 +96,8 @@ class MaskedOptimizer(Optimizer, ABC):
                 self._step_batch(group, batch)
         return loss
 
+    # What a step does depends on its number, which is state and no constant of a graph.
+    @_disable_dynamo
     def _step_batch(self, group: dict[str, Any], params: list[Tensor]) -> None:
         for param in params:
             self._prepare(param, self._state_names(group))
