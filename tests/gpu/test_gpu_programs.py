@@ -35,6 +35,8 @@ CALLS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "sparse_merge": lambda a, b, packed: taskloom.sparse_merge(a, [b, a * 2], 0.5, select="dropout", density=0.5, seed=3),
     "block_scale_merge": lambda a, b, packed: taskloom.block_scale_merge(a, [b, b], torch.ones(2, device=a.device)),
 }
+# Triton's launchers of these send a table of addresses to the device.
+TABLES = {"mask_count", "multi_task_vector", "magnitude_threshold", "sparse_merge", "block_scale_merge"}
 calls = pytest.mark.parametrize("name", CALLS)
 
 
@@ -63,6 +65,8 @@ def test_an_op_waits_for_its_own_stream_alone(name: str, gpu_backend: str) -> No
 @calls
 def test_a_captured_graph_follows_its_inputs(name: str, gpu_backend: str) -> None:
     require(name, gpu_backend)
+    if gpu_backend == "triton" and name in TABLES:
+        pytest.skip("it sends a table to the device at every call, which a graph would not follow (docs/masked.md)")
     a, b, packed = _inputs()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):

@@ -76,6 +76,6 @@ def test_one_graph_for_a_step_is_refused_and_changes_nothing(kind: Any, options:
     model, optimizer = _training(kind, options)
     model(_data(0)).square().mean().backward()
     before = [param.detach().clone() for param in model.parameters()]
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="`MaskedOptimizer._step_batch` should not be traced"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"`MaskedOptimizer\._step_batch` should not be traced"):
         torch.compile(optimizer.step, backend="eager", fullgraph=True)()
     assert all(torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True))
