@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ ROOT = from_source.ROOT
 SECONDS = 540.0
 # Seconds that are kept for the last writing of files.
 _RESERVE = 10.0
+_WORKERS = 8
 
 
 class Check:
@@ -36,7 +38,7 @@ class Check:
         self.rehearsal: bool = given.dry_run
         self.device = "cpu" if self.rehearsal else "cuda"
         self.results: dict[str, Any] = {"rehearsal": self.rehearsal, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        self.results |= {"sections": [], "sanitizer": [], "rows": []}
+        self.results |= {"sections": [], "tests": [], "sanitizer": [], "rows": []}
         self.tools: Tools | None = None
         self.site: Path | None = None
         self.work = Path(tempfile.mkdtemp(prefix="taskloom-gpu-check-"))
@@ -91,11 +93,18 @@ class Check:
         if not files:
             self.outputs.note("no file under tests has a test that is marked gpu")
             return "failed"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfEs", "-p", "no:cacheprovider", *files]
-        ended = run(command, seconds, self.environment(), ROOT)
-        self.outputs.write(TESTS, ended.output)
-        self.results["tests"] = (ended.output.strip().splitlines() or [""])[-1]
-        return _status(ended.status)
+        large = [path for path in files if path.endswith("_large.py")]
+        # Compiling Triton's kernels takes most of the time, and cores can share it; large tensors need the memory for themselves.
+        spread = ["-n", str(_WORKERS)] if importlib.util.find_spec("xdist") and not self.rehearsal else []
+        clock, output, statuses = Clock(seconds), "", []
+        for given in ([*spread, *(path for path in files if path not in large)], large):
+            command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfEs", "-p", "no:cacheprovider", *given]
+            ended = run(command, clock.left(), self.environment(), ROOT)
+            output += ended.output
+            statuses.append(_status(ended.status))
+            self.outputs.write(TESTS, output)
+            self.results["tests"].append((ended.output.strip().splitlines() or ["nothing was printed"])[-1])
+        return next(status for status in ("failed", "cut off", "passed") if status in statuses)
 
     def sanitize(self, seconds: float) -> str:
         found = self.given.sanitizer or (self.tools.sanitizer if self.tools else None)
@@ -132,8 +141,9 @@ class Check:
         title = f"{name}, torch {device.get('torch')}, CUDA {device.get('cuda')}, commit {self.results.get('commit')}"
         rows = table.render(self.results["rows"], title)
         sections = [f"{one['section']}: {one['status']} ({one['seconds']:.0f} s)" for one in self.results["sections"]]
+        tests = [f"pytest -m gpu: {line.strip(' =')}" for line in self.results["tests"]]
         tools = [f"compute-sanitizer {one['tool']}: {one['status']} ({one['reason']})" for one in self.results["sanitizer"]]
-        return "\n".join([rows, *sections, *tools, ""])
+        return "\n".join([rows, *sections, *tests, *tools, ""])
 
     def ended(self, outcome: Outcome) -> None:
         self.results["sections"].append({"section": outcome.section, "status": outcome.status, "seconds": outcome.seconds})
@@ -179,7 +189,7 @@ def main() -> int:
     clock = Clock(max(1.0, given.seconds - min(_RESERVE, given.seconds / 10)))
     # The cheapest first: what was cut off is then the dearest.
     first = [Section("facts", 60, check.facts), Section("build", 150, check.make)]
-    others = [Section("smoke", 60, check.smoke), Section("tests", 120, check.tests), Section("sanitizer", 110, check.sanitize)]
+    others = [Section("smoke", 90, check.smoke), Section("tests", 120, check.tests), Section("sanitizer", 110, check.sanitize)]
     others += [Section("benchmarks", 200, check.benchmark)]
     if given.sleep is not None:
         others.insert(0, Section("sleep", given.sleep, check.sleep))

@@ -51,8 +51,8 @@ def run(command: Sequence[str], seconds: float, environment: Mapping[str, str] |
 
 
 def _stop(process: subprocess.Popen[bytes]) -> bytes:
-    """End a process and its children: first asked, then killed; what they had printed."""
-    for sent in (signal.SIGTERM, signal.SIGKILL):
+    """End a process and its children: first asked, as a user at a terminal would, so that pytest still sums up; then killed."""
+    for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sent)
         except ProcessLookupError:
