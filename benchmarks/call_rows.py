@@ -30,7 +30,7 @@ class CallRow:
     ours
         Calls the public wrapper.
     peer, peer_name
-        An op of torch with as many tensors, or a minimal op registered with torch.library and register_autograd.
+        A plain op of torch, or a minimal op with the same arguments registered with torch.library and register_autograd.
     limit
         How many times the peer's time a call may take.
     native
