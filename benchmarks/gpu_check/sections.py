@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 LEAST_SECONDS = 5.0
 _GRACE_SECONDS = 5.0
+_POLL_SECONDS = 0.1
 
 
 class Clock:
@@ -51,16 +53,17 @@ def run(command: Sequence[str], seconds: float, environment: Mapping[str, str] |
 
 
 def _stop(process: subprocess.Popen[bytes]) -> bytes:
-    """End a process and its children: first asked, as a user at a terminal would, so that pytest still sums up; then killed."""
-    for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+    """End a process and its children: it is asked first, as from a terminal, so that pytest still sums up; then all are killed."""
+    grace = Clock(_GRACE_SECONDS)
+    process.send_signal(signal.SIGINT)
+    while process.poll() is None and grace.left() > 0:
         try:
-            os.killpg(process.pid, sent)
-        except ProcessLookupError:
-            break
-        try:
-            return process.communicate(timeout=_GRACE_SECONDS)[0]
+            return process.communicate(timeout=_POLL_SECONDS)[0]
         except subprocess.TimeoutExpired:
             continue
+    # Children may outlive the process, and hold its output open.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     return process.communicate()[0]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import from_source
 import pytest
 import sanitizer
+import sections as section_module
 import table
 import torch
 from machine import Tools, look
@@ -137,14 +138,25 @@ def test_budgets_and_the_deadline(tmp_path: Path) -> None:
         run_sections([Section("d", 0.1, works("fine"))], Clock(1), ended.append)
 
 
-def test_a_command_is_stopped_with_its_children_and_keeps_what_it_said(tmp_path: Path) -> None:
+def test_a_command_is_stopped_with_its_children_and_keeps_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(section_module, "_GRACE_SECONDS", 0.2)
     mark = tmp_path / "mark"
-    script = f"echo begun; (sleep 1; touch {mark}) & sleep 60"
+    script = f"echo begun; (sleep 2; touch {mark}) & sleep 60"
     found = run(["/bin/sh", "-c", script], 0.3)
     assert (found.status, found.output) == (None, "begun\n")
-    time.sleep(1)
+    time.sleep(2)
     assert not mark.exists()
     assert run([str(tmp_path / "absent")], 1).status == 127
+
+
+def test_a_command_that_is_stopped_may_still_sum_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import time\ntry:\n    print('begun', flush=True)\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('2 passed')"
+    found = run([sys.executable, "-c", script], 2)
+    assert (found.status, found.output) == (None, "begun\n2 passed\n")
+    monkeypatch.setattr(section_module, "_GRACE_SECONDS", 0.2)
+    deaf = run(["/bin/sh", "-c", "trap '' INT TERM; echo begun; sleep 60; sleep 60"], 0.3)
+    assert (deaf.status, deaf.output) == (None, "begun\n")
+    assert deaf.seconds < 20
 
 
 def test_files_are_few_small_and_whole(tmp_path: Path) -> None:
