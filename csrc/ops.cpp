@@ -32,6 +32,10 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
   m.def(
       "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffer, Tensor[] active, float[] step, float lr, float "
       "momentum, float dampening, float weight_decay, bool nesterov, bool maximize) -> ()");
+  m.def("weighted_ce(Tensor hidden, Tensor? weight, Tensor targets, Tensor weights) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "weighted_ce_backward(Tensor hidden, Tensor? weight, Tensor targets, Tensor coefficient, Tensor log_sum_exp, bool for_hidden, bool "
+      "for_weight) -> (Tensor, Tensor)");
   m.def("block_scale_merge(Tensor[] base, Tensor[] deltas, Tensor coef, Tensor[] partition) -> Tensor[]");
   m.def("block_scale_merge_backward(Tensor[] gradients, Tensor[] deltas, Tensor[] partition, int groups) -> Tensor");
 }

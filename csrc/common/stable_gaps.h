@@ -11,6 +11,9 @@
 #ifdef USE_CUDA
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#else
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/tensor.h>
 #endif
 
 namespace taskloom {
@@ -19,6 +22,18 @@ namespace taskloom {
 struct Text {
   std::string value;
 };
+
+#ifndef USE_CUDA
+// out = a @ b, or out + a @ b, on the CPU and below autograd. torch::stable::matmul (2.10) can only allocate its result, and the stable
+// dispatcher takes no scalar; no torch version closes this yet.
+inline void multiply(const torch::stable::Tensor& out, const torch::stable::Tensor& a, const torch::stable::Tensor& b, bool add) {
+  if (add) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+  }
+}
+#endif
 
 #ifdef USE_CUDA
 // The stream that torch works on. torch::stable::accelerator::Stream gives no cudaStream_t before torch 2.13 (Stream::nativeHandle).

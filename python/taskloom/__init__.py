@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         task_mask,
         threshold_from_histograms,
         unpack_mask,
+        weighted_ce,
     )
 
 _SUBPACKAGES = ("archive", "merge", "methods", "nn", "ops", "optim", "reference", "triton_kernels")
@@ -64,6 +65,7 @@ __all__ = [
     "task_mask",
     "threshold_from_histograms",
     "unpack_mask",
+    "weighted_ce",
 ]
 
 

@@ -24,6 +24,7 @@ from taskloom.ops.masked import (
     task_mask,
     threshold_from_histograms,
     unpack_mask,
+    weighted_ce,
 )
 
 __all__ = [
@@ -50,4 +51,5 @@ __all__ = [
     "task_mask",
     "threshold_from_histograms",
     "unpack_mask",
+    "weighted_ce",
 ]

@@ -20,6 +20,7 @@ from taskloom.ops.masked.multi_task_vector import multi_task_vector
 from taskloom.ops.masked.packed_mask import pack_mask, unpack_mask
 from taskloom.ops.masked.sparse_merge import sparse_merge
 from taskloom.ops.masked.task_mask import task_mask
+from taskloom.ops.masked.weighted_ce import weighted_ce, weighted_ce_backward
 
 __all__ = [
     "MagnitudeThreshold",
@@ -43,4 +44,6 @@ __all__ = [
     "task_mask",
     "threshold_from_histograms",
     "unpack_mask",
+    "weighted_ce",
+    "weighted_ce_backward",
 ]

@@ -13,6 +13,7 @@ from taskloom.reference.masked.multi_task_vector import multi_task_vector
 from taskloom.reference.masked.packed_mask import pack_mask, unpack_mask
 from taskloom.reference.masked.sparse_merge import sparse_merge
 from taskloom.reference.masked.task_mask import task_mask
+from taskloom.reference.masked.weighted_ce import weighted_ce, weighted_ce_backward
 
 __all__ = [
     "block_scale_merge",
@@ -33,4 +34,6 @@ __all__ = [
     "sparse_merge",
     "task_mask",
     "unpack_mask",
+    "weighted_ce",
+    "weighted_ce_backward",
 ]
