@@ -15,9 +15,10 @@ import rows_magnitude
 import rows_masked_step
 import rows_sparse_merge
 import rows_task_masks
+import rows_weighted_ce
 from harness import Row
 
-ROWS = (*rows_magnitude.ROWS, *rows_sparse_merge.ROWS, *rows_task_masks.ROWS, *rows_block_scale.ROWS, *rows_masked_step.ROWS)
+ROWS = (*rows_magnitude.ROWS, *rows_sparse_merge.ROWS, *rows_task_masks.ROWS, *rows_block_scale.ROWS, *rows_masked_step.ROWS, *rows_weighted_ce.ROWS)
 
 
 @pytest.mark.parametrize(

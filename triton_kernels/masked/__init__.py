@@ -14,6 +14,7 @@ from taskloom.triton_kernels.masked.multi_task_vector import multi_task_vector
 from taskloom.triton_kernels.masked.packed_mask import pack_mask, unpack_mask
 from taskloom.triton_kernels.masked.sparse_merge import sparse_merge, sparse_merge_out
 from taskloom.triton_kernels.masked.task_mask import task_mask
+from taskloom.triton_kernels.masked.weighted_ce import weighted_ce, weighted_ce_backward
 
 __all__ = [
     "block_scale_merge",
@@ -35,4 +36,6 @@ __all__ = [
     "sparse_merge_out",
     "task_mask",
     "unpack_mask",
+    "weighted_ce",
+    "weighted_ce_backward",
 ]

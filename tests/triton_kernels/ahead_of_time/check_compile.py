@@ -20,6 +20,9 @@ TARGETS = (80, 90, 100)
 VARIANTS = list(variants())
 # What every architecture gives a block of threads without asking for more.
 SHARED_BYTES = 48 * 1024
+# Kernels of products and exponentials: they contract, and decide nothing; the products' tiles ask for more, which every GPU from 8.0 on has.
+CONTRACTING = {"see_products_kernel", "see_logits_kernel", "slopes_kernel"}
+MORE_SHARED_BYTES = {"see_products_kernel": 99 * 1024}
 # A 64-bit division is a call, around which a register or two may be saved; spills in a loop would be more.
 CALL_BYTES = 16
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -59,8 +62,9 @@ def test_compiles(variant: Variant, target: int, tmp_path: Path) -> None:
     )
     options = {"num_warps": variant.num_warps, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    assert compiled.metadata.shared <= SHARED_BYTES
-    assert not re.findall(r"\bfma\.\w+\.f(?:32|64)", compiled.asm["ptx"])
+    assert compiled.metadata.shared <= MORE_SHARED_BYTES.get(variant.name, SHARED_BYTES)
+    assert variant.name in CONTRACTING or not re.findall(r"\bfma\.\w+\.f(?:32|64)", compiled.asm["ptx"])
+    assert "tf32" not in compiled.asm["ptx"]
     binary = tmp_path / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
     report = subprocess.run([CUOBJDUMP, "-res-usage", binary], capture_output=True, text=True, check=True).stdout

@@ -22,6 +22,7 @@ OPS = Path(__file__).parents[2] / "ops"
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
     torch.float64: "*fp64",
     torch.uint8: "*u8",
     torch.int16: "*i16",

@@ -28,9 +28,10 @@ SLOW = {
     "magnitude_histogram": {"large"},
     "mask_count": {"130 of 777, k 40", "64 of 5003, k 20", "sequence"},
     "block_scale_merge_backward": {"two chunks in groups"},
+    "weighted_ce_backward": {"several tiles"},
 }
-# Sums of many products: programs add them up in another order than threads do, in float64.
-SUMS = {"block_scale_merge_backward"}
+# Sums of many products: programs add them up in another order than threads do.
+SUMS = {"block_scale_merge_backward", "weighted_ce", "weighted_ce_backward"}
 
 
 def _is_slow(op: str, case: str) -> bool:

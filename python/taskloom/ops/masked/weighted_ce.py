@@ -103,8 +103,8 @@ def weighted_ce(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Weighted mean of the cross-entropy of next words, from hidden states and head, without ever holding the logits.
 
-    ``sum_i weights[i] * ce[i] / sum_i weights[i]`` with ``ce[i] = -log_softmax(hidden[i] @ weight.T)[targets[i]]``. Rows of weight 0 take no
-    part: they are neither multiplied by the head nor given a gradient, so that time and memory follow the supervised rows.
+    ``sum_i weights[i] * ce[i] / sum_i weights[i]`` with ``ce[i] = -log_softmax(hidden[i] @ weight.T)[targets[i]]``. Rows of weight 0
+    take no part: they are neither multiplied by the head nor given a gradient, so that time and memory follow the supervised rows.
 
     Parameters
     ----------
@@ -141,17 +141,18 @@ def weighted_ce(
 
     Notes
     -----
-    Source: the weighted, normalised loss of TL-Training, arXiv 2412.15495, section 3; the vocabulary in tiles with an online log-sum-exp, as in
-    Cut Cross-Entropy, Wijmans et al., ICLR 2025, arXiv 2411.09009.
+    Source: the weighted, normalised loss of TL-Training, arXiv 2412.15495, section 3; the vocabulary in tiles with an online log-sum-exp,
+    as in Cut Cross-Entropy, Wijmans et al., ICLR 2025, arXiv 2411.09009.
 
-    Products, sums and exponentials are float32 (float64 for float64), whatever the dtypes of hidden and weight, which may differ: a bfloat16
-    hidden with a float32 head is computed as float32. Logits are not rounded to bfloat16 on the way, as ``hidden @ weight.T`` would round
-    them. Under autocast nothing is cast: pass ``weight.to(hidden.dtype)`` where the head shall be multiplied in hidden's dtype.
+    Products, sums and exponentials are float32 (float64 for float64), whatever the dtypes of hidden and weight, which may differ: a
+    bfloat16 hidden with a float32 head is computed as float32. Logits are not rounded to bfloat16 on the way, as ``hidden @ weight.T``
+    would round them. Under autocast nothing is cast: pass ``weight.to(hidden.dtype)`` where the head shall be multiplied in that dtype.
 
-    Differentiable once with respect to ``hidden`` and ``weight``; the gradients have their dtypes, and those of rows that are not supervised
-    are exactly 0. Forward keeps two numbers a row, and backward computes the logits' tiles again. Gradients are not computed in forward, which
-    would save one of four matrix products: it would hold both gradients from forward to backward, could serve only one upstream gradient (not
-    the log-probabilities', as PPO needs), and would be wasted where nobody asks for them. Under ``torch.no_grad()`` nothing is kept.
+    Differentiable once with respect to ``hidden`` and ``weight``; the gradients have their dtypes, and those of rows that are not
+    supervised are exactly 0. Forward keeps three numbers a row, and backward computes the logits' tiles again. Gradients are not computed
+    in forward, which would save one of four matrix products: both would be held from forward to backward, they would serve a single
+    upstream gradient (not that of the log-probabilities, which PPO needs), and the work would be lost where nobody asks for them. Under
+    ``torch.no_grad()`` nothing is kept.
 
     On the CPU results have the same bits for any number of threads.
     """
@@ -193,8 +194,8 @@ def weighted_ce_backward(
     targets
         int64 of shape ``[N]``; not looked at where the coefficient is 0.
     coefficient
-        float32 (float64 where hidden or weight is float64) of shape ``[N]``: the gradient with respect to each row's cross-entropy, of either
-        sign. A row of coefficient 0 takes no part.
+        float32 (float64 where hidden or weight is float64) of shape ``[N]``: the gradient with respect to each row's cross-entropy, of
+        either sign. A row of coefficient 0 takes no part.
     log_sum_exp
         Of coefficient's dtype and shape: that of each row's logits; not looked at where the coefficient is 0.
     for_hidden, for_weight
@@ -240,8 +241,8 @@ def weighted_ce_backward(
 
 def _fake_weighted_ce(hidden: Tensor, weight: Tensor | None, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(hidden, weight)
-    row = (hidden.shape[0],)
-    return hidden.new_empty((), dtype=dtype), *(hidden.new_empty(row, dtype=dtype) for _ in range(3))
+    log_probs, log_sum_exp, share = (hidden.new_empty((hidden.shape[0],), dtype=dtype) for _ in range(3))
+    return hidden.new_empty((), dtype=dtype), log_probs, log_sum_exp, share
 
 
 def _fake_weighted_ce_backward(
