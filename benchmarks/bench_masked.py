@@ -18,7 +18,8 @@ import rows_task_masks
 import rows_weighted_ce
 from harness import Row
 
-ROWS = (*rows_magnitude.ROWS, *rows_sparse_merge.ROWS, *rows_task_masks.ROWS, *rows_block_scale.ROWS, *rows_masked_step.ROWS, *rows_weighted_ce.ROWS)
+_TABLES = (rows_magnitude, rows_sparse_merge, rows_task_masks, rows_block_scale, rows_masked_step, rows_weighted_ce)
+ROWS = tuple(row for table in _TABLES for row in table.ROWS)
 
 
 @pytest.mark.parametrize(

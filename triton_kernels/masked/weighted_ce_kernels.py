@@ -11,10 +11,7 @@ from taskloom.triton_kernels.masked.entries import load_entries, store_entries, 
 @triton.jit
 def factors(values, EXACT: tl.constexpr):
     """Loaded entries as ``tl.dot`` takes them. EXACT: as float32, which holds every value; int16 holds the bits of bfloat16 then."""
-    if EXACT:
-        result = widened(values, False)
-    else:
-        result = values
+    result = widened(values, False) if EXACT else values
     return result
 
 

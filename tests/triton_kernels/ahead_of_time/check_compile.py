@@ -20,7 +20,8 @@ TARGETS = (80, 90, 100)
 VARIANTS = list(variants())
 # What every architecture gives a block of threads without asking for more.
 SHARED_BYTES = 48 * 1024
-# Kernels of products and exponentials: they contract, and decide nothing; the products' tiles ask for more, which every GPU from 8.0 on has.
+# Kernels of products and exponentials: they contract, and decide nothing. Tiles of products ask for more shared memory, which every GPU
+# from 8.0 on has.
 CONTRACTING = {"see_products_kernel", "see_logits_kernel", "slopes_kernel"}
 MORE_SHARED_BYTES = {"see_products_kernel": 99 * 1024}
 # A 64-bit division is a call, around which a register or two may be saved; spills in a loop would be more.
