@@ -102,6 +102,9 @@ ARMS: dict[str, Arm] = {
     "liger": liger,
 }
 
+# These compute gradients in forward, so a forward of theirs alone is no measure.
+GRADIENTS_IN_FORWARD = ("linear_cross_entropy", "liger")
+
 
 def obstacle(name: str, device: str) -> str | None:
     """Why an arm cannot run here; None where it can."""

@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 import environment
-from arms_weighted_ce import ARMS, OURS, Batch, batch, obstacle
+from arms_weighted_ce import ARMS, GRADIENTS_IN_FORWARD, OURS, Batch, batch, obstacle
 from harness import seconds_of
 from spread import spread, summary
 
@@ -58,7 +59,8 @@ def gate(arms: list[str], given: Batch) -> None:
     loss = torch.nn.functional.cross_entropy(wide.hidden[rows] @ wide.head.t(), wide.targets[rows])
     expected = [loss.detach(), *torch.autograd.grad(loss, (wide.hidden, wide.head))]
     for arm in arms:
-        got = [call(arm, given, "forward")(), *call(arm, given, "both")()]
+        alone = call(arm, given, "forward")() if arm not in GRADIENTS_IN_FORWARD else loss.detach()
+        got = [alone, *call(arm, given, "both")()]
         for name, one, other in zip(("loss", "hidden gradient", "head gradient"), got, expected, strict=True):
             error = float(torch.linalg.vector_norm(one.double() - other) / torch.linalg.vector_norm(other))
             most = TOLERANCES[given.hidden.dtype][name != "loss"]
@@ -80,28 +82,45 @@ def product(given: Batch) -> Callable[[], Any]:
     return multiply
 
 
+def _over_ours(taken: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """How many times as long as ours each other arm took, round by round."""
+    return {
+        arm: summary([theirs / own for theirs, own in zip(seconds, taken[OURS], strict=True)])
+        for arm, seconds in taken.items()
+        if arm != OURS
+    }
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, float]:
+    """Wall seconds, and processor seconds of all threads, which say more where a machine is shared."""
+    processor = time.process_time()
+    wall = seconds_of(run)
+    return wall, time.process_time() - processor
+
+
 def times(arms: list[str], given: Batch, which: str, rounds: int) -> dict[str, Any]:
     """Seconds of each arm and of the product, in turn, and the ratios round by round."""
     calls = {arm: call(arm, given, which) for arm in arms}
     multiply = product(given)
     taken: dict[str, list[float]] = {arm: [] for arm in arms}
+    processor: dict[str, list[float]] = {arm: [] for arm in arms}
     products = []
     # The gate has warmed up everything else.
     multiply()
     for number in range(rounds):
         order = arms if number % 2 == 0 else arms[::-1]
         for arm in order:
-            taken[arm].append(seconds_of(calls[arm]))
+            wall, cpu = timed(calls[arm])
+            taken[arm].append(wall)
+            processor[arm].append(cpu)
         products.append(seconds_of(multiply))
     # Forward has to multiply once; with backward, three times.
     least = 1 if which == "forward" else 3
     return {
         "seconds": {arm: summary(seconds) for arm, seconds in taken.items()},
-        "over_ours": {
-            arm: summary([theirs / own for theirs, own in zip(seconds, taken[OURS], strict=True)])
-            for arm, seconds in taken.items()
-            if arm != OURS
-        },
+        "cpu_seconds": {arm: summary(seconds) for arm, seconds in processor.items()},
+        "over_ours": _over_ours(taken),
+        "cpu_over_ours": _over_ours(processor),
         "product_seconds": summary(products),
         "share_of_products": summary([least * one / own for one, own in zip(products, taken[OURS], strict=True)]),
     }
@@ -148,10 +167,11 @@ def measure(given: argparse.Namespace, share: float) -> dict[str, Any]:
     gate(arms, data)
     found: dict[str, Any] = {"share": share, "supervised": data.supervised}
     for which in PASSES:
-        found[which] = times(arms, data, which, given.rounds)
+        there = [arm for arm in arms if which == "both" or arm not in GRADIENTS_IN_FORWARD]
+        found[which] = times(there, data, which, given.rounds)
         on_gpu = given.device != "cpu"
         found[which]["peak_bytes"] = {
-            arm: peak_on_gpu(call(arm, data, which)) if on_gpu else peak_elsewhere(arm, share, which, given) for arm in arms
+            arm: peak_on_gpu(call(arm, data, which)) if on_gpu else peak_elsewhere(arm, share, which, given) for arm in there
         }
         _print(found, which)
     return found
@@ -161,7 +181,7 @@ def _print(found: dict[str, Any], which: str) -> None:
     one = found[which]
     print(f"share {found['share']} ({found['supervised']} rows), {which}: {spread(one['share_of_products'])} of its products' speed")
     for arm, seconds in one["seconds"].items():
-        ratio = "" if arm == OURS else f", {spread(one['over_ours'][arm])} of ours"
+        ratio = "" if arm == OURS else f"; {spread(one['over_ours'][arm])} of ours, processor time {spread(one['cpu_over_ours'][arm])}"
         print(f"  {arm:<22}{1e3 * seconds['median']:9.1f} ms, peak {one['peak_bytes'][arm] / 1e6:8.1f} MB{ratio}", flush=True)
 
 

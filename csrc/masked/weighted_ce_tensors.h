@@ -10,6 +10,7 @@
 
 #include "common/checks.h"
 #include "common/stable_gaps.h"
+#include "common/unaligned.h"
 #include "masked/weighted_ce.h"
 
 namespace taskloom {
@@ -79,16 +80,15 @@ inline PickedRows pick_rows(const Tensor& targets, const Tensor& factors, const 
   const Tensor flat_targets = torch::stable::contiguous(targets), flat_factors = torch::stable::contiguous(factors);
   const DType dtype = dtype_of(factors, name);
   STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64, name, ": expected a float32 or float64 tensor");
-  const auto* target = static_cast<const int64_t*>(flat_targets.const_data_ptr());
-  const void* data = flat_factors.const_data_ptr();
+  const void *target = flat_targets.const_data_ptr(), *data = flat_factors.const_data_ptr();
   PickedRows picked;
   for (int64_t row = 0; row < rows; ++row) {
-    const double factor = dtype == DType::f64 ? static_cast<const double*>(data)[row] : static_cast<const float*>(data)[row];
+    const double factor = dtype == DType::f64 ? load_at<double>(data, row) : load_at<float>(data, row);
     if (factor == 0) continue;
-    STD_TORCH_CHECK(target[row] >= 0 && target[row] < vocabulary, "targets: expected 0 to ", vocabulary - 1, " at row ", row, ", got ",
-                    target[row]);
+    const auto word = load_at<int64_t>(target, row);
+    STD_TORCH_CHECK(word >= 0 && word < vocabulary, "targets: expected 0 to ", vocabulary - 1, " at row ", row, ", got ", word);
     picked.place.push_back(row);
-    picked.target.push_back(target[row]);
+    picked.target.push_back(word);
     picked.factor.push_back(factor);
   }
   return picked;

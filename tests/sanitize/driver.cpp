@@ -35,6 +35,7 @@ constexpr Group groups[] = {
     {"masked_compress", masked_compressions, false},
     {"task_mask", task_masks, false},
     {"block_scale_merge", block_scales, false},
+    {"weighted_ce", logit_tiles, false},
     {"threshold_loops", magnitude_loops, false},
     {"magnitude_threshold", magnitude_drivers, true},
     {"magnitude_mask", magnitude_masks, true},

@@ -10,6 +10,7 @@ void masked_switches();
 void masked_compressions();
 void task_masks();
 void block_scales();
+void logit_tiles();
 void magnitude_loops();
 void magnitude_drivers();
 void magnitude_masks();

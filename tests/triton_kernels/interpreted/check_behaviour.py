@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import triton.runtime.interpreter as interpreter
-from contract import Recorder, assert_same_bits
+from contract import Recorder, assert_close, assert_same_bits
 from samples import checkpoints, normal, random_packed, weights, with_specials
 from torch import Tensor
 
@@ -168,7 +168,10 @@ def test_random_words_beyond_32_bits(far_programs: int) -> None:
 
 def _differentiable() -> list[Any]:
     packed = random_packed(77)
+    words = torch.arange(7)
     return [
+        pytest.param(lambda a, b: taskloom.weighted_ce(a.reshape(7, 11), b.reshape(7, 11), words, words > 2), id="weighted_ce"),
+        pytest.param(lambda a, b: taskloom.weighted_ce((a * b).reshape(7, 11), None, words), id="weighted_ce of logits"),
         pytest.param(lambda a, b: taskloom.masked_update(a, packed, b, 0.7), id="masked_update"),
         pytest.param(lambda a, b: taskloom.masked_restore(taskloom.masked_compress(a, packed), packed, b), id="masked_restore"),
         pytest.param(lambda a, b: taskloom.multi_task_vector(a, [b, a * 2], 0.3), id="multi_task_vector"),
@@ -220,7 +223,35 @@ def test_a_compiled_function_has_gradients() -> None:
         assert_same_bits(got, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_logits_are_taken_in_pieces(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = importlib.import_module("taskloom.triton_kernels.masked.weighted_ce")
+    monkeypatch.setattr(launcher, "PIECE_ROWS", 16)
+    monkeypatch.setattr(launcher, "PIECE_BYTES", 1)
+    monkeypatch.setattr(launcher, "_blocks", lambda *sizes: {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 64, "BLOCK_WIDTH": 16})
+    monkeypatch.setattr(launcher, "BUSY", 4)
+    monkeypatch.setattr(launcher, "INTERPRETED", dtype != torch.float32)
+    hidden, head = normal(40, 19, dtype=dtype), normal(530, 19, seed=1, dtype=dtype)
+    targets, mask = torch.arange(40) * 13, torch.arange(40) % 5 > 0
+
+    def gradients() -> list[Tensor]:
+        leaves = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
+        loss, log_probs = taskloom.weighted_ce(*leaves, targets, mask, return_log_probs=True)
+        return [loss.detach(), log_probs.detach(), *torch.autograd.grad(loss + log_probs.square().mean(), leaves)]
+
+    for ours, theirs in zip(gradients(), _on("native", gradients), strict=True):
+        assert_close(ours, theirs)
+
+
 def test_errors_are_those_of_the_native_ops() -> None:
+    for changes, message in (
+        ({"weights": torch.zeros(3)}, "weights: there is no supervised token"),
+        ({"weights": torch.tensor([1, 0, -2.0])}, "weights: expected finite values of at least 0, got -2.0 at row 2"),
+        ({"targets": torch.tensor([0, 9, 1])}, "targets: expected 0 to 3, got 9 at row 1"),
+    ):
+        given = {"hidden": torch.ones(3, 2), "weight": torch.ones(4, 2), "targets": torch.zeros(3, dtype=torch.int64)} | changes
+        with pytest.raises(ValueError, match=f"weighted_ce: {message}"):
+            taskloom.weighted_ce(**given)
     with pytest.raises(ValueError, match="masked_restore: compressed: expected 0 elements, one for each set entry, got 3"):
         taskloom.masked_restore(torch.ones(3), torch.zeros(2, dtype=torch.uint8), torch.ones(9))
     groups = torch.tensor([0, 3, 1], dtype=torch.uint8)
