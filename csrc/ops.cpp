@@ -18,6 +18,11 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
       "sparse_merge_out(Tensor? base, Tensor[] tuned, float[] weight, str select, bool by_row, SymInt[] rank_begin, SymInt[] rank_end, "
       "Tensor? threshold, Tensor? equal_kept, Tensor[] masks, float[] density, float[] epsilon, int seed, int key, str rescale, str elect, "
       "int zero_sign, str vote, int consensus_k, float[] tall_mask_lambda, str combine, float scale, Tensor(a!) out) -> ()");
+  m.def(
+      "sparse_merge_statistics_out(Tensor? base, Tensor[] tuned, float[] weight, str select, bool by_row, SymInt[] rank_begin, SymInt[] "
+      "rank_end, Tensor? threshold, Tensor? equal_kept, Tensor[] masks, float[] density, float[] epsilon, int seed, int key, str rescale, "
+      "str elect, int zero_sign, str vote, int consensus_k, float[] tall_mask_lambda, str combine, float scale, Tensor(a!) out) -> (Tensor "
+      "kept, Tensor conflicts, Tensor dots, Tensor nonfinite, Tensor sign_sum)");
   m.def("task_mask(Tensor base, Tensor tuned, Tensor multi_task_vector, float tall_mask_lambda) -> Tensor");
   m.def("multi_task_vector(Tensor base, Tensor[] tuned, float[] weight) -> Tensor");
   m.def("mask_count(Tensor[] packed, SymInt numel, int k) -> (Tensor, Tensor)");

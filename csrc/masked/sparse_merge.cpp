@@ -20,7 +20,7 @@ constexpr int64_t least_totals = 16;
 
 MergeView view_of(const SparseMerge& merge) {
   const int count = static_cast<int>(merge.tasks.size());
-  const int dot_stride = count <= 8 ? 1 : count * count / 64 + 1;
+  const int dot_stride = count <= 8 || merge.exact_dots ? 1 : count * count / 64 + 1;
   return {
       merge.base,         merge.base_dtype,
       merge.out_dtype,    merge.by_row() ? merge.row_length : 0,

@@ -62,6 +62,7 @@ struct SparseMerge {
   double scale = 1;
   uint64_t seed = 0;
   bool statistics = false;  // fill conflicts and dots
+  bool exact_dots = false;  // every inner product from every entry, however many tasks there are
   // Bytes that may be kept between passes: magnitudes near a threshold, or the bits that were selected at random, which are selected
   // twice where they do not fit. The result does not depend on it.
   int64_t room = default_room;
@@ -73,8 +74,8 @@ struct SparseMerge {
   bool by_row() const { return select == Select::row_magnitude || select == Select::rank_dropout; }
 };
 
-// What a pass counts. `dots` is the upper triangle, row by row, of the tasks' inner products; where there are more than 8 tasks its
-// off-diagonal entries come from every dot_stride-th block, scaled up.
+// What a pass counts. `dots` is the upper triangle, row by row, of the tasks' inner products; where there are more than 8 tasks and not
+// `exact_dots` its off-diagonal entries come from every dot_stride-th block, scaled up.
 struct MergeStatistics {
   std::vector<int64_t> kept;
   int64_t conflicts = 0;

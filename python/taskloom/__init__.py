@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from taskloom.ops import (
         Explanation,
         MagnitudeThreshold,
+        SparseMergeStatistics,
         backend,
         block_scale_merge,
         explain,
@@ -44,6 +45,7 @@ _SUBPACKAGES = ("archive", "merge", "methods", "nn", "ops", "optim", "reference"
 __all__ = [
     "Explanation",
     "MagnitudeThreshold",
+    "SparseMergeStatistics",
     "backend",
     "block_scale_merge",
     "explain",

@@ -1,4 +1,4 @@
-"""Contracts of sparse_merge and of its form that writes into a tensor."""
+"""Contracts of sparse_merge, of its form that writes into a tensor, and of the one that counts."""
 
 from __future__ import annotations
 
@@ -68,7 +68,21 @@ def merge_into_cases() -> Iterator[Case]:
     yield Case("strided out", (torch.full((37, 58), torch.nan, dtype=torch.bfloat16)[:, ::2], base, tuned), BREADCRUMBS)
 
 
+def merge_counting(base: Tensor | None, tuned: Sequence[Tensor], *settings: Any, **named: Any) -> tuple[Tensor, ...]:
+    merged, counted = taskloom.sparse_merge(base, tuned, *settings, **named, statistics=True)
+    # Parts of the inner products are sums in the precision of the deltas.
+    return merged, *counted._replace(dots=counted.dots.float())
+
+
+def merge_counting_cases() -> Iterator[Case]:
+    yield from (case for case in merge_cases() if case.name != "large")
+    base, tuned = checkpoints(37, 29)
+    yield Case("into one of its tensors", (base, tuned), {**TIES, "zero_sign": "majority", "out": base})
+    yield Case("overflow", (torch.full((700,), -2e38), [torch.full((700,), 2e38), torch.zeros(700)]), {})
+
+
 CONTRACTS = (
     Contract("sparse_merge", taskloom.sparse_merge, merge_cases),
     Contract("sparse_merge_out", merge_into, merge_into_cases, mutates=(0,)),
+    Contract("sparse_merge_statistics_out", merge_counting, merge_counting_cases),
 )

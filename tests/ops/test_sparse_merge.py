@@ -433,3 +433,45 @@ def test_out_marks_the_target_as_changed() -> None:
     taskloom.sparse_merge(base, tuned, out=base)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_statistics_are_counts_of_the_merge() -> None:
+    base, tuned = checkpoints(37, 29, tasks=3)
+    out = torch.empty_like(base)
+    merged, counted = taskloom.sparse_merge(
+        base, tuned, 0.5, select="magnitude", density=[0.1, 0.2, 1.0], elect="sign_sum", out=out, statistics=True
+    )
+    assert merged is out
+    assert merged.equal(taskloom.sparse_merge(base, tuned, 0.5, select="magnitude", density=[0.1, 0.2, 1.0], elect="sign_sum"))
+    assert counted.kept.tolist() == [107, 214, 1073]
+    deltas = torch.stack([task - base for task in tuned]).flatten(1)
+    torch.testing.assert_close(counted.dots, deltas.double() @ deltas.double().T, rtol=1e-6, atol=1e-4)
+    assert not counted.nonfinite
+    masks = [taskloom.magnitude_mask(task, base, density=share) for task, share in zip(tuned, (0.1, 0.2, 1.0), strict=True)]
+    parts = torch.stack([0.5 * (task - base) * mask for task, mask in zip(tuned, masks, strict=True)])
+    assert counted.conflicts == ((parts > 0).any(0) & (parts < 0).any(0)).sum()
+    assert counted.sign_sum == parts.sum(0).sign().sum()
+
+
+def test_statistics_tell_what_is_not_finite_from_what_is_large() -> None:
+    base = torch.zeros(600)
+    for value, expected in ((torch.nan, True), (torch.inf, True), (3e38, False)):
+        tuned = base.clone()
+        tuned[599] = value
+        _, counted = taskloom.sparse_merge(base, [tuned], select="magnitude", density=0.0, statistics=True)
+        assert bool(counted.nonfinite) is expected
+        assert counted.kept.tolist() == [0]
+
+
+def test_statistics_have_no_gradient() -> None:
+    base, tuned = checkpoints(5, 3)
+    with pytest.raises(RuntimeError, match="sparse_merge: statistics: have no gradient"):
+        taskloom.sparse_merge(base.requires_grad_(), tuned, statistics=True)
+
+
+@pytest.mark.parametrize("tasks", [9, 20])
+def test_inner_products_of_many_tasks_are_not_estimated(tasks: int) -> None:
+    base, tuned = checkpoints(3001, tasks=tasks)
+    _, counted = taskloom.sparse_merge(base, tuned, statistics=True)
+    deltas = torch.stack([task - base for task in tuned]).double()
+    torch.testing.assert_close(counted.dots, deltas @ deltas.T, rtol=1e-6, atol=1e-4)

@@ -12,7 +12,7 @@ from taskloom.triton_kernels.masked.masked_switch import masked_switch_
 from taskloom.triton_kernels.masked.masked_update import masked_update, masked_update_
 from taskloom.triton_kernels.masked.multi_task_vector import multi_task_vector
 from taskloom.triton_kernels.masked.packed_mask import pack_mask, unpack_mask
-from taskloom.triton_kernels.masked.sparse_merge import sparse_merge, sparse_merge_out
+from taskloom.triton_kernels.masked.sparse_merge import sparse_merge, sparse_merge_out, sparse_merge_statistics_out
 from taskloom.triton_kernels.masked.task_mask import task_mask
 from taskloom.triton_kernels.masked.weighted_ce import weighted_ce, weighted_ce_backward
 
@@ -34,6 +34,7 @@ __all__ = [
     "pack_mask",
     "sparse_merge",
     "sparse_merge_out",
+    "sparse_merge_statistics_out",
     "task_mask",
     "unpack_mask",
     "weighted_ce",

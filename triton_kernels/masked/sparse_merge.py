@@ -17,6 +17,7 @@ from taskloom.triton_kernels.masked.sparse_merge_kernels import (
     sparse_merge_kernel,
     sparse_merge_norms_kernel,
     sparse_merge_signs_kernel,
+    sparse_merge_statistics_kernel,
 )
 
 _SELECTS = ("all", "magnitude", "mask", "dropout", "rank_dropout")
@@ -112,13 +113,28 @@ class _Inputs:
         measurable = (before >= _LEAST_NORM) & (after >= _LEAST_NORM)
         self.numbers[:, 1] = torch.where(measurable, before / after, 1).to(self.numbers.dtype)
 
-    def majority_sign(self, elect: int) -> Tensor:
-        """The sign that is elected more often, as one number on the device."""
+    def sign_sum(self, elect: int) -> Tensor:
+        """Elected positive entries less elected negative ones, int64."""
         sums = torch.empty(self.blocks, dtype=torch.int64, device=self.words.device)
         arguments = (self.origin, self.first, self.words, self.numbers, *self.selection, sums, self.numel, self.row_length, self.tasks)
         constants = {**self.constants, "BY_RANK": self.by_rank, "ELECT": elect}
         launch(sparse_merge_signs_kernel, (self.blocks,), *arguments, **constants)
-        return torch.where(sums.sum() < 0, -1, 1).to(self.numbers.dtype).reshape(1)
+        return sums.sum()
+
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Kept entries, entries in conflict, inner products, and whether a delta is not finite."""
+        device, pairs = self.words.device, self.tasks * (self.tasks + 1) // 2
+        counts = torch.empty(self.tasks + 2, self.blocks, dtype=torch.int32, device=device)
+        sums = torch.empty(pairs, self.blocks, dtype=torch.float64, device=device)
+        arguments = (self.origin, self.first, self.words, self.numbers, *self.selection, counts, sums)
+        sizes = (self.numel, self.row_length, self.tasks)
+        launch(sparse_merge_statistics_kernel, (self.blocks,), *arguments, *sizes, **self.constants, BY_RANK=self.by_rank)
+        counted = counts.sum(1)
+        row, column = torch.triu_indices(self.tasks, self.tasks, device=device)
+        dots = torch.empty(self.tasks, self.tasks, dtype=torch.float64, device=device)
+        dots[row, column] = dots[column, row] = sums.sum(1)
+        # Views of one tensor, which an op may not return.
+        return counted[:-2].clone(), counted[-2].clone(), dots, counted[-1] > 0
 
 
 def _bind(
@@ -191,7 +207,7 @@ def _bind(
     return inputs
 
 
-def sparse_merge_out(
+def _merge_into(
     base: Tensor | None,
     tuned: Sequence[Tensor],
     weight: Sequence[float],
@@ -215,8 +231,9 @@ def sparse_merge_out(
     combine: str,
     scale: float,
     out: Tensor,
-) -> None:
-    """Launch :func:`taskloom.sparse_merge` into ``out``, which may be the base or a tuned tensor."""
+    statistics: bool = False,
+) -> tuple[Tensor, ...]:
+    """Launch a merge into ``out``, which may be the base or a tuned tensor; what it counted, where that is asked for."""
     read = [tensor for tensor in (base, *tuned, *masks) if tensor is not None]
     direct = written_in_place(out, *read)
     target = out if direct else torch.empty(out.shape, dtype=out.dtype, device=out.device)
@@ -242,7 +259,14 @@ def sparse_merge_out(
     )
     dtype, device = inputs.numbers.dtype, out.device
     election = _ELECTS.index(elect)
-    sign = inputs.majority_sign(election) if election and zero_sign == 0 else torch.full((1,), zero_sign, dtype=dtype, device=device)
+    sign_sum = torch.zeros((), dtype=torch.int64, device=device)
+    if election and (statistics or zero_sign == 0):
+        sign_sum = inputs.sign_sum(election)
+    sign = torch.full((1,), zero_sign, dtype=dtype, device=device)
+    if election and zero_sign == 0:
+        sign = torch.where(sign_sum < 0, -1, 1).to(dtype).reshape(1)
+    # Before the merge, which may write over a tensor that is read here.
+    counted = (*inputs.statistics(), sign_sum) if statistics else ()
     scalars = torch.tensor([scale, _divisor(weight, dtype)], dtype=dtype, device=device)
     arguments = (inputs.origin, inputs.first, inputs.words, inputs.numbers, *inputs.selection, scalars, sign, raw(target))
     sizes = (inputs.numel, inputs.row_length, inputs.tasks, consensus_k)
@@ -250,6 +274,17 @@ def sparse_merge_out(
     launch(sparse_merge_kernel, (inputs.blocks,), *arguments, *sizes, **stages, SAME=direct, **inputs.constants)
     if not direct:
         out.copy_(target)
+    return counted
+
+
+def sparse_merge_out(*arguments: Any, **named: Any) -> None:
+    """Launch :func:`taskloom.sparse_merge` into its argument ``out``."""
+    _merge_into(*arguments, **named)
+
+
+def sparse_merge_statistics_out(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
+    """Launch :func:`taskloom.sparse_merge` into its argument ``out``, with statistics."""
+    return _merge_into(*arguments, **named, statistics=True)
 
 
 def sparse_merge(base: Tensor | None, tuned: Sequence[Tensor], *settings: Any, dtype: torch.dtype, **named: Any) -> Tensor:

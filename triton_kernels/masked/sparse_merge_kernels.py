@@ -268,6 +268,63 @@ def sparse_merge_signs_kernel(
 
 
 @triton.jit
+def sparse_merge_statistics_kernel(
+    base,
+    first,
+    words,
+    numbers,
+    cuts,
+    ranks,
+    probabilities,
+    counts,
+    dots,
+    numel,
+    row_length,
+    tasks,
+    SELECT: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    BY_RANK: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program's share of what a merge counts.
+
+    ``counts[tasks + 2, programs]``: kept entries per task, entries in conflict, deltas that are not finite; ``dots[pairs, programs]``:
+    inner products of the deltas, the upper triangle row by row.
+    """
+    offsets = program_offsets(BLOCK)
+    inside = offsets < numel
+    origin = load_entries(base, offsets, inside, WIDE)
+    program = tl.program_id(0).to(tl.int64)
+    positive = tl.zeros([BLOCK], tl.int32)
+    negative = tl.zeros([BLOCK], tl.int32)
+    unbounded = tl.zeros([BLOCK], tl.int32)
+    own_dots = dots + program
+    task = tl.full([], 0, tl.int32)
+    while task < tasks:
+        delta = task_delta(origin, first, words, task, offsets, inside, HAS_BASE, WIDE, ALIGNED)
+        kept = task_kept(delta, words, cuts, ranks, probabilities, task, offsets, inside, numel, row_length, SELECT, BY_ROW, WIDE, BLOCK)
+        part = task_part(delta, kept, numbers, ranks, probabilities, task, offsets, inside, numel, row_length, BY_RANK, WIDE)
+        positive |= (part > 0).to(tl.int32)
+        negative |= (part < 0).to(tl.int32)
+        finite = tl.abs(delta) < float("inf")
+        unbounded |= 1 - finite.to(tl.int32)
+        tl.store(counts + task.to(tl.int64) * tl.num_programs(0) + program, tl.sum(kept.to(tl.int32), axis=0))
+        other = task
+        while other < tasks:
+            beside = task_delta(origin, first, words, other, offsets, inside, HAS_BASE, WIDE, ALIGNED)
+            tl.store(own_dots, tl.sum((delta * beside).to(tl.float64), axis=0))
+            own_dots += tl.num_programs(0)
+            other += 1
+        task += 1
+    own_counts = counts + task.to(tl.int64) * tl.num_programs(0) + program
+    tl.store(own_counts, tl.sum(positive & negative, axis=0))
+    tl.store(own_counts + tl.num_programs(0), tl.sum(unbounded, axis=0))
+
+
+@triton.jit
 def sparse_merge_kernel(
     base,
     first,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from taskloom.ops._backends import Explanation, backend, explain
 from taskloom.ops.masked import (
     MagnitudeThreshold,
+    SparseMergeStatistics,
     block_scale_merge,
     magnitude_histogram,
     magnitude_mask,
@@ -30,6 +31,7 @@ from taskloom.ops.masked import (
 __all__ = [
     "Explanation",
     "MagnitudeThreshold",
+    "SparseMergeStatistics",
     "backend",
     "block_scale_merge",
     "explain",

@@ -22,6 +22,17 @@ FAST = {
     "magnitude_threshold": {"63", "empty", "scalar", "mixed", "specials", "transposed", "list with ties", "rows of one", "no rows"},
     "magnitude_mask": {"packed band", "density", "scalar", "empty", "one row", "packed one row", "specials", "two thresholds"},
     "sparse_merge": {"ties", "dare l1", "della", "masks", "consensus", "no base", "empty", "scalar", "specials rank_dropout none"},
+    "sparse_merge_statistics_out": {
+        "ties",
+        "dare l1",
+        "della",
+        "no base",
+        "empty",
+        "scalar",
+        "mixed",
+        "into one of its tensors",
+        "overflow",
+    },
     "sparse_merge_out": {"scalar", "strided out", "della"},
 }
 SLOW = {
@@ -32,6 +43,8 @@ SLOW = {
 }
 # Sums of many products: programs add them up in another order than threads do.
 SUMS = {"block_scale_merge_backward", "weighted_ce", "weighted_ce_backward"}
+# The same of single results, by place.
+SUM_RESULTS = {("sparse_merge_statistics_out", 3)}
 
 
 def _is_slow(op: str, case: str) -> bool:
@@ -71,10 +84,10 @@ def test_contract(contract: Contract, case: Case) -> None:
     for backend in ("reference", "native"):
         with taskloom.backend(backend):
             results[backend] = contract.run(case)
-    for ours, expected, native in zip(got, results["reference"], results["native"], strict=True):
+    for place, (ours, expected, native) in enumerate(zip(got, results["reference"], results["native"], strict=True)):
         assert_close(ours, expected)
         assert ours.stride() == native.stride()
-        assert contract.op in SUMS or _same(ours, native)
+        assert contract.op in SUMS or (contract.op, place) in SUM_RESULTS or _same(ours, native)
 
 
 @pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.op)

@@ -18,12 +18,13 @@ from taskloom.ops.masked.masked_switch import masked_switch_
 from taskloom.ops.masked.masked_update import masked_update, masked_update_
 from taskloom.ops.masked.multi_task_vector import multi_task_vector
 from taskloom.ops.masked.packed_mask import pack_mask, unpack_mask
-from taskloom.ops.masked.sparse_merge import sparse_merge
+from taskloom.ops.masked.sparse_merge import SparseMergeStatistics, sparse_merge
 from taskloom.ops.masked.task_mask import task_mask
 from taskloom.ops.masked.weighted_ce import weighted_ce, weighted_ce_backward
 
 __all__ = [
     "MagnitudeThreshold",
+    "SparseMergeStatistics",
     "block_scale_merge",
     "block_scale_merge_backward",
     "magnitude_histogram",

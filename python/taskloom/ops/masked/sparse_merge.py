@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -30,6 +31,50 @@ from taskloom.ops.masked.magnitude_threshold import MagnitudeThreshold
 from taskloom.reference import masked as reference
 
 
+class SparseMergeStatistics(NamedTuple):
+    """What a merge of T tasks counts, as tensors on the device of its inputs.
+
+    Attributes
+    ----------
+    kept
+        int64 ``[T]``: entries that selection keeps.
+    conflicts
+        int64 ``[]``: entries where contributions of two tasks have opposite signs, before any election.
+    dots
+        float64 ``[T, T]``: inner products of the deltas (without a base, of the values); squared norms on the diagonal. Products are
+        rounded in the arithmetic's dtype, which parts of the sums may be taken in too.
+    nonfinite
+        bool ``[]``: whether a delta is NaN or infinite, kept or not.
+    sign_sum
+        int64 ``[]``: entries that elect a positive sign less those that elect a negative one; 0 without an election.
+    """
+
+    kept: Tensor
+    conflicts: Tensor
+    dots: Tensor
+    nonfinite: Tensor
+    sign_sum: Tensor
+
+
+def _check_no_gradient(inputs: Sequence[Tensor]) -> None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        raise RuntimeError("sparse_merge: statistics: have no gradient; call it under torch.no_grad() or on detached tensors")
+
+
+def merge_with_statistics(arguments: Mapping[str, Any], out: Tensor) -> SparseMergeStatistics:
+    """Run ``sparse_merge_statistics_out`` into ``out`` on the backend that serves its tensors; nothing is checked but the devices."""
+    inputs = [*arguments["tuned"], *arguments["masks"]]
+    inputs += [tensor for tensor in (arguments["base"], arguments["threshold"], arguments["equal_kept"]) if tensor is not None]
+    run = kernel("sparse_merge_statistics_out", *inputs, out)
+    if run is None:
+        merged, counted = reference.sparse_merge_statistics(**arguments, dtype=out.dtype)
+        out.copy_(merged)
+        return SparseMergeStatistics(*counted)
+    found = run(**arguments, out=out)
+    mark_changed(out)
+    return SparseMergeStatistics(*found)
+
+
 def _check_out(out: Tensor, out_dtype: torch.dtype | None, inputs: Sequence[Tensor], shape: torch.Size) -> None:
     op = "sparse_merge"
     check_floating(op, "out", out)
@@ -39,6 +84,68 @@ def _check_out(out: Tensor, out_dtype: torch.dtype | None, inputs: Sequence[Tens
         raise ValueError(f"{op}: out_dtype: expected {out.dtype} as out, got {out_dtype}")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (out, *inputs)):
         raise RuntimeError(f"{op}: out: writing into a tensor has no gradient; call it under torch.no_grad() or on detached tensors")
+
+
+@overload
+def sparse_merge(
+    base: Tensor | None,
+    tuned: Sequence[Tensor],
+    weight: float | Sequence[float] = 1.0,
+    *,
+    select: Select = "all",
+    scope: Scope = "tensor",
+    density: float | Sequence[float] | None = None,
+    gamma: float | Sequence[float] = 0.0,
+    at_least_one: bool = False,
+    threshold: Sequence[MagnitudeThreshold] | None = None,
+    masks: Sequence[Tensor] | None = None,
+    epsilon: float | Sequence[float] | None = None,
+    seed: int = 0,
+    key: int | str = 0,
+    rescale: Rescale = "none",
+    elect: Elect = "none",
+    zero_sign: ZeroSign = "positive",
+    vote: Vote = "none",
+    consensus_k: int = 0,
+    tall_mask_lambda: float | Sequence[float] = 0.4,
+    combine: Combine = "sum",
+    scale: float = 1.0,
+    on_overflow: OnOverflow = "density",
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    statistics: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def sparse_merge(
+    base: Tensor | None,
+    tuned: Sequence[Tensor],
+    weight: float | Sequence[float] = 1.0,
+    *,
+    select: Select = "all",
+    scope: Scope = "tensor",
+    density: float | Sequence[float] | None = None,
+    gamma: float | Sequence[float] = 0.0,
+    at_least_one: bool = False,
+    threshold: Sequence[MagnitudeThreshold] | None = None,
+    masks: Sequence[Tensor] | None = None,
+    epsilon: float | Sequence[float] | None = None,
+    seed: int = 0,
+    key: int | str = 0,
+    rescale: Rescale = "none",
+    elect: Elect = "none",
+    zero_sign: ZeroSign = "positive",
+    vote: Vote = "none",
+    consensus_k: int = 0,
+    tall_mask_lambda: float | Sequence[float] = 0.4,
+    combine: Combine = "sum",
+    scale: float = 1.0,
+    on_overflow: OnOverflow = "density",
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    statistics: Literal[True],
+) -> tuple[Tensor, SparseMergeStatistics]: ...
 
 
 def sparse_merge(
@@ -67,7 +174,8 @@ def sparse_merge(
     on_overflow: OnOverflow = "density",
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
-) -> Tensor:
+    statistics: bool = False,
+) -> Tensor | tuple[Tensor, SparseMergeStatistics]:
     """Merge tuned versions of one tensor: ``base + scale * combine(elect(rescale(select(tuned - base))))``.
 
     With task t's delta ``d_t = tuned[t] - base``, its contribution is ``c_t = weight_t * (factor_t * d_t)`` where selected and zero
@@ -130,11 +238,15 @@ def sparse_merge(
         Of the result; default: the base's, or that of ``tuned[0]``.
     out
         Where the result goes; may be the base or a tuned tensor.
+    statistics
+        Whether to count what a merge report is made of, in the same pass.
 
     Returns
     -------
     Tensor
         Of the tensors' shape; ``out`` where it is given.
+    SparseMergeStatistics
+        With ``statistics``, as the second of two.
 
     Raises
     ------
@@ -190,8 +302,17 @@ def sparse_merge(
     )
     inputs = [*tuned, *arguments["masks"]]
     inputs += [tensor for tensor in (base, arguments["threshold"], arguments["equal_kept"]) if tensor is not None]
+    dtype = out_dtype or (tuned[0] if base is None else base).dtype
     if out is not None:
         _check_out(out, out_dtype, inputs, tuned[0].shape)
+    elif dtype not in FLOATING:
+        raise TypeError(f"{op}: out_dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
+    if statistics:
+        if out is None:
+            _check_no_gradient(inputs)
+            out = tuned[0].new_empty(tuned[0].shape, dtype=dtype)
+        return out, merge_with_statistics(arguments, out)
+    if out is not None:
         run = kernel("sparse_merge_out", *inputs, out)
         if run is None:
             out.copy_(reference.sparse_merge(**arguments, dtype=out.dtype))
@@ -199,9 +320,6 @@ def sparse_merge(
             run(**arguments, out=out)
             mark_changed(out)
         return out
-    dtype = out_dtype or (tuned[0] if base is None else base).dtype
-    if dtype not in FLOATING:
-        raise TypeError(f"{op}: out_dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
     run = kernel(op, *inputs)
     if run is None:
         return reference.sparse_merge(**arguments, dtype=dtype)
@@ -217,5 +335,12 @@ def _fake_sparse_merge_out(*settings: Any, **named: Any) -> None:
     return None
 
 
+def _fake_sparse_merge_statistics_out(base: Tensor | None, tuned: Sequence[Tensor], *settings: Any, **named: Any) -> tuple[Tensor, ...]:
+    count = functools.partial(tuned[0].new_empty, dtype=torch.int64)
+    dots = tuned[0].new_empty((len(tuned), len(tuned)), dtype=torch.float64)
+    return count((len(tuned),)), count(()), dots, tuned[0].new_empty((), dtype=torch.bool), count(())
+
+
 register("sparse_merge", fake=_fake_sparse_merge)
 register("sparse_merge_out", fake=_fake_sparse_merge_out, mutates=True)
+register("sparse_merge_statistics_out", fake=_fake_sparse_merge_statistics_out, mutates=True)

@@ -11,7 +11,7 @@ from taskloom.reference.masked.masked_switch import masked_switch_
 from taskloom.reference.masked.masked_update import masked_update, masked_update_
 from taskloom.reference.masked.multi_task_vector import multi_task_vector
 from taskloom.reference.masked.packed_mask import pack_mask, unpack_mask
-from taskloom.reference.masked.sparse_merge import sparse_merge
+from taskloom.reference.masked.sparse_merge import sparse_merge, sparse_merge_statistics
 from taskloom.reference.masked.task_mask import task_mask
 from taskloom.reference.masked.weighted_ce import weighted_ce, weighted_ce_backward
 
@@ -32,6 +32,7 @@ __all__ = [
     "multi_task_vector",
     "pack_mask",
     "sparse_merge",
+    "sparse_merge_statistics",
     "task_mask",
     "unpack_mask",
     "weighted_ce",

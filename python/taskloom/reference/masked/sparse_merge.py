@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from taskloom.reference.masked.select import Selection, rank_probabilities, sele
 # mergekit leaves a delta alone where either L1 norm is below the first, and a mean undivided where the weights sum to less than the other.
 _LEAST_NORM = 1e-7
 _NO_WEIGHT = 1e-8
+
+# kept, conflicts, dots, nonfinite, sign_sum
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _selections(
@@ -136,6 +140,100 @@ def merged_values(
     return (change if base is None else base.to(merged.dtype) + change).to(dtype)
 
 
+def statistics(deltas: Sequence[Tensor], kept: Sequence[Tensor], parts: Sequence[Tensor], elect: str) -> Statistics:
+    """What a merge counts: kept entries, entries in conflict, inner products, whether a delta is not finite, the balance of the election.
+
+    A product of an inner product is rounded in the dtype of the deltas, their sum is taken in float64.
+    """
+    positive, negative = (torch.stack([side(part, 0) for part in parts]).any(0) for side in (torch.gt, torch.lt))
+    dots = torch.stack([torch.stack([(one * other).double().sum() for other in deltas]) for one in deltas])
+    finite = torch.stack([values.isfinite().all() for values in deltas]).all()
+    total = torch.zeros_like(parts[0]) if elect == "none" else signed_sum(parts, elect)
+    return (
+        torch.stack([mask.sum() for mask in kept]),
+        (positive & negative).sum(),
+        dots,
+        ~finite,
+        (total > 0).sum() - (total < 0).sum(),
+    )
+
+
+@dataclass(frozen=True)
+class _Merging:
+    """A merge on its way: what its values and its statistics are made of."""
+
+    deltas: list[Tensor]
+    kept: list[Tensor]
+    parts: list[Tensor]
+    weights: list[Tensor]
+    elected: Tensor | None
+
+
+def _merging(
+    base: Tensor | None,
+    tuned: Sequence[Tensor],
+    weight: Sequence[float],
+    selections: list[Selection],
+    rescale: str,
+    elect: str,
+    zero_sign: int,
+) -> _Merging:
+    accumulate = accumulation_dtype(base, *tuned)
+    weights = [torch.tensor(value, dtype=accumulate, device=tuned[0].device) for value in weight]
+    deltas = [delta(task, base, accumulate) for task in tuned]
+    kept = [selected_entries(values, selection) for values, selection in zip(deltas, selections, strict=True)]
+    parts = [
+        contribution(values, mask, own, rescale_factor(values, mask, selection, rescale))
+        for values, mask, own, selection in zip(deltas, kept, weights, selections, strict=True)
+    ]
+    return _Merging(deltas, kept, parts, weights, None if elect == "none" else elected_sign(parts, elect, zero_sign))
+
+
+def sparse_merge_statistics(
+    base: Tensor | None,
+    tuned: Sequence[Tensor],
+    weight: Sequence[float],
+    select: str,
+    by_row: bool,
+    rank_begin: Sequence[int],
+    rank_end: Sequence[int],
+    threshold: Tensor | None,
+    equal_kept: Tensor | None,
+    masks: Sequence[Tensor],
+    density: Sequence[float],
+    epsilon: Sequence[float],
+    seed: int,
+    key: int,
+    rescale: str,
+    elect: str,
+    zero_sign: int,
+    vote: str,
+    consensus_k: int,
+    tall_mask_lambda: Sequence[float],
+    combine: str,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Statistics]:
+    """:func:`sparse_merge`, and what it counted on the way; see :class:`taskloom.SparseMergeStatistics`."""
+    selections = _selections(len(tuned), select, by_row, rank_begin, rank_end, threshold, equal_kept, masks, density, epsilon, seed, key)
+    found = _merging(base, tuned, weight, selections, rescale, elect, zero_sign)
+    merged = merged_values(
+        base,
+        found.deltas,
+        found.kept,
+        found.parts,
+        found.weights,
+        found.elected,
+        vote,
+        consensus_k,
+        tall_mask_lambda,
+        combine,
+        scale,
+        dtype,
+    )
+    return merged, statistics(found.deltas, found.kept, found.parts, elect)
+
+
 def sparse_merge(
     base: Tensor | None,
     tuned: Sequence[Tensor],
@@ -162,15 +260,19 @@ def sparse_merge(
     dtype: torch.dtype,
 ) -> Tensor:
     """``base + scale * combine(elect(rescale(select(tuned - base))))``; see :func:`taskloom.sparse_merge` for the arguments."""
-    accumulate = accumulation_dtype(base, *tuned)
-    device = tuned[0].device
-    weights = [torch.tensor(value, dtype=accumulate, device=device) for value in weight]
-    deltas = [delta(task, base, accumulate) for task in tuned]
     selections = _selections(len(tuned), select, by_row, rank_begin, rank_end, threshold, equal_kept, masks, density, epsilon, seed, key)
-    kept = [selected_entries(values, selection) for values, selection in zip(deltas, selections, strict=True)]
-    parts = [
-        contribution(values, mask, own, rescale_factor(values, mask, selection, rescale))
-        for values, mask, own, selection in zip(deltas, kept, weights, selections, strict=True)
-    ]
-    elected = None if elect == "none" else elected_sign(parts, elect, zero_sign)
-    return merged_values(base, deltas, kept, parts, weights, elected, vote, consensus_k, tall_mask_lambda, combine, scale, dtype)
+    found = _merging(base, tuned, weight, selections, rescale, elect, zero_sign)
+    return merged_values(
+        base,
+        found.deltas,
+        found.kept,
+        found.parts,
+        found.weights,
+        found.elected,
+        vote,
+        consensus_k,
+        tall_mask_lambda,
+        combine,
+        scale,
+        dtype,
+    )
