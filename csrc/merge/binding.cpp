@@ -256,6 +256,28 @@ void bind_merge(py::module_& m) {
       .def("needed", &MemoryAccount::needed, py::arg("threads"), py::arg("room"),
            "The most bytes that the compiled side takes with so many threads and so much room between passes.")
       .def_static("least_room", &MemoryAccount::least_room, py::arg("threads"), "The least room that this many threads can work with.");
+  py::class_<OutputFile>(m, "OutputFile", "A file to be written in place, as MergeExecutor writes its own.")
+      .def(py::init([](const py::object& path, const py::bytes& header, int64_t size) {
+             return std::make_unique<OutputFile>(path_of(path), std::string(header), size);
+           }),
+           py::arg("path"), py::arg("header"), py::arg("size"))
+      .def(
+          "reserve",
+          [](const OutputFile& file) {
+            const py::gil_scoped_release release;
+            reporting([&] { file.reserve(); });
+          },
+          "Create the file with its room on the disk and its header; it must not exist.")
+      .def(
+          "open", [](OutputFile& file) { reporting([&] { file.open(); }); }, "Open the reserved file for writing.")
+      .def(
+          "write",
+          [](const OutputFile& file, int64_t offset, uintptr_t address, int64_t bytes) {
+            const py::gil_scoped_release release;
+            reporting([&] { file.write(offset, reinterpret_cast<const void*>(address), bytes); });
+          },
+          py::arg("offset"), py::arg("address"), py::arg("bytes"), "Write so many bytes that lie at an address.")
+      .def("close", [](OutputFile& file) { reporting([&] { file.close(); }); }, "Close the file; the next run may open it again.");
   m.attr("default_room") = default_room;
   m.def("exchange_names", &exchange_names, py::arg("first"), py::arg("second"),
         "Swap the names of two files or folders in one step; False where the file system cannot.");

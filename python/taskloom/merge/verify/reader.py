@@ -14,8 +14,7 @@ from torch import Tensor
 from taskloom.merge.errors import CheckpointError
 from taskloom.merge.header import BITS
 from taskloom.merge.plan import TensorJob
-
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+from taskloom.merge.torch_dtypes import TORCH_DTYPES
 
 # Entries of all models that are held at once. The temporaries of the reference stay in the cache then: ten times faster than large pieces.
 PIECE_ENTRIES = 1 << 19

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from taskloom.merge.errors import MergeError
 from taskloom.merge.plan import MergePlan, Stages, TensorJob, TensorSource
-from taskloom.merge.verify.reader import TORCH_DTYPES, TensorReader, is_ranked_by_row, pieces
+from taskloom.merge.torch_dtypes import TORCH_DTYPES
+from taskloom.merge.verify.reader import TensorReader, is_ranked_by_row, pieces
 from taskloom.merge.verify.thresholds import RankCut, rank_cuts
 from taskloom.reference.masked.magnitude import delta, magnitude_bits
 from taskloom.reference.masked.select import Selection, selected_entries
