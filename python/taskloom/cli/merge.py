@@ -67,6 +67,15 @@ def _print_template(name: str) -> None:
     click.echo(recipe_template(find_method(name)), nl=False)
 
 
+def _device_row(preview: Preview) -> str:
+    if preview.largest_tensor is None:
+        return f"{preview.device}: nothing is computed, so none of its memory is taken"
+    return (
+        f"{preview.device}: at most {size(preview.device_memory or 0)} of its memory; --max-vram can be "
+        f"{size(preview.least_max_vram or 0)}, for {preview.largest_tensor}"
+    )
+
+
 def _print_preview(preview: Preview) -> None:
     rows = {
         "method": preview.method,
@@ -75,8 +84,14 @@ def _print_preview(preview: Preview) -> None:
         "tensors": f"{preview.tensors_merged} merged ({preview.parameters_merged:,} parameters), {preview.tensors_copied} copied",
         "read": size(preview.bytes_in),
         "write": f"{size(preview.bytes_out)} in {len(preview.files)} file{'s' if len(preview.files) > 1 else ''}",
-        "memory": f"at most {size(preview.anonymous_memory)} (besides the mapped files); --max-ram can be {size(preview.least_max_ram)}",
     }
+    if preview.device is None:
+        rows["memory"] = (
+            f"at most {size(preview.anonymous_memory)} (besides the mapped files); --max-ram can be {size(preview.least_max_ram)}"
+        )
+    else:
+        rows["device"] = _device_row(preview)
+        rows["memory"] = f"{size(preview.pinned_memory or 0)} of the host's memory in pinned buffers, besides what torch takes"
     for label, value in rows.items():
         click.echo(f"{label:<9}{value}")
     for name, count in preview.files.items():
@@ -124,6 +139,8 @@ def _merge(recipe: Path, out: Path | None, options: dict[str, Any]) -> None:
             base_model=loaded.base_model,
             threads=options["threads"],
             max_ram=options["max_ram"],
+            device=options["device"],
+            max_vram=options["max_vram"],
             plot=options["plot"],
         )
         if options["as_json"]:
@@ -138,6 +155,8 @@ def _merge(recipe: Path, out: Path | None, options: dict[str, Any]) -> None:
             _required(out, "OUT"),
             threads=options["threads"],
             max_ram=options["max_ram"],
+            device=options["device"],
+            max_vram=options["max_vram"],
             plot=options["plot"],
             report=options["page"],
             copy_tokenizer=options["copy_tokenizer"],
@@ -168,6 +187,10 @@ def _merge(recipe: Path, out: Path | None, options: dict[str, Any]) -> None:
     "--threads", "--num-threads", "-j", type=click.IntRange(min=0), default=0, help="Threads of the merge; 0 (default) uses all cores."
 )
 @click.option("--max-ram", metavar="SIZE", help="Most anonymous memory of the process: 256MB, 1GiB. Too little is refused before any work.")
+@click.option("--device", metavar="NAME", help="Merge on a GPU: cuda or cuda:N; default: cpu.")
+@click.option(
+    "--max-vram", metavar="SIZE", help="With --device: most of the GPU's memory that torch may take; default: 80% of what is free."
+)
 @click.option("--seed", "--random-seed", type=click.IntRange(0, 2**64 - 1), help="Seed of random masks; default: the recipe's, else 0.")
 @click.option("--plot", is_flag=True, help="Write figures into OUT/plots (needs matplotlib).")
 @click.option("--report", "page", is_flag=True, help="Write the report as a page for a browser, OUT/merge_report.html.")

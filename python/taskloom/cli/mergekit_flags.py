@@ -7,13 +7,13 @@ from typing import Any, TypeVar
 
 import click
 
-_ON_CPU = "the merge streams at memory speed on the CPU and needs no GPU"
+_ON_GPU = "use --device cuda, which reads, copies, merges and writes at once, in as much of the GPU's memory as --max-vram says"
 
 REFUSED_FLAGS = {
-    "cuda": _ON_CPU,
-    "read-to-gpu": _ON_CPU,
-    "multi-gpu": _ON_CPU,
-    "gpu-rich": _ON_CPU,
+    "cuda": _ON_GPU,
+    "read-to-gpu": _ON_GPU,
+    "multi-gpu": "one GPU merges, which --device cuda:N picks: files and the bus set the pace, not the GPU",
+    "gpu-rich": _ON_GPU,
     "low-cpu-memory": "memory use is small whatever the models' size; --max-ram sets a ceiling",
     "lazy-unpickle": "no pickle is ever opened; models must be safetensors files",
     "async-write": "output is always written while the inputs are read; use --threads",
@@ -25,7 +25,6 @@ REFUSED_FLAGS = {
 }
 
 REFUSED_OPTIONS = {
-    "device": _ON_CPU,
     "write-threads": "one pool of threads reads, merges and writes; use --threads",
     "transformers-cache": "the cache is found through HF_HUB_CACHE or HF_HOME; set one of them",
     "lora-merge-cache": "adapters are not merged here; merge them into their base first",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from taskloom.merge.digest import file_digest
 from taskloom.merge.errors import MergeError, OutputError
@@ -137,6 +137,19 @@ def _job_bytes(job: TensorJob) -> int:
     return _bytes_read(job) + tensor_bytes(job.target.dtype, job.shape)
 
 
+class FileExecutor(Protocol):
+    """Makes the output files of a plan, one at a time."""
+
+    def reserve(self, outputs: Sequence[int]) -> None:
+        """Create output files with their room on the disk."""
+
+    def run(self, output: int, progress: Callable[[int], None] | None = None) -> tuple[TensorStats, ...]:
+        """Merge one output's tensors into its file, and return the figures of the merged ones."""
+
+    def close(self) -> None:
+        """Give back what the executor holds."""
+
+
 class Executor:
     """The compiled executor of a plan, on inputs and outputs as it takes them: paths and (path, header, size), or 0 for memory.
 
@@ -167,6 +180,9 @@ class Executor:
             raise MergeError(str(error)) from error
         except MemoryError as error:
             raise MergeError(f"not enough memory for the buffers of {self._threads} threads") from error
+
+    def close(self) -> None:
+        """Nothing: what is held goes with the executor."""
 
     def reserve(self, outputs: Sequence[int]) -> None:
         """Create output files with their room on the disk; raises MergeError where that is not to be had."""
@@ -264,6 +280,7 @@ def execute_plan(
     finished: Mapping[str, FinishedFile] | None = None,
     on_finished: Callable[[FinishedFile], None] | None = None,
     check_inputs: Callable[[], None] | None = None,
+    make_executor: Callable[[list[tuple[str, bytes, int]]], FileExecutor] | None = None,
 ) -> ExecutionResult:
     """Create the plan's output files in ``folder``, with every tensor in them, in one streaming pass.
 
@@ -287,6 +304,8 @@ def execute_plan(
         Called for each new file once it is on the disk, from another thread, one file at a time.
     check_inputs
         Called after each file, before it counts as finished; raises where an input has changed.
+    make_executor
+        Makes the executor from (path, header, size) of each output; None takes the compiled one, with ``threads`` and ``room``.
 
     Raises
     ------
@@ -296,9 +315,12 @@ def execute_plan(
     done = dict(finished or {})
     wanted = [index for index, output in enumerate(plan.outputs) if output.name not in done]
     outputs = [(str(folder / output.name), output.header, output.size) for output in plan.outputs]
-    inputs = [str(path) for path in plan.inputs]
-    executor = Executor(plan, inputs, outputs, threads=threads, magnitude_histogram=magnitude_histogram, room=room)
-    executor.reserve(wanted)
+    executor: FileExecutor
+    if make_executor is not None:
+        executor = make_executor(outputs)
+    else:
+        inputs = [str(path) for path in plan.inputs]
+        executor = Executor(plan, inputs, outputs, threads=threads, magnitude_histogram=magnitude_histogram, room=room)
 
     def finish(file: FinishedFile) -> None:
         if on_finished is not None:
@@ -309,6 +331,7 @@ def execute_plan(
     shifted = None if progress is None else lambda count: progress(skipped + count)
     finisher = _Finisher(finish)
     try:
+        executor.reserve(wanted)
         for index in wanted:
             start = time.perf_counter()
             stats = executor.run(index, shifted)
@@ -317,7 +340,10 @@ def execute_plan(
                 check_inputs()
             finisher.start(folder / plan.outputs[index].name, plan.outputs[index].size, seconds, stats)
     finally:
-        finisher.join()
+        try:
+            executor.close()
+        finally:
+            finisher.join()
     finisher.wait()
     return ExecutionResult(
         files=tuple(done[output.name] for output in plan.outputs),

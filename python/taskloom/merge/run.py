@@ -10,6 +10,7 @@ from typing import Any
 from taskloom.merge.card import model_card, rerun_recipe
 from taskloom.merge.errors import MergeError, OutputError, ReportError
 from taskloom.merge.journal import Fingerprint
+from taskloom.merge.means import choose_means
 from taskloom.merge.output import (
     INDEX,
     RECIPE,
@@ -109,6 +110,8 @@ def run_plan(
     *,
     threads: int = 0,
     max_ram: str | int | None = None,
+    device: str | None = None,
+    max_vram: str | int | None = None,
     plot: bool = False,
     report: bool = False,
     copy_tokenizer: bool = True,
@@ -118,7 +121,6 @@ def run_plan(
     progress: Callable[[int], None] | None = None,
 ) -> MergeReport:
     """Carry out a planned merge; the arguments are those of :func:`merge_checkpoints`."""
-    from taskloom.merge.ceiling import choose_budget
     from taskloom.merge.execute import execute_plan, jobs_by_file
     from taskloom.merge.working import WorkingFolder, journal_file, sync_tree
 
@@ -130,8 +132,7 @@ def run_plan(
         require_matplotlib()
     if report:
         from taskloom.merge.page import PAGE, recipe_beside, write_page
-    ceiling = None if max_ram is None else parse_size(max_ram, "max_ram")
-    budget = choose_budget(planned.plan, threads=threads, max_ram=ceiling, plot=plot)
+    means = choose_means(planned.plan, threads=threads, max_ram=max_ram, device=device, max_vram=max_vram, plot=plot)
     target = check_output(Path(out), planned.cast.models, overwrite=overwrite, resume=resume)
     merge = fingerprint_of(recipe, planned)
 
@@ -172,8 +173,9 @@ def run_plan(
             result = execute_plan(
                 planned.plan,
                 folder,
-                threads=budget.threads,
-                room=budget.room,
+                threads=means.threads,
+                room=means.room,
+                make_executor=means.make_executor,
                 magnitude_histogram=plot,
                 progress=progress,
                 finished=reusable,
@@ -188,7 +190,7 @@ def run_plan(
                 output=target,
                 method=recipe.method.name,
                 base_model=recipe.base_model,
-                notes=[*planned.notes, *budget.notes, *notes],
+                notes=[*planned.notes, *means.notes, *notes],
             )
             made.write(folder / REPORT)
             (folder / RECIPE).write_text(rerun_recipe(recipe, planned.cast, planned.plan.seed), encoding="utf-8")
@@ -214,6 +216,8 @@ def merge_checkpoints(
     *,
     threads: int = 0,
     max_ram: str | int | None = None,
+    device: str | None = None,
+    max_vram: str | int | None = None,
     seed: int | None = None,
     shard_size: str | int = "5GB",
     plot: bool = False,
@@ -237,7 +241,12 @@ def merge_checkpoints(
         Threads of the streaming pass; 0 means all cores.
     max_ram
         Ceiling of the process's anonymous memory, such as ``"256MB"``; what the process holds already counts. Less memory means more
-        passes or fewer threads, never another result. None sets no ceiling.
+        passes or fewer threads, never another result. None sets no ceiling. Not with a ``device``.
+    device
+        ``"cuda"`` or ``"cuda:N"`` merges on that GPU; None or ``"cpu"`` on the CPU. Which entries are kept, and random masks, are the
+        same on both.
+    max_vram
+        With a ``device``: ceiling of what torch takes of its memory, such as ``"8GB"``. None takes at most 80% of what is free.
     seed
         Of random masks; None means the recipe's ``seed``, else 0.
     shard_size
@@ -277,6 +286,8 @@ def merge_checkpoints(
         out,
         threads=threads,
         max_ram=max_ram,
+        device=device,
+        max_vram=max_vram,
         plot=plot,
         report=report,
         copy_tokenizer=copy_tokenizer,

@@ -41,6 +41,8 @@ class DeviceExecutor:
         The device, and the memory that it gives.
     magnitude_histogram
         Count magnitudes by exponent.
+    readers
+        Threads that read, at most one per pinned buffer.
     source
         Reads the inputs; None opens the plan's files.
 
@@ -58,6 +60,7 @@ class DeviceExecutor:
         accelerator: Accelerator,
         budget: DeviceBudget,
         magnitude_histogram: bool = False,
+        readers: int = 2,
         source: Source | None = None,
     ) -> None:
         self._native: Any = importlib.import_module("taskloom._native")
@@ -65,6 +68,7 @@ class DeviceExecutor:
         self._accelerator = accelerator
         self._magnitude_histogram = magnitude_histogram
         self._open = ExitStack()
+        self._readers = min(readers, budget.pieces_in)
         self._taken: Memory | None = None
         self._facts: ModelFacts | None = None
         self._outputs = [self._native.OutputFile(*output) for output in outputs]
@@ -130,6 +134,7 @@ class DeviceExecutor:
                 self._memory,
                 self._source,
                 lambda load: self._merge(load, facts),
+                readers=self._readers,
                 target=file,
                 finish=lambda load, written: self._finish(load, written, stats),
                 count=self._count,
@@ -182,7 +187,7 @@ class DeviceExecutor:
             with self._guarded(load.job):
                 look(load)
 
-        Pipeline(self._memory, self._source, merge, tick=self._tick).run(jobs)
+        Pipeline(self._memory, self._source, merge, readers=self._readers, tick=self._tick).run(jobs)
 
     def _find_cuts(self) -> dict[str, Cuts]:
         jobs = [job for job in ranked_together(self._plan) if needs_device(job)]

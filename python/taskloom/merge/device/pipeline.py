@@ -24,8 +24,6 @@ from taskloom.merge.header import tensor_bytes
 from taskloom.merge.plan import TensorJob, TensorSource
 from taskloom.merge.torch_dtypes import TORCH_DTYPES
 
-READERS = 2
-
 
 class Source(Protocol):
     """Where input bytes come from."""
@@ -124,6 +122,8 @@ class Pipeline:
     merge
         Called in the ``merge`` lane by the thread that calls :meth:`run`, for each job that needs the device, once its inputs are there
         (for the device).
+    readers
+        Threads that read.
     target, finish
         Where outputs go (None: there are none), and what is called in the writing thread for each job once its merge is done and before
         anything of it is written (``False``), and when all of it is (``True``).
@@ -139,6 +139,7 @@ class Pipeline:
         source: Source,
         merge: Callable[[Load], None],
         *,
+        readers: int,
         target: Target | None = None,
         finish: Callable[[Load, bool], None] | None = None,
         count: Callable[[int], None] | None = None,
@@ -148,10 +149,11 @@ class Pipeline:
         self._accelerator = memory.accelerator
         self._source = source
         self._merge = merge
+        self._readers = readers
         self._target = target
         self._finish = finish or (lambda load, written: None)
         self._count = count or (lambda count: None)
-        self._gate = Gate(READERS + 2, tick)
+        self._gate = Gate(readers + 2, tick)
         self._loads: deque[Load] = deque()
         self._pieces: deque[_Piece] = deque()
         self._done: deque[Load] = deque()
@@ -162,7 +164,7 @@ class Pipeline:
         gate = self._gate
         try:
             gate.start(lambda: self._feed(jobs))
-            for _ in range(READERS):
+            for _ in range(self._readers):
                 gate.start(self._read)
             if self._target is not None:
                 gate.start(self._write)
