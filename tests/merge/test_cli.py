@@ -219,6 +219,7 @@ _HEAVY = "print(sorted({'torch', 'numpy', 'safetensors', 'matplotlib', 'huggingf
         ["--help"],
         ["merge", "--help"],
         ["merge", "recipe.yml", "--dry-run"],
+        ["merge", "recipe.yml", "--dry-run", "--device", "cuda"],
         ["merge", "recipe.yml", "out"],
         ["merge", "recipe.yml", "out", "--report"],
     ],

@@ -299,12 +299,16 @@ def test_the_budget_names_what_is_least_and_why() -> None:
         device_budget(plan, 2 * budget.least, free=10**8)
 
 
+@pytest.mark.parametrize("shape", [(3,), (700, 300), (1500, 1100), (2000, 2000), LARGE])
 @pytest.mark.parametrize("share", [1.0, 1.3, 2.0, 10.0])
-def test_what_is_needed_stays_within_the_ceiling(share: float) -> None:
+def test_what_is_needed_stays_within_the_ceiling(shape: tuple[int, ...], share: float) -> None:
     for stages in (TIES, DELLA, Stages(weight=(1.0, 1.0), rescale="l1", select="dropout", density=(0.5, 0.5))):
-        plan = _plan(_job(LARGE, ("BF16",) * 3, stages), _job((1000, 777), ("F32", "BF16", "F16"), stages, name="b"))
+        plan = _plan(_job(shape, ("BF16",) * 3, stages), _job((10, 7), ("F32", "BF16", "F16"), stages, name="b"))
         ceiling = int(share * device_budget(plan).least)
-        assert device_budget(plan, ceiling).needed <= ceiling
+        budget = device_budget(plan, ceiling)
+        assert budget.needed <= ceiling
+        assert budget.block >= max(region_parts(job)[-1] for job in plan.jobs)
+        assert device_budget(plan, free=2 * ceiling).needed <= 2 * ceiling
 
 
 def test_a_merge_that_computes_nothing_takes_no_device_memory() -> None:

@@ -55,6 +55,16 @@ def _segments(count: int, tensors: int = 1) -> int:
     return tensors * -(-each // _SMALL_SEGMENT) * _SMALL_SEGMENT
 
 
+def _block_segment(count: int) -> int:
+    return _segments(count) or _SMALL_SEGMENT
+
+
+def _largest_block(wished: int, room: int) -> int:
+    """The largest block of at most ``wished`` bytes whose segment has so much room."""
+    sizes = (wished, room // _SMALL_SEGMENT * _SMALL_SEGMENT, _MIDDLE, _SMALL)
+    return max(size for size in sizes if size <= wished and _block_segment(size) <= room)
+
+
 def needs_device(job: TensorJob) -> bool:
     """Whether a job is computed; plain copies of bytes, and tensors without entries, pass by the device."""
     return prod(job.shape) > 0 and (job.stages is not None or (job.base is not None and job.base.dtype != job.target.dtype))
@@ -178,8 +188,7 @@ def device_budget(
     fixed = _SMALL_TENSORS + _search_bytes(plan) + max(beside.values())
     region = max(regions.values())
     largest = max(jobs, key=lambda job: regions[job.name] + beside[job.name]).name
-    block_segment = _segments(region) or _SMALL_SEGMENT
-    least = block_segment + fixed
+    least = _block_segment(region) + fixed
     ceiling = max_vram if max_vram is not None else None if free is None else int(DEFAULT_SHARE * free)
     if ceiling is not None and ceiling < least:
         own = "max_vram" if max_vram is not None else f"{DEFAULT_SHARE:.0%} of the device's free memory"
@@ -189,8 +198,6 @@ def device_budget(
         raise MergeError(f"max_vram: {megabytes(least)} are needed, and {megabytes(free)} of the device's memory are free")
     # Two of the largest tensors overlap in it; more would only wait there.
     wished = max(2 * region, min(sum(regions.values()), 2**30))
-    block = wished if ceiling is None else min(wished, (ceiling - fixed) // _SMALL_SEGMENT * _SMALL_SEGMENT)
-    if free is not None:
-        block = min(block, (free - fixed) // _SMALL_SEGMENT * _SMALL_SEGMENT)
-    block = max(block, region)
-    return DeviceBudget(block, (_segments(block) or _SMALL_SEGMENT) + fixed, least, largest, piece)
+    limits = [limit for limit in (ceiling, free) if limit is not None]
+    block = wished if not limits else _largest_block(wished, min(limits) - fixed)
+    return DeviceBudget(block, _block_segment(block) + fixed, least, largest, piece)
