@@ -10,6 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from taskloom.merge import merge_checkpoints
 from taskloom.merge.device import account, choice
@@ -101,3 +104,28 @@ def check_same_figures(cpu: MergeReport, device: MergeReport) -> None:
         assert ours.norms == pytest.approx(theirs.norms, rel=1e-5, nan_ok=True)
         for one, other in zip(ours.cosines, theirs.cosines, strict=True):
             assert one == pytest.approx(other, abs=1e-5)
+
+
+class Allocations(TorchDispatchMode):
+    """The most bytes of tensors' memory that were alive at once, of what is allocated under it: storages, whoever holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def now(self) -> int:
+        """Bytes that are alive."""
+        self.alive = {place: (one, size) for place, (one, size) in self.alive.items() if not one.expired()}
+        return sum(size for _, size in self.alive.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.now()
+        given = {leaf.untyped_storage().data_ptr() for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in given - self.alive.keys():
+                storage = leaf.untyped_storage()
+                self.alive.setdefault(storage.data_ptr(), (StorageWeakRef(storage), storage.nbytes()))
+        self.peak = max(self.peak, self.now())
+        return result

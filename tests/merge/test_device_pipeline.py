@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import itertools
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from device_runs import recipe_of, save_models, tensors_in, use_host_as_device
+from device_runs import Allocations, recipe_of, save_models, tensors_in, use_host_as_device
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from taskloom.merge import merge_checkpoints
 from taskloom.merge.device import account
@@ -225,28 +222,6 @@ def test_memory_that_runs_out_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 # Memory.
 
 
-class _Allocations(TorchDispatchMode):
-    """The most bytes of tensors' memory that were alive at once, of what is allocated under it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, tuple[Any, int]] = {}
-        self.peak = 0
-
-    def now(self) -> int:
-        self.alive = {place: (one, size) for place, (one, size) in self.alive.items() if one() is not None}
-        return sum(size for _, size in self.alive.values())
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                self.alive.setdefault(storage.data_ptr(), (weakref.ref(leaf), storage.nbytes()))
-        self.peak = max(self.peak, self.now())
-        return result
-
-
 def _job(shape: tuple[int, ...], dtypes: tuple[str, ...], stages: Stages, target: str = "BF16", name: str = "w") -> TensorJob:
     base, *tuned = (TensorSource(0, 0, dtype) for dtype in dtypes)
     return TensorJob(name, shape, TensorTarget(0, 0, target), base, tuple(tuned), stages)
@@ -327,7 +302,7 @@ def test_the_tensors_of_a_merge_stay_within_its_budget(tmp_path: Path, monkeypat
     shared = {"t": 0.5} if method == "slerp" else {}
     planned = prepare(recipe_of(paths, method, own, parameters=shared))[1]
     budget = device_budget(planned.plan, device_budget(planned.plan).least)
-    with _Allocations() as seen:
+    with Allocations() as seen:
         executor = _executor(planned, tmp_path / "out", budget)
         executor.reserve([0])
         executor.run(0)
