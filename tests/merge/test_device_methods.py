@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from device_runs import check_same_figures, recipe_of, run_both, save_models, te
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from taskloom.merge import merge_checkpoints
+from taskloom.merge import merge_checkpoints, merge_state_dicts, state_dicts
 from taskloom.merge.device import account, choice
-from taskloom.merge.errors import MergeError
+from taskloom.merge.errors import CheckpointError, MergeError
 from taskloom.merge.stages import METHODS
 
 
@@ -197,6 +197,63 @@ def test_float64_is_not_ranked_with_others(tmp_path: Path, monkeypatch: pytest.M
     for device in ("cpu", "cuda"):
         with pytest.raises(MergeError, match="scope: model cannot rank float64 tensors together with others: 'x' and 'y'"):
             merge_checkpoints(recipe, tmp_path / "out", device=device)
+
+
+def _state_dicts(dtypes: tuple[torch.dtype, ...], device: str = "cpu") -> list[dict[str, Tensor]]:
+    random = torch.Generator().manual_seed(5)
+    shapes = {"model.layers.0.w": (61, 70), "model.layers.1.w": (64, 33), "norm": (17,), "scalar": (), "empty": (0, 3)}
+    base = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
+    models = [base, *({name: value + 0.1 * torch.randn(value.shape, generator=random) for name, value in base.items()} for _ in dtypes[1:])]
+    return [
+        {**{name: value.to(device, dtype) for name, value in model.items()}, "ids": torch.arange(5, device=device)}
+        for model, dtype in zip(models, dtypes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "mixed", "float64"])
+@pytest.mark.parametrize("name", ["ties of the model", "dare ties", "della", "slerp", "passthrough", "linear", "consensus ties"])
+def test_state_dicts_on_a_device(monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
+    merge = MERGES[name]
+    base, *tuned = _state_dicts(DTYPES[kind])
+    tuned = tuned[:1] if merge.method in ("slerp", "passthrough") else tuned
+    settings = {**merge.own, **merge.shared}
+    settings["weight"] = [0.5] * len(tuned) if "weight" in settings else None
+    settings = {key: value for key, value in settings.items() if value is not None}
+    given = None if merge.method in ("passthrough", "linear") else base
+    expected = merge_state_dicts(given, tuned, merge.method, seed=9, out_dtype="float32", **settings)
+    use_host_as_device(monkeypatch)
+    monkeypatch.setattr(state_dicts, "_one_device", lambda models: "cuda:0")
+    got = merge_state_dicts(given, tuned, merge.method, seed=9, out_dtype="float32", **settings)
+    _check_equal(got, expected)
+    if merge.method == "passthrough":
+        return
+    tuned[0]["norm"][3] = torch.nan
+    with pytest.raises(MergeError, match=r"tensor 'norm' of .* holds NaN or infinity, first at element 3"):
+        merge_state_dicts(given, tuned, merge.method, out_dtype="float32", **settings)
+
+
+def test_state_dicts_lie_on_one_device() -> None:
+    base, tuned = _state_dicts((FLOAT32, FLOAT32))
+    described = {label: state_dicts._described(label, tensors) for label, tensors in (("base", base), ("tuned[0]", tuned))}
+    described["tuned[0]"]["norm"] = replace(described["tuned[0]"]["norm"], device="cuda:1")
+    with pytest.raises(
+        CheckpointError, match=r"^tuned\[0\]: tensor 'norm': is on cuda:1, expected cpu as base: tensor 'model\.layers\.0\.w'$"
+    ):
+        state_dicts._one_device(described)
+
+
+@pytest.mark.gpu
+def test_state_dicts_on_a_gpu() -> None:
+    obstacle = choice.device_obstacle("cuda")
+    if obstacle is not None:
+        pytest.skip(obstacle)
+    for device in ("cpu", "cuda"):
+        base, *tuned = _state_dicts(DTYPES["bfloat16"], device)
+        merged = merge_state_dicts(base, tuned, "ties", weight=1.0, density=0.4)
+        assert {value.device.type for value in merged.values()} == {device}
+        if device == "cpu":
+            expected = merged
+    _check_equal({name: value.cpu() for name, value in merged.items()}, expected, within=1)
 
 
 @pytest.mark.gpu

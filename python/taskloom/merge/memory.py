@@ -33,11 +33,14 @@ class MemoryTensor:
         dtype code, shape and address. Other dtypes than F32, BF16, F16 and F64 go by their own names, and are only ever copied.
     identity
         Equal for two tensors of one model that are the same memory seen in the same way, as tied weights are.
+    device
+        ``cpu``, or ``cuda:N``, where the address is one of that device.
     """
 
     owner: Any
     entry: TensorEntry
     identity: Hashable
+    device: str = "cpu"
 
 
 def _is_torch(value: object) -> bool:
@@ -61,14 +64,14 @@ def _identity(address: int, entry: TensorEntry, strides: tuple[int, ...]) -> Has
 
 
 def _describe_torch(value: Any, where: str) -> MemoryTensor:
-    if value.device.type != "cpu":
-        raise CheckpointError(f"{where}: expected a tensor in CPU memory, got one on {value.device}")
+    if value.device.type not in ("cpu", "cuda"):
+        raise CheckpointError(f"{where}: expected a tensor in CPU memory or on a CUDA device, got one on {value.device}")
     if str(value.layout) != "torch.strided":
         raise CheckpointError(f"{where}: expected a dense tensor, got layout {value.layout}")
     dtype, shape = str(value.dtype).removeprefix("torch."), tuple(value.shape)
     owner = value.detach().resolve_neg().contiguous()
     entry = _entry(dtype, shape, owner.data_ptr())
-    return MemoryTensor(owner, entry, _identity(value.data_ptr(), entry, tuple(value.stride())))
+    return MemoryTensor(owner, entry, _identity(value.data_ptr(), entry, tuple(value.stride())), str(value.device))
 
 
 def _describe_numpy(value: Any, where: str) -> MemoryTensor:
@@ -88,7 +91,7 @@ def describe(value: object, where: str) -> MemoryTensor:
     Parameters
     ----------
     value
-        A dense torch tensor in CPU memory, or a numpy array; any strides. It is not modified.
+        A dense torch tensor in CPU memory or on a CUDA device, or a numpy array; any strides. It is not modified.
     where
         Names the tensor and its model in error messages.
 
@@ -121,8 +124,8 @@ def empty_like(tensor: MemoryTensor, code: str, where: str) -> MemoryTensor:
     shape = tensor.entry.shape
     if _is_torch(tensor.owner):
         torch = sys.modules["torch"]
-        owner = torch.empty(shape, dtype=getattr(torch, _NAMES[code]), device="cpu")
-        return MemoryTensor(owner, _entry(_NAMES[code], shape, owner.data_ptr()), object())
+        owner = torch.empty(shape, dtype=getattr(torch, _NAMES[code]), device=tensor.owner.device)
+        return MemoryTensor(owner, _entry(_NAMES[code], shape, owner.data_ptr()), object(), tensor.device)
     import numpy
 
     if code == tensor.entry.dtype:

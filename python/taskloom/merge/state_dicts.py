@@ -131,13 +131,36 @@ def _allocate(recipe: Recipe, alignment: Alignment, reference: StateDict) -> dic
     }
 
 
-def _run(recipe: Recipe, cast: Cast, alignment: Alignment, outputs: StateDict, *, threads: int, allow_nonfinite: bool) -> None:
-    from taskloom.merge.execute import Executor
+def _one_device(models: Mapping[str, StateDict]) -> str:
+    """The device that every tensor lies on."""
+    first: tuple[str, str] | None = None
+    for label, tensors in models.items():
+        for name, tensor in tensors.items():
+            if first is None:
+                first = tensor.device, f"{label}: tensor {name!r}"
+            elif tensor.device != first[0]:
+                raise CheckpointError(f"{label}: tensor {name!r}: is on {tensor.device}, expected {first[0]} as {first[1]}")
+    return "cpu" if first is None else first[0]
 
+
+def _carry_out(plan: MergePlan, models: Sequence[StateDict], outputs: StateDict, device: str, threads: int) -> None:
+    if device == "cpu":
+        from taskloom.merge.execute import Executor
+
+        Executor(plan, [0], [0], threads=threads, magnitude_histogram=False).run(0)
+        return
+    from taskloom.merge.device.choice import open_device
+    from taskloom.merge.device.memory import merge_in_memory
+
+    inputs = [tensor.owner for model in models for tensor in model.values()]
+    merge_in_memory(plan, inputs, {name: tensor.owner for name, tensor in outputs.items()}, open_device(device))
+
+
+def _plan(recipe: Recipe, cast: Cast, alignment: Alignment, outputs: StateDict, allow_nonfinite: bool) -> MergePlan:
     merged = Alignment(tuple(tensor for tensor in alignment.tensors if tensor.name in outputs), alignment.notes)
     targets = {name: TensorTarget(0, tensor.entry.offset, tensor.entry.dtype) for name, tensor in outputs.items()}
     jobs, _ = plan_jobs(recipe, cast, merged, targets)
-    plan = MergePlan(
+    return MergePlan(
         inputs=(MEMORY,),
         outputs=(),
         jobs=tuple(jobs),
@@ -145,7 +168,6 @@ def _run(recipe: Recipe, cast: Cast, alignment: Alignment, outputs: StateDict, *
         seed=recipe.seed or 0,
         allow_nonfinite=allow_nonfinite,
     )
-    Executor(plan, [0], [0], threads=threads, magnitude_histogram=False).run(0)
 
 
 def merge_state_dicts(
@@ -165,7 +187,8 @@ def merge_state_dicts(
     Parameters
     ----------
     base
-        State dict: names to torch tensors in CPU memory or numpy arrays, of any shape and strides. float32, bfloat16, float16 and
+        State dict: names to torch tensors in CPU memory or numpy arrays, or to torch tensors on one CUDA device, which merges them
+        where they are; of any shape and strides. float32, bfloat16, float16 and
         float64 are merged, everything else is copied from the base. None for ``passthrough``, and for ``linear`` without a base.
     tuned
         State dicts with the base's names and shapes, in a list, or by labels that errors name them by.
@@ -208,6 +231,7 @@ def merge_state_dicts(
     recipe = _recipe(row, list(given), of_base is not None, parameters, seed, dtypes)
 
     models = {**({} if of_base is None else {_BASE: of_base}), **given}
+    device = _one_device(models)
     order, (first, *rest) = list(models), list(models.values())
     second, unique = _without_second_names(first, rest)
     opened = {label: _checkpoint(label, tensors) for label, tensors in zip(order, unique, strict=True)}
@@ -216,6 +240,6 @@ def merge_state_dicts(
     alignment = align(cast.reference, cast.tasks)
     reference = unique[0]
     outputs = _allocate(recipe, alignment, reference)
-    _run(recipe, cast, alignment, outputs, threads=threads, allow_nonfinite=allow_nonfinite)
+    _carry_out(_plan(recipe, cast, alignment, outputs, allow_nonfinite), unique, outputs, device, threads)
     merged = {name: outputs[name].owner if name in outputs else copied(tensor) for name, tensor in reference.items()}
     return {name: merged[second.get(name, name)] for name in first}

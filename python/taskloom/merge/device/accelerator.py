@@ -57,7 +57,7 @@ class Accelerator(ABC):
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Wait for all lanes."""
+        """Wait for all work on the device."""
 
     @abstractmethod
     def free(self) -> int | None:
@@ -152,8 +152,7 @@ class CudaAccelerator(Accelerator):
             torch.cuda.set_per_process_memory_fraction(before, self.device)
 
     def synchronize(self) -> None:
-        for stream in self._streams.values():
-            stream.synchronize()
+        torch.cuda.synchronize(self.device)
 
     def free(self) -> int:
         free, _ = torch.cuda.mem_get_info(self.device)

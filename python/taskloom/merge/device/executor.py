@@ -11,21 +11,18 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import taskloom
 from taskloom.merge.device.accelerator import Accelerator
-from taskloom.merge.device.account import DeviceBudget, needs_device
+from taskloom.merge.device.account import DeviceBudget
 from taskloom.merge.device.files import InputFiles
 from taskloom.merge.device.findings import Findings
-from taskloom.merge.device.model import Cuts, ModelFacts, RankSearch, follows_majority, is_wide, ranked_together
+from taskloom.merge.device.model import ModelFacts
 from taskloom.merge.device.pipeline import Load, Memory, Pipeline, Source
+from taskloom.merge.device.search import Look, find_facts
 from taskloom.merge.device.tensors import merge_tensors
 from taskloom.merge.errors import MergeError
 from taskloom.merge.execute import TensorStats
 from taskloom.merge.plan import MergePlan, TensorJob
-
-_DIGIT = 16
 
 
 class DeviceExecutor:
@@ -170,75 +167,17 @@ class DeviceExecutor:
         elif job.stages is not None and prod(job.shape) > 0:
             stats.append(self._findings.stats(job, time.perf_counter() - load.began))
 
-    # What is found over the whole model, before the first output.
-
     def _prepared(self) -> ModelFacts:
+        """What must be known of the whole model: found before the first output, from all jobs."""
         if self._facts is None:
-            facts = ModelFacts()
-            facts.cuts = self._find_cuts()
-            facts.zero_sign = self._find_majority(facts)
-            self._facts = facts
+            with self._accelerator.lane("merge"):
+                self._facts = find_facts(self._plan, self._visit, self._accelerator.device)
         return self._facts
 
-    def _pass(self, jobs: Sequence[TensorJob], look: Callable[[Load], None]) -> None:
-        """Show every job's tensors on the device to ``look``, in order."""
-
+    def _visit(self, jobs: Sequence[TensorJob], look: Look) -> None:
         def merge(load: Load) -> None:
-            with self._guarded(load.job):
-                look(load)
+            if load.out is not None:
+                with self._guarded(load.job):
+                    look(load.job, load.base, load.tuned, load.out)
 
         Pipeline(self._memory, self._source, merge, readers=self._readers, tick=self._tick).run(jobs)
-
-    def _find_cuts(self) -> dict[str, Cuts]:
-        jobs = [job for job in ranked_together(self._plan) if needs_device(job)]
-        if not jobs or jobs[0].stages is None:
-            return {}
-        wide, stages = is_wide(jobs[0]), jobs[0].stages
-        search = RankSearch(list(zip(stages.rank_begin, stages.rank_end, strict=True)), wide)
-        for shift in search.shifts:
-            search.narrow(self._count_digits(jobs, search.wanted(), shift, wide))
-        thresholds, equal = search.thresholds(), self._count_equal(jobs, search.bits(), wide)
-        return {job.name: Cuts(thresholds, share) for job, share in zip(jobs, search.shares(equal), strict=True)}
-
-    def _count_digits(self, jobs: Sequence[TensorJob], wanted: Sequence[Sequence[int]], shift: int, wide: bool) -> list[dict[int, Tensor]]:
-        device = self._accelerator.device
-        with self._accelerator.lane("merge"):
-            totals = [{prefix: torch.zeros(1 << _DIGIT, dtype=torch.int64, device=device) for prefix in of_task} for of_task in wanted]
-
-        def look(load: Load) -> None:
-            for tuned, of_task in zip(load.tuned, totals, strict=True):
-                for prefix, total in of_task.items():
-                    total += taskloom.magnitude_histogram(tuned, load.base, shift=shift, prefix=prefix, wide=wide)
-
-        self._pass(jobs, look)
-        with self._accelerator.lane("merge"):
-            return [{prefix: total.cpu() for prefix, total in of_task.items()} for of_task in totals]
-
-    def _count_equal(self, jobs: Sequence[TensorJob], bits: Sequence[Sequence[int]], wide: bool) -> list[Tensor]:
-        """How many entries of each job and task equal each cut: int64 ``[tasks, 2]`` per job."""
-        found: list[Tensor] = []
-
-        def look(load: Load) -> None:
-            counts = []
-            for tuned, pair in zip(load.tuned, bits, strict=True):
-                for cut in pair:
-                    digits = taskloom.magnitude_histogram(tuned, load.base, shift=0, prefix=cut >> _DIGIT, wide=wide)
-                    counts.append(digits[cut & (1 << _DIGIT) - 1])
-            found.append(torch.stack(counts).reshape(-1, 2))
-
-        self._pass(jobs, look)
-        with self._accelerator.lane("merge"):
-            return [count.cpu() for count in found]
-
-    def _find_majority(self, facts: ModelFacts) -> int:
-        balances: list[Tensor] = []
-
-        def look(load: Load) -> None:
-            if load.out is not None:
-                figures = merge_tensors(load.job, self._plan.seed, load.base, load.tuned, load.out, facts, magnitude_histogram=False)
-                if figures.counts is not None:
-                    balances.append(figures.counts[-1])
-
-        self._pass([job for job in follows_majority(self._plan) if needs_device(job)], look)
-        with self._accelerator.lane("merge"):
-            return -1 if sum(int(balance) for balance in balances) < 0 else 1

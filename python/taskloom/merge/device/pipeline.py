@@ -153,6 +153,7 @@ class Pipeline:
         self._target = target
         self._finish = finish or (lambda load, written: None)
         self._count = count or (lambda count: None)
+        self._tick = tick or (lambda: None)
         self._gate = Gate(readers + 2, tick)
         self._loads: deque[Load] = deque()
         self._pieces: deque[_Piece] = deque()
@@ -274,6 +275,7 @@ class Pipeline:
                 elif load.region is not None:
                     load.region.mark = load.merged
                     load.region.released = True
+            self._tick()
         with self._gate.changing():
             self._all_merged = True
 
