@@ -28,6 +28,7 @@ import process
 from checkpoints import LlamaSize, from_bf16, llama_of, llama_shapes, read_tensors, to_bf16, write_checkpoints
 from merge_reference import Setting
 from spread import spread, summary
+from taskloom.merge.device.choice import device_obstacle
 from taskloom.merge.shards import parse_size
 
 METHODS = ("ties", "dare_ties", "breadcrumbs", "task_arithmetic")
@@ -46,12 +47,13 @@ console = Console(width=None if sys.stdout.isatty() else 120)
 
 @dataclass(frozen=True)
 class Job:
-    """One recipe with the programs that it is given to; ``peer`` is the peer's virtual environment."""
+    """One recipe with the programs that it is given to; ``peer`` is the peer's virtual environment, ``device`` where both merge."""
 
     recipe: Path
     workdir: Path
     seed: int
     peer: Path | None
+    device: str = "cpu"
 
     @property
     def out(self) -> Path:
@@ -59,12 +61,21 @@ class Job:
 
     def ours(self) -> list[str | Path]:
         program = Path(sys.executable).with_name("taskloom")
-        return [program, "merge", self.recipe, self.out, "--quiet", "--seed", str(self.seed)]
+        return [program, "merge", self.recipe, self.out, "--quiet", "--seed", str(self.seed), "--device", self.device]
 
     def theirs(self) -> list[str | Path]:
         assert self.peer is not None
         options = ["--quiet", "--no-copy-tokenizer", "--random-seed", str(self.seed)]
+        if self.device != "cpu":
+            options += ["--cuda", "--read-to-gpu"]
         return [self.peer / "bin" / "mergekit-yaml", self.recipe, self.out, *options]
+
+
+def gpu_name(device: str) -> str:
+    """The GPU that both programs merge on."""
+    import torch
+
+    return torch.cuda.get_device_name(device)
 
 
 def write_recipe(path: Path, method: str, models: Sequence[Path], setting: Setting, dtype: str) -> None:
@@ -87,10 +98,10 @@ def _off_by_more_than_a_rounding(got: np.ndarray, expected: np.ndarray) -> int:
     return int(np.count_nonzero(np.abs(got - stored) > np.maximum(np.abs(stored) * np.float32(2**-7), np.float32(1e-6))))
 
 
-def wrong_entries(method: str, setting: Setting, workdir: Path) -> tuple[int, int]:
+def wrong_entries(method: str, setting: Setting, workdir: Path, device: str) -> tuple[int, int]:
     """Merge a small checkpoint; the entries that differ from the reference by more than one bfloat16 rounding, and all entries."""
     models = write_checkpoints(workdir / "models", _GATE_SIZE, seed=setting.seed)
-    job = Job(workdir / "recipe.yml", workdir, setting.seed, None)
+    job = Job(workdir / "recipe.yml", workdir, setting.seed, None, device)
     write_recipe(job.recipe, method, models, setting, "bfloat16")
     process.measure(job.ours(), workdir / "log")
     got, base, *tuned = (read_tensors(folder) for folder in (job.out, *models))
@@ -155,7 +166,7 @@ def measure_methods(
     process.seconds_to_read(files, threads)
     for run in range(options.runs):
         for method in methods:
-            job = Job(workdir / f"{method}.yml", workdir, setting.seed, peer)
+            job = Job(workdir / f"{method}.yml", workdir, setting.seed, peer, options.device)
             write_recipe(job.recipe, method, models, setting, options.dtype)
             pair = [("ours", measure_ours), ("peer", measure_peer)][: 2 if peer else 1]
             for who, measure in pair if run % 2 == 0 else reversed(pair):
@@ -205,12 +216,12 @@ def show(results: dict[str, Any]) -> None:
     console.print(table)
 
 
-def passing_methods(methods: Sequence[str], setting: Setting, workdir: Path) -> tuple[list[str], dict[str, Any]]:
+def passing_methods(methods: Sequence[str], setting: Setting, workdir: Path, device: str) -> tuple[list[str], dict[str, Any]]:
     """The methods whose results agree with the reference, and how every one did."""
     gates: dict[str, Any] = {}
     for method in methods:
         with tempfile.TemporaryDirectory(dir=workdir) as folder:
-            wrong, entries = wrong_entries(method, setting, Path(folder))
+            wrong, entries = wrong_entries(method, setting, Path(folder), device)
         gates[method] = {"wrong_entries": wrong, "entries": entries}
         verdict = "agrees with the reference" if not wrong else f"FAILS: {wrong} of {entries} entries are wrong; its speed is not measured"
         console.print(f"{method:<16} {verdict}", highlight=False)
@@ -222,7 +233,7 @@ def compare(options: argparse.Namespace, setting: Setting, workdir: Path) -> dic
     peer = options.peer if (options.peer / "bin" / "mergekit-yaml").is_file() else None
     if peer is None:
         console.print(f"[bold]no mergekit in {options.peer} (make peers): only ours is measured[/bold]")
-    methods, gates = passing_methods(options.methods, setting, workdir)
+    methods, gates = passing_methods(options.methods, setting, workdir, options.device)
     size = llama_of(parse_size(options.size))
     console.print(f"making a base and three tunings of {size.parameters:,} parameters")
     models = write_checkpoints(workdir / "models", size, seed=setting.seed)
@@ -249,7 +260,7 @@ def compare(options: argparse.Namespace, setting: Setting, workdir: Path) -> dic
 
 def stream(options: argparse.Namespace, setting: Setting, workdir: Path) -> dict[str, Any]:
     """Peak memory of ours where the inputs, in several files each, sum to ``--stream`` bytes."""
-    methods, gates = passing_methods(options.methods, setting, workdir)
+    methods, gates = passing_methods(options.methods, setting, workdir, options.device)
     total = parse_size(options.stream)
     size = llama_of(total // (4 * 2))
     console.print(f"making a base and three tunings of {size.parameters:,} parameters")
@@ -257,7 +268,7 @@ def stream(options: argparse.Namespace, setting: Setting, workdir: Path) -> dict
     bytes_in = sum(path.stat().st_size for model in models for path in model.glob("*.safetensors"))
     results: dict[str, Any] = {}
     for method in methods:
-        job = Job(workdir / f"{method}.yml", workdir, setting.seed, None)
+        job = Job(workdir / f"{method}.yml", workdir, setting.seed, None, options.device)
         write_recipe(job.recipe, method, models, setting, options.dtype)
         results[method] = found = measure_ours(job)
         console.print(
@@ -285,6 +296,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="the recipe's dtype: mergekit's arithmetic")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peer", type=Path, default=environment.ROOT / ".venv-peers", help="virtual environment with mergekit")
+    parser.add_argument("--device", default="cpu", help="where both programs merge: cpu, cuda or cuda:N (mergekit: --cuda --read-to-gpu)")
     parser.add_argument("--stream", metavar="SIZE", help="instead: peak memory of ours on inputs of so many bytes, such as 8GB")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write every sample to this file")
     parser.add_argument("--workdir", type=Path, help="where models and outputs are made; a temporary folder by default")
@@ -292,6 +304,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options = parser.parse_args(arguments)
     if options.runs < 1:
         parser.error("--runs: expected at least 1")
+    if options.device != "cpu" and (obstacle := device_obstacle(options.device)) is not None:
+        parser.error(f"--device {options.device}: {obstacle}")
     return options
 
 
@@ -301,7 +315,8 @@ def main() -> None:
     if options.workdir is not None:
         options.workdir.mkdir(parents=True, exist_ok=True)
     workdir = Path(tempfile.mkdtemp(prefix="bench-merge-", dir=options.workdir))
-    started = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "device": environment.device(), **environment.commit()}
+    gpu = {} if options.device == "cpu" else {"gpu": gpu_name(options.device)}
+    started = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "device": environment.device() | gpu, **environment.commit()}
     try:
         found = stream(options, setting, workdir) if options.stream else compare(options, setting, workdir)
     finally:
@@ -309,7 +324,7 @@ def main() -> None:
             console.print(f"models and recipes are in {workdir}")
         else:
             shutil.rmtree(workdir, ignore_errors=True)
-    settings = {**asdict(setting), "runs": options.runs, "recipe_dtype": options.dtype}
+    settings = {**asdict(setting), "runs": options.runs, "recipe_dtype": options.dtype, "device": options.device}
     if options.json is not None:
         content = {"benchmark": "merge-stream" if options.stream else "merge", **started, "settings": settings, **found}
         options.json.write_text(json.dumps(content, indent=2) + "\n")

@@ -57,6 +57,33 @@ def merge_out_contest(shape: Shape, dtype: torch.dtype) -> Contest:
     )
 
 
+def counted_deltas(base: Tensor, tuned: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """What a merge report has of a sum of task vectors: inner products of the deltas, conflicts, whether one is not finite."""
+    deltas = torch.stack([task.float() - base.float() for task in tuned]).flatten(1)
+    conflicts = ((deltas > 0).any(0) & (deltas < 0).any(0)).sum()
+    return deltas @ deltas.T, conflicts, ~deltas.isfinite().all()
+
+
+def merge_statistics_contest(shape: Shape, dtype: torch.dtype) -> Contest:
+    base, tuned = checkpoints(shape, dtype, TASKS)
+    out = torch.empty_like(base)
+
+    def ours() -> tuple[Tensor, Tensor, Tensor]:
+        _, counted = taskloom.sparse_merge(base, tuned, WEIGHT, out=out, statistics=True)
+        return counted.dots.float(), counted.conflicts, counted.nonfinite
+
+    def beside() -> tuple[Tensor, Tensor, Tensor]:
+        out.copy_(summed_in_a_loop(base, tuned))
+        return counted_deltas(base, tuned)
+
+    return Contest(
+        ours=ours,
+        bytes=total_bytes(base, *tuned, out),
+        peers={"a sum in a loop, and its statistics": beside},
+        sizes={"tasks": TASKS},
+    )
+
+
 def stacked_deltas(base: Tensor, tuned: list[Tensor]) -> Tensor:
     return torch.stack([task.float() - base.float() for task in tuned])
 
@@ -114,6 +141,7 @@ def della_by_argsort(base: Tensor, tuned: list[Tensor]) -> Tensor:
 ROWS = (
     Row("sparse_merge", merge_contest({"stack and sum": stacked_sum, "a sum in a loop": summed_in_a_loop}), "task arithmetic"),
     Row("sparse_merge_out", merge_out_contest, "task arithmetic"),
+    Row("sparse_merge_statistics_out", merge_statistics_contest, "task arithmetic"),
     # A rank is known only after everything was read once.
     Row("sparse_merge", merge_contest({"topk": ties_by_topk, "kthvalue": ties_by_kthvalue}, passes=2, **TIES), "TIES"),
     Row("sparse_merge", merge_contest({"bernoulli": dare_by_bernoulli}, random=True, **DARE), "DARE"),
