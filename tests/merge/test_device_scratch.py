@@ -62,6 +62,11 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(account, "_segments", lambda count, tensors=1: count)
 
 
+def test_rows_are_sorted_in_the_pieces_that_the_account_takes() -> None:
+    launcher = importlib.import_module("taskloom.triton_kernels.masked.sparse_merge")
+    assert account._SORTED == launcher.RANKED_ENTRIES
+
+
 @pytest.mark.usefixtures("on_triton")
 @pytest.mark.parametrize("dtypes", [("BF16",) * 4, ("BF16", "F32", "F16", "BF16"), ("F64", "BF16", "F64", "F64")])
 @pytest.mark.parametrize("name", STAGES)

@@ -25,6 +25,9 @@ _ELECTS = ("none", "sign_sum", "sign_count")
 _VOTES = ("none", "selected", "tall")
 _COMBINES = ("sum", "weighted_mean", "disjoint_mean")
 
+# A sort takes many times the memory of what it sorts.
+RANKED_ENTRIES = 1 << 22
+
 _TASK_KEY_STEP = 0x9E3779B97F4A7C15
 _LEAST_NORM = 1e-7
 _NO_WEIGHT = 1e-8
@@ -59,11 +62,18 @@ def _cuts(
 
 
 def _ascending_ranks(base: Tensor | None, tuned: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The ascending magnitude ranks of every task's entries in their rows, by torch's stable sort."""
-    last = _row_length(tuned[0]) - 1
+    """The ascending magnitude ranks of every task's entries in their rows, by torch's stable sort of some rows at a time."""
+    length = _row_length(tuned[0])
     ranks = torch.empty(len(tuned), tuned[0].numel(), dtype=torch.int32, device=tuned[0].device)
+    if ranks.numel() == 0:
+        return ranks
+    origin, step = None if base is None else as_rows(base), max(1, RANKED_ENTRIES // length)
     for task, tensor in enumerate(tuned):
-        ranks[task] = (last - descending_ranks(as_rows(magnitude_bits(delta(tensor, base, dtype))))).reshape(-1)
+        rows, own = as_rows(tensor), ranks[task].view(-1, length)
+        for begin in range(0, len(rows), step):
+            some = slice(begin, begin + step)
+            bits = magnitude_bits(delta(rows[some], None if origin is None else origin[some], dtype))
+            own[some] = length - 1 - descending_ranks(bits)
     return ranks
 
 

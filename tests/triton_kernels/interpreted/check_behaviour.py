@@ -263,3 +263,13 @@ def test_automatic_choice_on_the_cpu_stays_native() -> None:
     with taskloom.backend("auto"):
         shown = taskloom.explain("sparse_merge", device="cpu")
     assert (shown.chosen, shown.obstacles["triton"]) == ("native", None)
+
+
+def test_rows_that_are_sorted_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = importlib.import_module("taskloom.triton_kernels.masked.sparse_merge")
+    base, tuned = checkpoints(7, 50)
+    settings: dict[str, Any] = {"select": "rank_dropout", "density": 0.5, "epsilon": 0.3, "seed": 4}
+    expected = _on("native", lambda: taskloom.sparse_merge(base, tuned, **settings))
+    for entries in (1, 120, 200):
+        monkeypatch.setattr(launcher, "RANKED_ENTRIES", entries)
+        assert _on("triton", lambda: taskloom.sparse_merge(base, tuned, **settings)).equal(expected)

@@ -31,8 +31,9 @@ _SMALL_TENSORS = 32 * _MIB
 # Entries of a program of the kernels that count, and of those that look for ties.
 _BLOCK, _TIE_BLOCK = 1024, 2048
 _DIGITS_BYTES = 8 * 2**16
-# A stable sort by rows with its keys, indices, and the copies and tables that it works with, per entry, in ten tensors.
-_SORT_ENTRY, _SORT_TENSORS = 128, 10
+# A stable sort by rows with its keys, indices, and the copies and tables that it works with, per entry, in ten tensors; and how many
+# entries are sorted at a time where rows are not longer.
+_SORT_ENTRY, _SORT_TENSORS, _SORTED = 128, 10, 2**22
 # Entries whose products slerp takes at a time, in float64: both ends and a product.
 ARC_PIECE = 2**20
 
@@ -83,7 +84,7 @@ def _selection_scratch(job: TensorJob, stages: Stages, numel: int) -> int:
     tasks = len(job.tuned)
     row = job.shape[-1] if job.shape else 1
     if stages.select == "rank_dropout":
-        return _segments(4 * numel * tasks) + _segments(_SORT_ENTRY * numel, _SORT_TENSORS)
+        return _segments(4 * numel * tasks) + _segments(_SORT_ENTRY * min(numel, max(_SORTED, row)), _SORT_TENSORS)
     if stages.select == "magnitude" and stages.scope == "row":
         cuts = 32 * (numel // row)
         return _segments(cuts * tasks, tasks) + _segments(cuts * tasks) + 3 * _segments(cuts)
