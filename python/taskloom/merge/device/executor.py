@@ -166,6 +166,8 @@ class DeviceExecutor:
             self._findings.check(job)
         elif job.stages is not None and prod(job.shape) > 0:
             stats.append(self._findings.stats(job, time.perf_counter() - load.began))
+        else:
+            self._findings.forget(job)
 
     def _prepared(self) -> ModelFacts:
         """What must be known of the whole model: found before the first output, from all jobs."""

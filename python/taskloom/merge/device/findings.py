@@ -81,6 +81,10 @@ class Findings:
             magnitude_histogram=None if found.histogram is None else found.histogram.tolist(),
         )
 
+    def forget(self, job: TensorJob) -> None:
+        """Drop what is known of a copy."""
+        self._found.pop(job.name, None)
+
     def _values(self, job: TensorJob, source: TensorSource) -> Iterator[tuple[int, Tensor]]:
         """The entries of an input, a piece at a time, with the index of the first."""
         size, numel = BITS[source.dtype] // 8, prod(job.shape)
