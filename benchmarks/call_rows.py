@@ -183,6 +183,13 @@ def _plain_rows() -> list[CallRow]:
             "_foreach_add_ of 2",
             None,
         ),
+        row(
+            "sparse_merge_statistics_out",
+            lambda: taskloom.sparse_merge(base, [values, other], 0.5, out=out, statistics=True),
+            lambda: torch._foreach_add_([target, out], [values, other], alpha=0.5),
+            "_foreach_add_ of 2",
+            None,
+        ),
     ]
 
 
