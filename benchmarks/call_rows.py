@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 import taskloom
 from taskloom.ops.masked import block_scale_merge_backward
+from taskloom.ops.masked.weighted_ce import weighted_ce_backward
 
 ENTRIES = 8
 PLAIN_LIMIT, BARE_LIMIT = 2.0, 1.2
@@ -69,6 +70,12 @@ def _bare_ops() -> dict[str, Any]:
     def one_of_list(first: Sequence[Tensor], *others: Any) -> Tensor:
         return torch.empty_like(first[0])
 
+    def two(first: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(first), torch.empty_like(first)
+
+    def four(first: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.empty_like(first), torch.empty_like(first), torch.empty_like(first), torch.empty_like(first)
+
     def pair(first: Sequence[Tensor], *others: Any) -> tuple[Tensor, Tensor]:
         return torch.empty_like(first[0]), torch.empty_like(first[0])
 
@@ -81,6 +88,8 @@ def _bare_ops() -> dict[str, Any]:
         "block_scale_merge_backward": one_of_list,
         "magnitude_threshold": pair,
         "sparse_merge": one,
+        "weighted_ce": four,
+        "weighted_ce_backward": two,
     }
     return {name: _bare_op(name, kernel) for name, kernel in kernels.items()}
 
@@ -210,6 +219,9 @@ def _differentiable_rows(tracked: bool) -> list[CallRow]:
         )
 
     pair, half = [values, other], [0.5, 0.5]
+    hidden, head = (torch.randn(2, 4, requires_grad=tracked) for _ in range(2))
+    targets, weights, log_sum_exp = torch.tensor([0, 1]), torch.ones(2), torch.ones(2)
+    slope: tuple[Any, ...] = (hidden.detach(), head.detach(), targets, weights, log_sum_exp)
     settings: tuple[Any, ...] = ("all", False, [], [], None, None, [], [], [], 0, 0, "none", "none", 1, "none", 0, [], "sum", 1.0)
     return [
         row("masked_update", lambda: taskloom.masked_update(base, packed, values, 0.5), base, packed, values, 0.5),
@@ -220,6 +232,11 @@ def _differentiable_rows(tracked: bool) -> list[CallRow]:
         row("block_scale_merge_backward", lambda: block_scale_merge_backward([base], [[values], [other]]), [base], pair, [], 1),
         row("magnitude_threshold", lambda: taskloom.magnitude_threshold(values, base, rank=3), [values], [base], [3], False),
         row("sparse_merge", lambda: taskloom.sparse_merge(base, pair, 0.5), base, pair, half, *settings, dtype=torch.float32),
+        # The wrapper gives the loss alone, the op also what its backward needs.
+        replace(
+            row("weighted_ce", lambda: taskloom.weighted_ce(hidden, head, targets, weights), hidden, head, targets, weights), native=None
+        ),
+        row("weighted_ce_backward", lambda: weighted_ce_backward(*slope), *slope, True, True),
     ]
 
 
