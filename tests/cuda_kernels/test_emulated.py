@@ -25,16 +25,10 @@ WITHOUT_KERNEL: tuple[str, ...] = (
     "magnitude_histogram",
     "magnitude_mask",
     "magnitude_threshold",
-    "mask_count",
     "masked_adamw_",
-    "masked_compress",
-    "masked_restore",
     "masked_sgd_",
-    "masked_switch_",
-    "multi_task_vector",
     "sparse_merge",
     "sparse_merge_out",
-    "task_mask",
 )
 SAMPLES = [pytest.param(contract, case, id=f"{contract.op}-{case.name}") for contract in CONTRACTS for case in contract.cases()]
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
