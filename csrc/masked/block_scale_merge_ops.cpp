@@ -6,6 +6,7 @@
 
 #include "common/checks.h"
 #include "masked/block_scale_merge.h"
+#include "masked/block_scale_merge_checks.h"
 
 namespace taskloom {
 namespace {
@@ -31,27 +32,16 @@ struct Blocks {
 
   Blocks(const std::vector<Tensor>& base, const char* base_name, const std::vector<Tensor>& tasks_deltas,
          const std::vector<Tensor>& partition, int64_t groups) {
-    const auto count = static_cast<int64_t>(base.size()), all = static_cast<int64_t>(tasks_deltas.size());
-    STD_TORCH_CHECK(count > 0 && all % count == 0, "deltas: expected ", count, " tensors for each task, got ", all);
-    STD_TORCH_CHECK(groups >= 1 && groups <= 256, "groups: expected 1 to 256, got ", groups);
-    STD_TORCH_CHECK(partition.empty() || partition.size() == base.size(), "partition: expected ", count, " tensors, got ",
-                    partition.size());
-    tasks = all / count;
+    const auto count = static_cast<int64_t>(base.size());
+    tasks = check_scale_blocks(base, base_name, tasks_deltas, partition, groups);
     kept.reserve(base.size() + tasks_deltas.size() + partition.size());
-    for (int64_t i = 0; i < all; ++i) {
-      const Tensor& delta = tasks_deltas[static_cast<size_t>(i)];
-      check_numel(delta, base[static_cast<size_t>(i % count)].numel(), "deltas", base_name);
-      deltas.push_back(keep(delta, "deltas"));
-    }
+    for (const Tensor& delta : tasks_deltas) deltas.push_back(keep(delta, "deltas"));
     for (int64_t b = 0; b < count; ++b) {
       const Tensor& one = base[static_cast<size_t>(b)];
       const int64_t numel = one.numel();
       ScaleBlock block{keep(one, base_name), deltas.data() + b, count, tasks, nullptr, 0, groups, nullptr, nullptr};
       if (!partition.empty()) {
-        const Tensor& part = partition[static_cast<size_t>(b)];
-        check_dtype(part, ScalarType::Byte, "partition", "uint8");
-        check_numel(part, numel, "partition", base_name);
-        kept.push_back(contiguous_of(part));
+        kept.push_back(contiguous_of(partition[static_cast<size_t>(b)]));
         block.partition = static_cast<const uint8_t*>(kept.back().const_data_ptr());
       }
       blocks.push_back(block);
@@ -74,9 +64,7 @@ struct Blocks {
       const Piece& piece = pieces[static_cast<size_t>(index)];
       largest[static_cast<size_t>(index)] = work(index, piece, blocks[static_cast<size_t>(piece.block)]);
     });
-    for (const int32_t group : largest) {
-      STD_TORCH_CHECK(group < blocks[0].groups, "partition: expected values below ", blocks[0].groups, ", got ", group);
-    }
+    for (const int32_t group : largest) check_largest_group(group, blocks[0].groups);
   }
 };
 
@@ -85,11 +73,9 @@ std::vector<Tensor> block_scale_merge_cpu(std::vector<Tensor> base, std::vector<
   STD_TORCH_CHECK(coef.dim() == 3, "coef: expected three dimensions, got ", coef.dim());
   const int64_t count = coef.size(1), groups = coef.size(2);
   Blocks all(base, "base", deltas, partition, groups);
-  STD_TORCH_CHECK(coef.size(0) == all.tasks && count == static_cast<int64_t>(base.size()), "coef: expected shape [", all.tasks, ", ",
-                  base.size(), ", groups], got [", coef.size(0), ", ", count, ", ", groups, "]");
+  check_scale_coef(coef, all.tasks, static_cast<int64_t>(base.size()));
   const Tensor flat = contiguous_of(coef);
   const DType dtype = dtype_of(coef, "coef");
-  STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64, "coef: expected a float32 or float64 tensor");
   std::vector<float> narrow;
   std::vector<double> wide;
   for (int64_t i = 0; i < coef.numel(); ++i) {

@@ -20,8 +20,6 @@ CONTRACTS = tuple(contract for path in sorted(OPS_FOLDER.glob("cases_*.py")) for
 # Sums over a whole tensor, which no device adds in another's order.
 SUMS = ("block_scale_merge_backward",)
 WITHOUT_KERNEL: tuple[str, ...] = (
-    "block_scale_merge",
-    "block_scale_merge_backward",
     "magnitude_histogram",
     "magnitude_mask",
     "magnitude_threshold",
