@@ -93,6 +93,7 @@ __device__ inline void store_entry(const DeviceValues& to, int64_t index, Acc va
 // in registers.
 template <DType dtype>
 struct Storage {
+  static constexpr DType dtype_of_entries = dtype;
   static constexpr int entry_bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
   static constexpr int words = vector_entries * entry_bytes / 4;
   using Entry = std::conditional_t<entry_bytes == 8, uint64_t, std::conditional_t<entry_bytes == 4, uint32_t, uint16_t>>;

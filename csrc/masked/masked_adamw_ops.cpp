@@ -1,9 +1,7 @@
 // masked_adamw_: stable-ABI wrapper.
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
-
-#include "masked/masked_adamw.h"
+#include "masked/masked_step_scalars.h"
 #include "masked/masked_step_tensors.h"
 
 namespace taskloom {
@@ -15,11 +13,7 @@ void masked_adamw_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std
   STD_TORCH_CHECK(step.size() == params.size(), "step: expected ", params.size(), " numbers as in params, got ", step.size());
   StepTensors tensors(params, grads, active);
   const std::vector<void*> first = tensors.check_state(exp_avg, "exp_avg"), second = tensors.check_state(exp_avg_sq, "exp_avg_sq");
-  std::vector<AdamwScalars> scalars;
-  for (const double count : step) {
-    const double correction1 = 1 - std::pow(beta1, count), correction2 = 1 - std::pow(beta2, count);
-    scalars.push_back({1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, std::sqrt(correction2), eps, -(lr / correction1), maximize});
-  }
+  const std::vector<AdamwScalars> scalars = adamw_scalars(step, lr, beta1, beta2, eps, weight_decay, maximize);
   tensors.run([&](size_t index, const MaskedParameter& of, const MaskedPiece& piece) {
     masked_adamw_loops().step(of, first[index], second[index], scalars[index], piece);
   });

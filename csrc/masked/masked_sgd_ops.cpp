@@ -1,7 +1,7 @@
 // masked_sgd_: stable-ABI wrapper.
 #include <torch/csrc/stable/library.h>
 
-#include "masked/masked_sgd.h"
+#include "masked/masked_step_scalars.h"
 #include "masked/masked_step_tensors.h"
 
 namespace taskloom {
@@ -14,10 +14,7 @@ void masked_sgd_cpu(std::vector<Tensor> params, std::vector<Tensor> grads, std::
   StepTensors tensors(params, grads, active);
   const std::vector<void*> buffers =
       momentum == 0 ? std::vector<void*>(params.size()) : tensors.check_state(momentum_buffer, "momentum_buffer");
-  std::vector<SgdScalars> scalars;
-  for (const double count : step) {
-    scalars.push_back({-lr, momentum, 1 - dampening, weight_decay, count <= 1, nesterov, maximize});
-  }
+  const std::vector<SgdScalars> scalars = sgd_scalars(step, lr, momentum, dampening, weight_decay, nesterov, maximize);
   tensors.run([&](size_t index, const MaskedParameter& of, const MaskedPiece& piece) {
     masked_sgd_loops().step(of, buffers[index], scalars[index], piece);
   });

@@ -23,8 +23,6 @@ WITHOUT_KERNEL: tuple[str, ...] = (
     "magnitude_histogram",
     "magnitude_mask",
     "magnitude_threshold",
-    "masked_adamw_",
-    "masked_sgd_",
     "sparse_merge",
     "sparse_merge_out",
 )
