@@ -33,8 +33,4 @@ inline void check_scale_coef(const Tensor& coef, int64_t tasks, int64_t blocks) 
   STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64, "coef: expected a float32 or float64 tensor");
 }
 
-inline void check_largest_group(int64_t largest, int64_t groups) {
-  STD_TORCH_CHECK(largest < groups, "partition: expected values below ", groups, ", got ", largest);
-}
-
 }  // namespace taskloom

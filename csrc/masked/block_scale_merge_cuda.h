@@ -4,10 +4,11 @@
 
 #include <cuda_runtime.h>
 
+#include <string>
 #include <vector>
 
+#include "common/cuda_assert.h"
 #include "common/cuda_fetch.h"
-#include "common/cuda_host_copy.h"
 #include "common/cuda_launch.h"
 #include "common/cuda_rows.h"
 #include "common/cuda_table.h"
@@ -50,7 +51,7 @@ __device__ inline EightGroups load_groups(const ScaleRow& row, int64_t begin, in
   return kept;
 }
 
-// Tells the host of a group that is none; in a call without one nothing is written.
+// Notes a group that is none; in a call without one nothing is written.
 __device__ inline void note_largest(int largest, int64_t groups, long long* noted) {
   if (largest >= groups) atomicMax(noted, static_cast<long long>(largest));
 }
@@ -104,9 +105,9 @@ struct ScaleTensors {
 
   long long* noted() const { return static_cast<long long*>(largest.mutable_data_ptr()); }
 
-  // Waits for the kernels, which have met every entry's group; without a partition there is nothing to wait for.
+  // The kernels have met every entry's group, and have stayed inside the coefficients meanwhile.
   void check_groups() const {
-    if (partitioned) check_largest_group(host_value(largest), groups);
+    if (partitioned) assert_between(largest, 0, groups - 1, "partition: expected values below " + std::to_string(groups));
   }
 };
 

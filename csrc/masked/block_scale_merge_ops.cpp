@@ -64,7 +64,9 @@ struct Blocks {
       const Piece& piece = pieces[static_cast<size_t>(index)];
       largest[static_cast<size_t>(index)] = work(index, piece, blocks[static_cast<size_t>(piece.block)]);
     });
-    for (const int32_t group : largest) check_largest_group(group, blocks[0].groups);
+    for (const int32_t group : largest) {
+      STD_TORCH_CHECK(group < blocks[0].groups, "partition: expected values below ", blocks[0].groups, ", got ", group);
+    }
   }
 };
 

@@ -76,7 +76,7 @@ def test_compress_and_restore_of_long_tensors(dtype: torch.dtype, density: float
 def test_restore_refuses_another_length(length: int) -> None:
     emulated.library()
     packed = taskloom.pack_mask(torch.tensor([True, False, True, True]))
-    with pytest.raises(RuntimeError, match=f"compressed: expected 3 elements, one for each set entry, got {length}"):
+    with pytest.raises(RuntimeError, match="compressed: expected one element for each set entry"):
         torch.ops.taskloom_emulated.masked_restore(torch.zeros(length), packed, torch.zeros(4))
 
 
@@ -147,7 +147,7 @@ def test_a_group_that_is_none_is_an_error(place: int) -> None:
     partition = torch.zeros(5000, dtype=torch.uint8)
     partition[place] = 7
     tensors = ([torch.zeros(5000)], [torch.zeros(5000)])
-    with pytest.raises(RuntimeError, match="partition: expected values below 3, got 7"):
+    with pytest.raises(RuntimeError, match="partition: expected values below 3"):
         torch.ops.taskloom_emulated.block_scale_merge(*tensors, torch.zeros(1, 1, 3), [partition])
-    with pytest.raises(RuntimeError, match="partition: expected values below 3, got 7"):
+    with pytest.raises(RuntimeError, match="partition: expected values below 3"):
         torch.ops.taskloom_emulated.block_scale_merge_backward(*tensors, [partition], 3)

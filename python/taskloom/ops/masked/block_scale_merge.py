@@ -121,7 +121,8 @@ def block_scale_merge(
     TypeError
         If a tensor has another dtype.
     ValueError
-        If there is no task or no block, shapes do not fit, or the partition has a value that is no group (in compiled code: RuntimeError).
+        If there is no task or no block, shapes do not fit, or the partition has a value that is no group (in compiled code: RuntimeError;
+        in the native CUDA kernels: an assertion on the device, for which nobody waits).
 
     Notes
     -----
@@ -181,7 +182,8 @@ def block_scale_merge_backward(
     TypeError
         If a tensor has another dtype.
     ValueError
-        If there is no task or no block, shapes do not fit, or the partition has a value that is no group (in compiled code: RuntimeError).
+        If there is no task or no block, shapes do not fit, or the partition has a value that is no group (in compiled code: RuntimeError;
+        in the native CUDA kernels: an assertion on the device, for which nobody waits).
 
     Notes
     -----

@@ -89,8 +89,9 @@ def masked_restore(compressed: Tensor, packed: Tensor, base: Tensor) -> Tensor:
     TypeError
         If the dtypes differ and are not both floating point, or ``packed`` is no uint8 tensor.
     ValueError
-        If ``compressed`` has other than one dimension or another length than the mask sets entries (in compiled code: RuntimeError), or
-        ``packed`` has another number of bytes than base needs.
+        If ``compressed`` has other than one dimension or another length than the mask sets entries (in compiled code: RuntimeError; in
+        the native CUDA kernel: an assertion on the device, for which nobody waits), or ``packed`` has another number of bytes than base
+        needs.
 
     Notes
     -----
