@@ -61,7 +61,7 @@ std::vector<Tensor> block_scale_merge_cuda(std::vector<Tensor> base, std::vector
   ScaleTensors all(base, "base", deltas, partition, coef.size(2));
   const auto blocks = static_cast<int64_t>(base.size());
   check_scale_coef(coef, all.tasks, blocks);
-  const Tensor flat = torch::stable::contiguous(coef);
+  const Tensor flat = contiguous_of(coef);
   const Coefficients coefficients{flat.const_data_ptr(), dtype_of(flat, "coef")};
   std::vector<Tensor> out;
   std::vector<ScaleRow> narrow, wide;

@@ -80,7 +80,7 @@ struct ScaleTensors {
       row.numel = values[b].numel();
       row.place = static_cast<int64_t>(b);
       if (partitioned) {
-        kept.push_back(torch::stable::contiguous(partition[b]));
+        kept.push_back(contiguous_of(partition[b]));
         row.partition = static_cast<const uint8_t*>(kept.back().const_data_ptr());
         row.partition_aligned = (reinterpret_cast<uintptr_t>(row.partition) & 7) == 0;
       }
@@ -89,7 +89,7 @@ struct ScaleTensors {
   }
 
   DeviceValues keep(const Tensor& tensor, const char* name) {
-    kept.push_back(torch::stable::contiguous(tensor));
+    kept.push_back(contiguous_of(tensor));
     return device_values(kept.back(), name);
   }
 

@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor> mask_count_cuda(std::vector<Tensor> packed, int64_t n
   std::vector<CountedMask> masks;
   for (const Tensor& one : packed) {
     check_packed(one, numel, "packed");
-    flat.push_back(torch::stable::contiguous(one));
+    flat.push_back(contiguous_of(one));
     const auto* const data = static_cast<const uint8_t*>(flat.back().const_data_ptr());
     masks.push_back({data, (reinterpret_cast<uintptr_t>(data) & 3) == 0});
   }

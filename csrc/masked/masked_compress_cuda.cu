@@ -112,7 +112,7 @@ void with_lane(int64_t size, const Body& body) {
 Tensor masked_compress_cuda(const Tensor& values, const Tensor& packed) {
   const int64_t numel = values.numel(), size = element_bytes(values, "values");
   check_packed(packed, numel, "packed");
-  const Tensor flat = torch::stable::contiguous(values), bits = torch::stable::contiguous(packed);
+  const Tensor flat = contiguous_of(values), bits = contiguous_of(packed);
   const MaskRanks ranks = rank_masks(flat, {ranked_mask(bits, numel)});
   Tensor out = torch::stable::new_empty(flat, {host_value(ranks.totals)}, values.scalar_type());
   with_lane(size, [&](auto lane) {
@@ -127,8 +127,8 @@ Tensor masked_restore_cuda(const Tensor& compressed, const Tensor& packed, const
   const int64_t numel = base.numel(), size = element_bytes(base, "base");
   STD_TORCH_CHECK(compressed.scalar_type() == base.scalar_type(), "compressed: expected the dtype of base");
   check_packed(packed, numel, "packed");
-  const Tensor flat = torch::stable::contiguous(base), bits = torch::stable::contiguous(packed);
-  const Tensor stored = torch::stable::contiguous(compressed);
+  const Tensor flat = contiguous_of(base), bits = contiguous_of(packed);
+  const Tensor stored = contiguous_of(compressed);
   const MaskRanks ranks = rank_masks(flat, {ranked_mask(bits, numel)});
   assert_between(ranks.totals, stored.numel(), stored.numel(), "compressed: expected one element for each set entry");
   Tensor out = torch::stable::new_empty(flat, base.sizes(), base.scalar_type());

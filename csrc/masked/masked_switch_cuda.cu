@@ -76,12 +76,12 @@ void masked_switch_cuda(Tensor target, const Tensor& base, const Tensor& delta, 
   check_numel(delta, numel, "delta", "target");
   check_packed(old_packed, numel, "old_packed");
   check_packed(new_packed, numel, "new_packed");
-  const Tensor flat = torch::stable::contiguous(target), flat_base = torch::stable::contiguous(base);
-  const Tensor flat_delta = torch::stable::contiguous(delta);
-  const Tensor old_mask = torch::stable::contiguous(old_packed), new_mask = torch::stable::contiguous(new_packed);
-  STD_TORCH_CHECK(numel == 0 || (!share_memory(flat, flat_base) && !share_memory(flat, flat_delta) && !share_memory(flat, old_mask) &&
-                                 !share_memory(flat, new_mask)),
-                  "target: must not share memory with base, delta or a mask");
+  for (const Tensor* other : {&base, &delta, &old_packed, &new_packed}) {
+    STD_TORCH_CHECK(!share_memory(target, *other), "target: must not share memory with base, delta or a mask");
+  }
+  const Tensor flat = contiguous_of(target), flat_base = contiguous_of(base);
+  const Tensor flat_delta = contiguous_of(delta);
+  const Tensor old_mask = contiguous_of(old_packed), new_mask = contiguous_of(new_packed);
   const DeviceValues to = device_values(flat, "target"), origin = device_values(flat_base, "base");
   const DeviceValues step = device_values(flat_delta, "delta");
   const bool wide = to.dtype == DType::f64 || origin.dtype == DType::f64 || step.dtype == DType::f64;

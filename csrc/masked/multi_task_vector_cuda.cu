@@ -38,14 +38,14 @@ Tensor multi_task_vector_cuda(const Tensor& base, std::vector<Tensor> tuned, std
   const int64_t numel = base.numel(), groups = (numel + vector_entries - 1) / vector_entries;
   STD_TORCH_CHECK(!tuned.empty() && weight.size() == tuned.size(), "weight: expected one for each of ", tuned.size(),
                   " tasks (at least 1), got ", weight.size());
-  const Tensor flat_base = torch::stable::contiguous(base);
+  const Tensor flat_base = contiguous_of(base);
   const DeviceValues origin = device_values(flat_base, "base");
   bool wide = origin.dtype == DType::f64;
   std::vector<Tensor> flat;
   std::vector<WeightedTask> tasks;
   for (size_t task = 0; task < tuned.size(); ++task) {
     check_numel(tuned[task], numel, "tuned", "base");
-    flat.push_back(torch::stable::contiguous(tuned[task]));
+    flat.push_back(contiguous_of(tuned[task]));
     tasks.push_back({device_values(flat.back(), "tuned"), weight[task]});
     wide = wide || tasks.back().tuned.dtype == DType::f64;
   }

@@ -41,8 +41,8 @@ Tensor task_mask_cuda(const Tensor& base, const Tensor& tuned, const Tensor& mul
   const int64_t numel = base.numel(), groups = (numel + vector_entries - 1) / vector_entries;
   check_numel(tuned, numel, "tuned", "base");
   check_numel(multi_task_vector, numel, "multi_task_vector", "base");
-  const Tensor flat_base = torch::stable::contiguous(base), flat_tuned = torch::stable::contiguous(tuned);
-  const Tensor flat_sum = torch::stable::contiguous(multi_task_vector);
+  const Tensor flat_base = contiguous_of(base), flat_tuned = contiguous_of(tuned);
+  const Tensor flat_sum = contiguous_of(multi_task_vector);
   const DeviceValues origin = device_values(flat_base, "base"), moved = device_values(flat_tuned, "tuned");
   const DeviceValues sum = device_values(flat_sum, "multi_task_vector");
   Tensor packed = torch::stable::new_empty(flat_base, {groups}, ScalarType::Byte);
