@@ -25,6 +25,8 @@ WITHOUT_KERNEL: tuple[str, ...] = (
     "magnitude_threshold",
     "sparse_merge",
     "sparse_merge_out",
+    "weighted_ce",
+    "weighted_ce_backward",
 )
 SAMPLES = [pytest.param(contract, case, id=f"{contract.op}-{case.name}") for contract in CONTRACTS for case in contract.cases()]
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
