@@ -20,9 +20,6 @@ CONTRACTS = tuple(contract for path in sorted(OPS_FOLDER.glob("cases_*.py")) for
 # Sums over a whole tensor, which no device adds in another's order.
 SUMS = ("block_scale_merge_backward",)
 WITHOUT_KERNEL: tuple[str, ...] = (
-    "magnitude_histogram",
-    "magnitude_mask",
-    "magnitude_threshold",
     "sparse_merge",
     "sparse_merge_out",
     "weighted_ce",
