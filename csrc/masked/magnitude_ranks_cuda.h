@@ -65,6 +65,25 @@ __device__ inline void load_magnitudes(const DeviceDelta& delta, int64_t begin, 
   for (int i = 0; i < vector_entries; ++i) bits[i] = begin + i < numel ? magnitude_bits(values[i], most) : no_magnitude;
 }
 
+// Loads several groups of 8 entries: load(group, bits) is compiled once, as kernels that hold many entries have no room for its copies, and
+// what it loads is moved to where registers can be addressed.
+template <int groups, class Bits, class Load>
+__device__ inline void load_groups(Bits (&bits)[groups][vector_entries], const Load& load) {
+  if constexpr (groups == 1) {
+    load(0, bits[0]);
+  } else {
+#pragma unroll 1
+    for (int group = 0; group < groups; ++group) {
+      Bits loaded[vector_entries];
+      load(group, loaded);
+#pragma unroll
+      for (int slot = 0; slot < groups * vector_entries; ++slot) {
+        if (slot / vector_entries == group) bits[slot / vector_entries][slot % vector_entries] = loaded[slot % vector_entries];
+      }
+    }
+  }
+}
+
 // As Cut, in device memory: inside are the entries whose bits exceed `bits`, and of those that equal it the ones with index < tie_end.
 struct DeviceCut {
   int64_t bits, tie_end;

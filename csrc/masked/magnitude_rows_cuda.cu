@@ -1,6 +1,6 @@
-// The search for ranks of magnitudes within rows. Bytes moved: tuned and base once, for rows of up to 32768 entries: a warp holds a row of
-// up to 1024 in its registers and bisects the 31 bits of the threshold, a block holds a longer one and counts its digits in shared memory.
-// Longer rows are looked through one by one as tensors are (magnitude_ranks_cuda.cu).
+// The search for ranks of magnitudes within rows. Bytes moved: tuned and base once, for rows of up to 32768 entries (4096 in float64): a
+// warp holds a row of up to 1024 in its registers and bisects the 31 bits of the threshold, a block holds a longer one and counts its
+// digits in shared memory. Longer rows are looked through one by one as tensors are (magnitude_ranks_cuda.cu).
 #include <algorithm>
 
 #include "common/cuda_table.h"
@@ -89,49 +89,60 @@ __device__ inline Selected warp_select(const MagnitudeBits<wide> (&bits)[groups]
   return {static_cast<int64_t>(found), rank - above, count([&](Bits value) { return value == found; })};
 }
 
+// A bit for each of the thread's entries that equals a magnitude.
+template <int groups, class Bits>
+__device__ inline uint32_t equal_entries(const Bits (&bits)[groups][vector_entries], int64_t magnitude) {
+  const auto own = static_cast<Bits>(magnitude);
+  uint32_t equal = 0;
+#pragma unroll
+  for (int slot = 0; slot < groups * vector_entries; ++slot) {
+    if (bits[slot / vector_entries][slot % vector_entries] == own) equal |= 1u << slot;
+  }
+  return equal;
+}
+
+// The place of the n-th (from 1) of the set bits, or -1 where there are fewer or n is less.
+__device__ inline int nth_bit(uint32_t bits, int n) {
+  if (n < 1 || n > __popc(bits)) return -1;
+  while (--n > 0) bits &= bits - 1;
+  return __ffs(static_cast<int>(bits)) - 1;
+}
+
 // A warp for each row of up to 256 * groups entries.
 template <bool wide, int groups>
-__global__ void __launch_bounds__(cuda_threads) warp_rows_kernel(RowSearch search, RowOutputs outputs) {
+__global__ void __launch_bounds__(cuda_threads, 3) warp_rows_kernel(RowSearch search, RowOutputs outputs) {
   const int lane = threadIdx.x % warp_size;
   const bool all_is_known = outputs.to.cuts != nullptr;
   for (int64_t place = grid_index() / warp_size; place < search.total; place += grid_stride() / warp_size) {
     const RowTask& task = search.tasks[place / search.rows];
     const int64_t row_begin = place % search.rows * search.length;
     MagnitudeBits<wide> bits[groups][vector_entries];
-#pragma unroll
-    for (int group = 0; group < groups; ++group) {
-      load_row_group<wide>(task.delta, row_begin, (group * warp_size + lane) * vector_entries, search.length, bits[group]);
-    }
+    load_groups(bits, [&](int group, auto& loaded) {
+      load_row_group<wide>(task.delta, row_begin, (group * warp_size + lane) * vector_entries, search.length, loaded);
+    });
     for (int64_t cut = 0; cut < search.cuts; ++cut) {
       const int64_t rank = search.ranks[task.first_rank + cut];
       Selected found;
       if (!trivial_rank<wide>(rank, search.length, all_is_known, &found)) found = warp_select<wide, groups>(bits, rank);
-      int64_t end = found.kept <= 0 ? 0 : INT64_MAX;
-      if (all_is_known && found.kept > 0 && found.kept < found.equal) {
-        int64_t seen = 0;
-        end = -1;
+      const int64_t to = outputs.to.first + place * search.cuts + cut;
+      if (!all_is_known || found.kept <= 0 || found.kept >= found.equal) {
+        if (lane == 0) store_row(outputs, to, found, found.kept <= 0 ? 0 : INT64_MAX);
+        continue;
+      }
+      const uint32_t equal = equal_entries(bits, found.bits);
+      int left = static_cast<int>(found.kept);
+#pragma unroll 1
+      for (int group = 0; group < groups; ++group) {
+        const uint32_t own = equal >> (group * vector_entries) & 0xffu;
+        int until = __popc(own);
 #pragma unroll
-        for (int group = 0; group < groups; ++group) {
-          int own = 0;
-#pragma unroll
-          for (int i = 0; i < vector_entries; ++i) own += static_cast<int64_t>(bits[group][i]) == found.bits ? 1 : 0;
-          int until = own;
-#pragma unroll
-          for (int step = 1; step < warp_size; step *= 2) {
-            const int other = __shfl_up_sync(whole_warp, until, step);
-            if (lane >= step) until += other;
-          }
-          int64_t place_in_ties = seen + until - own;
-#pragma unroll
-          for (int i = 0; i < vector_entries; ++i) {
-            if (static_cast<int64_t>(bits[group][i]) != found.bits) continue;
-            if (++place_in_ties == found.kept) end = (group * warp_size + lane) * vector_entries + i + 1;
-          }
-          seen += __shfl_sync(whole_warp, until, warp_size - 1);
+        for (int step = 1; step < warp_size; step *= 2) {
+          const int other = __shfl_up_sync(whole_warp, until, step);
+          if (lane >= step) until += other;
         }
-        if (end >= 0) store_row(outputs, outputs.to.first + place * search.cuts + cut, found, end);
-      } else if (lane == 0) {
-        store_row(outputs, outputs.to.first + place * search.cuts + cut, found, end);
+        const int last = nth_bit(own, left - until + __popc(own));
+        if (last >= 0) store_row(outputs, to, found, (group * warp_size + lane) * vector_entries + last + 1);
+        left -= __shfl_sync(whole_warp, until, warp_size - 1);
       }
     }
   }
@@ -139,70 +150,68 @@ __global__ void __launch_bounds__(cuda_threads) warp_rows_kernel(RowSearch searc
 
 // A block for each row of as many entries as its threads hold.
 template <bool wide, int threads>
-__global__ void __launch_bounds__(threads) block_rows_kernel(RowSearch search, RowOutputs outputs) {
+__global__ void __launch_bounds__(threads, threads == wide_block ? 1
+                                           : wide                ? 2
+                                                                 : 3) block_rows_kernel(RowSearch search, RowOutputs outputs) {
   constexpr int groups = thread_groups<wide>;
   TASKLOOM_SHARED(uint32_t, histogram, digit_bins);
   TASKLOOM_SHARED(BlockWords, words, 1);
   const bool all_is_known = outputs.to.cuts != nullptr;
-  for (int64_t place = blockIdx.x; place < search.total; place += gridDim.x) {
-    const RowTask& task = search.tasks[place / search.rows];
-    const int64_t row_begin = place % search.rows * search.length;
-    MagnitudeBits<wide> bits[groups][vector_entries];
-#pragma unroll
-    for (int group = 0; group < groups; ++group) {
-      load_row_group<wide>(task.delta, row_begin, (group * threads + static_cast<int>(threadIdx.x)) * vector_entries, search.length,
-                           bits[group]);
-      // Keeps one group's loads from the next one's, for which a large block has no registers.
-      if (threads == wide_block) __syncwarp();
+  const int64_t place = blockIdx.x;
+  const RowTask& task = search.tasks[place / search.rows];
+  const int64_t row_begin = place % search.rows * search.length;
+  MagnitudeBits<wide> bits[groups][vector_entries];
+  load_groups(bits, [&](int group, auto& loaded) {
+    load_row_group<wide>(task.delta, row_begin, (group * threads + static_cast<int>(threadIdx.x)) * vector_entries, search.length, loaded);
+  });
+  for (int cut = 0; cut < static_cast<int>(search.cuts); ++cut) {
+    const int64_t rank = search.ranks[task.first_rank + cut];
+    Selected found;
+    if (!trivial_rank<wide>(rank, search.length, all_is_known, &found)) {
+      found = block_select<wide, groups, threads>(bits, rank, histogram, words);
     }
-    for (int64_t cut = 0; cut < search.cuts; ++cut) {
-      const int64_t rank = search.ranks[task.first_rank + cut], to = outputs.to.first + place * search.cuts + cut;
-      Selected found;
-      if (!trivial_rank<wide>(rank, search.length, all_is_known, &found)) {
-        found = block_select<wide, groups, threads>(bits, rank, histogram, words);
-      }
-      if (!all_is_known || found.kept <= 0 || found.kept >= found.equal) {
-        if (threadIdx.x == 0) store_row(outputs, to, found, found.kept <= 0 ? 0 : INT64_MAX);
-        continue;
-      }
-      int64_t seen = 0;
-#pragma unroll
-      for (int group = 0; group < groups; ++group) {
-        int own = 0;
-#pragma unroll
-        for (int i = 0; i < vector_entries; ++i) own += static_cast<int64_t>(bits[group][i]) == found.bits ? 1 : 0;
-        const int64_t until = seen + block_scan<threads>(own, words);
-        int64_t place_in_ties = until - own;
-#pragma unroll
-        for (int i = 0; i < vector_entries; ++i) {
-          if (static_cast<int64_t>(bits[group][i]) != found.bits) continue;
-          if (++place_in_ties == found.kept) {
-            store_row(outputs, to, found, (group * threads + static_cast<int>(threadIdx.x)) * vector_entries + i + 1);
-          }
-        }
-        if (threadIdx.x == threads - 1) words->count = until;
-        __syncthreads();
-        seen = words->count;
-      }
+    if (!all_is_known || found.kept <= 0 || found.kept >= found.equal) {
+      if (threadIdx.x == 0) store_row(outputs, outputs.to.first + place * search.cuts + cut, found, found.kept <= 0 ? 0 : INT64_MAX);
+      continue;
+    }
+    const uint32_t equal = equal_entries(bits, found.bits);
+    int left = static_cast<int>(found.kept);
+#pragma unroll 1
+    for (int group = 0; group < groups; ++group) {
+      const uint32_t own = equal >> (group * vector_entries) & 0xffu;
+      const int until = static_cast<int>(block_scan<threads>(__popc(own), words));
+      const int last = nth_bit(own, left - until + __popc(own));
+      if (last >= 0)
+        store_row(outputs, outputs.to.first + place * search.cuts + cut, found,
+                  (group * threads + static_cast<int>(threadIdx.x)) * vector_entries + last + 1);
+      if (threadIdx.x == threads - 1) words->count = until;
+      __syncthreads();
+      left -= static_cast<int>(words->count);
+      __syncthreads();
     }
   }
 }
 
+// Entries of the longest row that is held in registers: float64 ones take two each.
+template <bool wide>
+constexpr int64_t most_held = int64_t{wide ? cuda_threads : wide_block} * thread_groups<wide> * vector_entries;
+
 template <bool wide>
 void run(const Tensor& where, const RowSearch& search, const RowOutputs& outputs) {
-  constexpr int groups = thread_groups<wide>;
   constexpr int64_t warp_entries = warp_size * vector_entries;
-  const auto blocks = [&](int64_t rows) { return dim3(static_cast<unsigned>(striding_blocks(where, search.total, rows))); };
-  constexpr int64_t warps = cuda_threads / warp_size;
+  const dim3 warps(static_cast<unsigned>(striding_blocks(where, search.total, cuda_threads / warp_size)));
+  const dim3 blocks(static_cast<unsigned>(search.total));
   if (search.length <= warp_entries) {
-    launch(where, {blocks(warps)}, warp_rows_kernel<wide, 1>, search, outputs);
-  } else if (search.length <= groups * warp_entries) {
-    launch(where, {blocks(warps)}, warp_rows_kernel<wide, groups>, search, outputs);
-  } else if (search.length <= groups * cuda_threads * vector_entries) {
-    launch(where, {blocks(1)}, block_rows_kernel<wide, cuda_threads>, search, outputs);
-  } else {
-    launch(where, {blocks(1), wide_block}, block_rows_kernel<wide, wide_block>, search, outputs);
+    return launch(where, {warps}, warp_rows_kernel<wide, 1>, search, outputs);
   }
+  if constexpr (!wide) {
+    constexpr int groups = thread_groups<wide>;
+    if (search.length <= groups * warp_entries) return launch(where, {warps}, warp_rows_kernel<wide, groups>, search, outputs);
+    if (search.length > groups * cuda_threads * vector_entries) {
+      return launch(where, {blocks, wide_block}, block_rows_kernel<wide, wide_block>, search, outputs);
+    }
+  }
+  launch(where, {blocks}, block_rows_kernel<wide, cuda_threads>, search, outputs);
 }
 
 DeviceValues from_entry(const DeviceValues& values, int64_t entry) {
@@ -234,8 +243,8 @@ void find_row_ranks(const Tensor& where, const std::vector<DeviceDelta>& deltas,
                     const std::vector<int64_t>& ranks, int cuts, bool wide, const SearchOutputs& outputs) {
   const int64_t total = static_cast<int64_t>(deltas.size()) * rows;
   if (total == 0 || cuts == 0) return;
-  const int64_t held = (wide ? thread_groups<true> : thread_groups<false>)*int64_t{wide_block} * vector_entries;
-  if (row_length > held) return search_as_tensors(where, deltas, rows, row_length, ranks, cuts, wide, outputs);
+  if (row_length > (wide ? most_held<true> : most_held<false>))
+    return search_as_tensors(where, deltas, rows, row_length, ranks, cuts, wide, outputs);
   std::vector<RowTask> tasks;
   for (const DeviceDelta& delta : deltas) tasks.push_back({delta, static_cast<int64_t>(tasks.size()) * cuts});
   const Tensor task_table = device_table(where, tasks), rank_table = device_table(where, ranks);

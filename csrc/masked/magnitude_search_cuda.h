@@ -154,8 +154,7 @@ __device__ inline void load_chunk(const DeviceDelta& delta, int64_t first, int64
   const bool has_base = delta.base.data != nullptr;
   const bool like = !has_base || (delta.base.dtype == delta.tuned.dtype && delta.base.aligned);
   if (!like || !delta.tuned.aligned || first + chunk_entries<wide> > numel) {
-#pragma unroll
-    for (int group = 0; group < thread_groups<wide>; ++group) load_magnitudes<wide>(delta, own + group * apart, numel, bits[group]);
+    load_groups(bits, [&](int group, auto& loaded) { load_magnitudes<wide>(delta, own + group * apart, numel, loaded); });
     return;
   }
   const MagnitudeBits<wide> most = most_magnitude<wide>(delta);

@@ -23,7 +23,6 @@ int window_of(int shift, bool wide) {
 
 // Lanes with one digit add together, as few distinct ones would queue at one address; -1 counts nowhere. Called by whole warps.
 __device__ inline void add_digits(int digit, unsigned long long* counts) {
-  if (!__any_sync(whole_warp, digit >= 0)) return;
   const unsigned alike = __match_any_sync(whole_warp, digit);
   const int lane = threadIdx.x % warp_size;
   if (digit >= 0 && __ffs(static_cast<int>(alike)) - 1 == lane) atomicAdd(&counts[digit], static_cast<unsigned long long>(__popc(alike)));
@@ -43,20 +42,21 @@ __global__ void __launch_bounds__(cuda_threads)
   for (int64_t first = grid_index() - lane; first < groups; first += grid_stride()) {
     MagnitudeBits<wide> bits[vector_entries];
     load_magnitudes<wide>(delta, (first + lane) * vector_entries, numel, bits);
+    int others[vector_entries];
+    bool any = false;
 #pragma unroll
     for (int i = 0; i < vector_entries; ++i) {
       const bool counted = bits[i] != no_magnitude && (top || static_cast<int64_t>(bits[i]) >> (shift + 16) == prefix);
-      int digit = counted ? static_cast<int>(bits[i] >> shift) & 0xffff : -1;
+      const int digit = counted ? static_cast<int>(bits[i] >> shift) & 0xffff : -1;
       const auto place = static_cast<uint32_t>(digit - window);
-      if (digit == 0) {
-        ++zeros;
-        digit = -1;
-      } else if (digit > 0 && place < window_bins) {
-        atomicAdd(&inside[place], 1u);
-        digit = -1;
-      }
-      add_digits(digit, counts);
+      others[i] = digit > 0 && place >= window_bins ? digit : -1;
+      any = any || others[i] >= 0;
+      if (digit == 0) ++zeros;
+      if (digit > 0 && place < window_bins) atomicAdd(&inside[place], 1u);
     }
+    if (!__any_sync(whole_warp, any)) continue;
+#pragma unroll
+    for (int i = 0; i < vector_entries; ++i) add_digits(others[i], counts);
   }
   if (zeros != 0) atomicAdd(&counts[0], zeros);
   __syncthreads();
