@@ -56,8 +56,11 @@ __global__ void __launch_bounds__(sample_threads) draw_kernel(SearchTables table
   constexpr int parts = thread_groups<wide>;
   const int64_t place = blockIdx.x / parts, run = blockIdx.x % parts * int64_t{sample_threads} + threadIdx.x;
   const SearchVector& vector = tables.vectors[place];
-  const int64_t stretch = vector.groups / sample_groups<wide>;
-  const int64_t group = vector.groups <= sample_groups<wide> ? run : run * stretch + scattered(static_cast<uint32_t>(run)) % stretch;
+  int64_t group = run;
+  if (vector.groups > sample_groups<wide>) {
+    group = run * vector.groups / sample_groups<wide>;
+    group += scattered(static_cast<uint32_t>(run)) % ((run + 1) * vector.groups / sample_groups<wide> - group);
+  }
   MagnitudeBits<wide> bits[vector_entries];
   if (group < vector.groups) {
     const SearchSegment* const own = tables.segments + vector.first_segment;
