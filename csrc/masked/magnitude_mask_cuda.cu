@@ -30,6 +30,11 @@ __device__ inline void store_mask(const MaskOutput& to, int64_t group, int64_t n
   }
 }
 
+template <class Bits>
+__device__ inline uint32_t entries_between(const Bits (&bits)[vector_entries], int64_t index, const DeviceBand& band) {
+  return entries_inside(bits, index, band.outer) & ~entries_inside(bits, index, band.inner);
+}
+
 // One band for all entries, or one for each row of `row_length`.
 template <bool wide>
 __global__ void __launch_bounds__(cuda_threads)
@@ -41,17 +46,21 @@ __global__ void __launch_bounds__(cuda_threads)
     load_magnitudes<wide>(delta, begin, numel, bits);
     int64_t row = row_length == numel ? 0 : begin / row_length;
     int64_t index = begin - row * row_length;
-    DeviceBand band = bands[row];
     uint32_t chosen = 0;
+    if (index + vector_entries <= row_length || row_length == numel) {
+      chosen = entries_between(bits, index, bands[row]);
+    } else {
 #pragma unroll
-    for (int i = 0; i < vector_entries; ++i) {
-      if (begin + i >= numel) break;
-      if (index == row_length) {
-        band = bands[++row];
-        index = 0;
+      for (int i = 0; i < vector_entries; ++i) {
+        if (index == row_length) {
+          ++row;
+          index = 0;
+        }
+        if (begin + i < numel && inside_cut(bits[i], index, bands[row].outer) && !inside_cut(bits[i], index, bands[row].inner)) {
+          chosen |= 1u << i;
+        }
+        ++index;
       }
-      if (inside_cut(bits[i], index, band.outer) && !inside_cut(bits[i], index, band.inner)) chosen |= 1u << i;
-      ++index;
     }
     store_mask(out, group, numel, chosen);
   }

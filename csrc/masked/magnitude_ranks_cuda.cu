@@ -1,10 +1,11 @@
 // The search for ranks of magnitudes over whole tensors, any number of them at once.
 //
-// A sample of each vector (1 MiB of it at most) says between which two magnitudes a rank's threshold lies, to six standard deviations.
-// One pass over the data counts what lies above the bracket and at its ends, and collects what lies between: 3 % of the entries or less.
-// The threshold among these is found by histograms of 11-bit digits. So it moves n * (bytes of tuned and base) + 10 to 15 % of 4 n, and
-// launches 6 kernels after the tables, whatever the number of vectors and ranks: on an H100 the latter cost about 20 us, so that 64 Mi
-// float32 entries (256 MiB, 90 us to read) should take 120 us, and larger ones approach one read.
+// A sample of each vector (32768 entries) says between which two magnitudes a rank's threshold lies, to six standard deviations. One pass
+// over the data counts what lies above the bracket and at its ends, and collects what lies between: 3.4 % of the entries or less. The
+// threshold among these is found by histograms of 11-bit digits, two passes over them as a rule. So it moves n * (bytes of tuned and base)
+// and 14 % of 4 n at most, in 8 launches whatever the number of vectors and ranks (10 where ties are located). Reckoned for an H100, not
+// measured: 90 us to read 64 Mi float32 entries (256 MiB), 12 us for the candidates and 20 us of launches and of the sample are 70 % of
+// the copy's bandwidth, more where tensors are larger; bfloat16 without a base is bound by some 12 integer operations an entry.
 //
 // Exactness does not rest on the sample: the kernels of the digits look at the counts, and where the bracket missed (or more lies between
 // than there is room for, as with few distinct magnitudes near the threshold) they read the data itself, up to three passes more; nothing

@@ -94,6 +94,21 @@ __device__ inline bool inside_cut(Bits bits, int64_t index, const DeviceCut& cut
   return static_cast<int64_t>(bits) > cut.bits || (static_cast<int64_t>(bits) == cut.bits && index < cut.tie_end);
 }
 
+// A bit for each of eight entries, of which the first has index `index`, that lie inside a cut.
+template <class Bits>
+__device__ inline uint32_t entries_inside(const Bits (&bits)[vector_entries], int64_t index, const DeviceCut& cut) {
+  const auto threshold = static_cast<Bits>(cut.bits);
+  const int64_t ties = cut.tie_end - index;
+  const uint32_t kept_ties = ties <= 0 ? 0u : ties >= vector_entries ? 0xffu : (1u << ties) - 1u;
+  uint32_t above = 0, equal = 0;
+#pragma unroll
+  for (int i = 0; i < vector_entries; ++i) {
+    if (bits[i] > threshold) above |= 1u << i;
+    if (bits[i] == threshold) equal |= 1u << i;
+  }
+  return above | (equal & kept_ties);
+}
+
 // Cuts of `deltas` of one tensor: int64 of shape [deltas, cuts, 2] on the device of `where`, rows of DeviceCut, for
 // ranks[delta * cuts + i] of which any may be 0 (nothing inside) or numel (all inside).
 Tensor find_cuts(const Tensor& where, const std::vector<DeviceDelta>& deltas, int64_t numel, const std::vector<int64_t>& ranks, int cuts,
