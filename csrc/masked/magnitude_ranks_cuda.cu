@@ -21,18 +21,15 @@
 #include <utility>
 
 #include "common/cuda_table.h"
+#include "masked/magnitude_brackets_cuda.h"
 #include "masked/magnitude_query_cuda.h"
 #include "masked/magnitude_ranks_cuda.h"
 #include "masked/magnitude_search_cuda.h"
+#include "masked/magnitude_ties_cuda.h"
 
 namespace taskloom {
 namespace {
 
-constexpr int sample_threads = 1024;
-template <bool wide>
-constexpr int64_t sample_groups = thread_groups<wide> * sample_threads;
-template <bool wide>
-constexpr int64_t sample_entries = sample_groups<wide> * vector_entries;
 // Ranks of one vector that are looked for in one pass over it.
 constexpr size_t ranks_together = 8;
 // Bytes of candidates of the vectors that are looked through together; one vector's may be more.
@@ -40,106 +37,6 @@ constexpr int64_t candidate_room = int64_t{256} << 20;
 
 // Blocks of the pass over the data that a multiprocessor holds at once, for their registers.
 constexpr int count_blocks = 3;
-
-// Half the width of a bracket, in entries of the sample.
-__host__ __device__ inline float bracket_margin(float size, float share) { return 6.0f * sqrtf(size * share * (1.0f - share)) + 16.0f; }
-
-__device__ inline uint32_t scattered(uint32_t value) {
-  value = (value ^ (value >> 16)) * 0x7feb352du;
-  value = (value ^ (value >> 15)) * 0x846ca68bu;
-  return value ^ (value >> 16);
-}
-
-// Draws the sample of each vector: groups at jittered places, one in each of equal stretches, or the whole vector where it is no larger. A
-// block for `sample_threads` groups of a vector.
-template <bool wide>
-__global__ void __launch_bounds__(sample_threads) draw_kernel(SearchTables tables) {
-  constexpr int parts = thread_groups<wide>;
-  const int64_t place = blockIdx.x / parts, run = blockIdx.x % parts * int64_t{sample_threads} + threadIdx.x;
-  const SearchVector& vector = tables.vectors[place];
-  int64_t group = run;
-  if (vector.groups > sample_groups<wide>) {
-    group = run * vector.groups / sample_groups<wide>;
-    group += scattered(static_cast<uint32_t>(run)) % ((run + 1) * vector.groups / sample_groups<wide> - group);
-  }
-  MagnitudeBits<wide> bits[vector_entries];
-  if (group < vector.groups) {
-    const SearchSegment* const own = tables.segments + vector.first_segment;
-    const SearchSegment& segment = own[row_at(own, vector.segments, &SearchSegment::first_group, group)];
-    load_magnitudes<wide>(segment.delta, (group - segment.first_group) * vector_entries, segment.numel, bits);
-  } else {
-#pragma unroll
-    for (int i = 0; i < vector_entries; ++i) bits[i] = no_magnitude;
-  }
-  auto* const to = static_cast<MagnitudeBits<wide>*>(tables.samples) + place * sample_entries<wide>;
-#pragma unroll
-  for (int i = 0; i < vector_entries; ++i) to[i * sample_groups<wide> + run] = bits[i];
-}
-
-// A block for each search: its bracket, or the rank itself where the sample is the whole vector. Clears what later kernels add to.
-template <bool wide>
-__global__ void __launch_bounds__(sample_threads) bracket_kernel(SearchTables tables) {
-  constexpr int groups = thread_groups<wide>;
-  constexpr int64_t most = wide ? INT64_MAX : INT32_MAX;
-  TASKLOOM_SHARED(uint32_t, histogram, digit_bins);
-  TASKLOOM_SHARED(BlockWords, words, 1);
-  const int64_t search = blockIdx.x;
-  const SearchRequest request = tables.requests[search];
-  const SearchVector& vector = tables.vectors[request.vector];
-  SearchState& state = tables.states[search];
-  for (int bin = threadIdx.x; bin < digit_passes<wide> * digit_bins; bin += sample_threads) histogram_of<wide>(tables, search, 0)[bin] = 0;
-  if (threadIdx.x == 0) {
-    state.above = state.at_high = state.between = state.at_low = 0;
-    state.known = 0;
-  }
-  if (request.rank <= 0 || request.rank > vector.numel) {
-    // Above rank 0 lies nothing; beyond the last one lies everything.
-    if (threadIdx.x == 0) {
-      const bool all = request.rank > 0;
-      state.known = 1;
-      state.sampled = {all ? 0 : most, most, all, all, 0, Place::data};
-    }
-    return;
-  }
-  MagnitudeBits<wide> bits[groups][vector_entries];
-  int64_t size = 0;
-  const auto* const from = static_cast<const MagnitudeBits<wide>*>(tables.samples) + request.vector * sample_entries<wide> + threadIdx.x;
-#pragma unroll
-  for (int slot = 0; slot < groups * vector_entries; ++slot) {
-    bits[slot / vector_entries][slot % vector_entries] = from[slot * sample_threads];
-  }
-#pragma unroll
-  for (int slot = 0; slot < groups * vector_entries; ++slot) {
-    size += bits[slot / vector_entries][slot % vector_entries] != no_magnitude ? 1 : 0;
-  }
-  size = block_scan<sample_threads>(size, words);
-  if (threadIdx.x == sample_threads - 1) words->count = size;
-  __syncthreads();
-  size = words->count;
-  const bool whole = vector.groups <= sample_groups<wide>;
-  const float share = static_cast<float>(static_cast<double>(request.rank) / static_cast<double>(vector.numel));
-  const float center = static_cast<float>(size) * share;
-  const float margin = bracket_margin(static_cast<float>(size), share);
-  // Near an end of the sample the end of the range is the safe bound.
-  const int64_t upper = whole ? request.rank : static_cast<int64_t>(center - margin);
-  const int64_t lower = static_cast<int64_t>(center + margin) + 1;
-  int64_t low = 0, high = most;
-  for (int end = 0; end < (whole ? 1 : 2); ++end) {
-    const int64_t rank = end == 0 ? upper : lower;
-    if (rank < 1 || rank > size) continue;
-    const Selected selected = block_select<wide, groups, sample_threads>(bits, rank, histogram, words);
-    if (whole && threadIdx.x == 0) {
-      state.known = 1;
-      state.sampled = {selected.bits, selected.bits, selected.kept, selected.equal, 0, Place::data};
-    }
-    if (end == 0) high = selected.bits;
-    if (end == 1) low = selected.bits;
-  }
-  if (threadIdx.x == 0) {
-    state.low = low;
-    state.high = high;
-  }
-}
 
 __device__ inline bool any_unknown(const SearchTables& tables, const SearchVector& vector) {
   for (int64_t i = 0; i < vector.searches; ++i) {
@@ -242,19 +139,6 @@ __global__ void __launch_bounds__(cuda_threads, count_blocks) count_kernel(Searc
   }
 }
 
-// Calls body(magnitudes) for each of the thread's groups of a chunk.
-template <bool wide, class Body>
-__device__ inline void for_chunk(const SearchSegment& segment, int64_t chunk, const Body& body) {
-  const int64_t end = segment.numel;
-  int64_t begin = (chunk - segment.first_chunk) * chunk_entries<wide> + vector_entries * static_cast<int64_t>(threadIdx.x);
-#pragma unroll 1
-  for (int group = 0; group < thread_groups<wide>; ++group, begin += vector_entries * cuda_threads) {
-    MagnitudeBits<wide> bits[vector_entries];
-    load_magnitudes<wide>(segment.delta, begin, end, bits);
-    body(bits);
-  }
-}
-
 // One digit: `per_search` blocks count it for each search, among the candidates or in the data.
 template <bool wide>
 __global__ void __launch_bounds__(cuda_threads, 4) digit_kernel(SearchTables tables, int pass, int64_t per_search) {
@@ -337,101 +221,6 @@ __global__ void __launch_bounds__(cuda_threads) given_kernel(SearchTables tables
       bits = static_cast<const int32_t*>(given.thresholds)[search] & INT32_MAX;
     }
     store_found(tables, outputs, search, wide, {bits, bits, given.kept[search], INT64_MAX, 0, Place::data});
-  }
-}
-
-// How many entries of each chunk equal what was found, where ties have to be located.
-template <bool wide>
-__global__ void __launch_bounds__(cuda_threads, 4) equal_kernel(SearchTables tables, int64_t per_search) {
-  using Bits = MagnitudeBits<wide>;
-  const int64_t search = blockIdx.x / per_search, part = blockIdx.x % per_search;
-  const SearchStep found = tables.states[search].found;
-  if (!needs_ties(found)) return;
-  const SearchRequest& request = tables.requests[search];
-  const SearchVector& vector = tables.vectors[request.vector];
-  const Bits bits = static_cast<Bits>(found.first);
-  uint32_t* const equal = tables.equal + request.first_entry;
-  if (found.place != Place::data) {
-    constexpr int warps = cuda_threads / warp_size;
-    const int lane = threadIdx.x % warp_size;
-    for (int64_t chunk = part * warps + threadIdx.x / warp_size; chunk < vector.chunks; chunk += per_search * warps) {
-      const ChunkEntry entry = tables.entries[request.first_entry + chunk];
-      uint32_t count = found.place == Place::at_high ? entry.at_high : found.place == Place::at_low ? entry.at_low : 0;
-      if (found.place == Place::candidates) {
-        const Bits* const candidates = static_cast<const Bits*>(tables.candidates) + request.first_candidate + entry.first;
-        for (int i = lane; i < entry.between; i += warp_size) count += candidates[i] == bits ? 1u : 0u;
-        count = __reduce_add_sync(whole_warp, count);
-      }
-      if (lane == 0) equal[chunk] = count;
-    }
-    return;
-  }
-  TASKLOOM_SHARED(uint32_t, sums, cuda_threads / warp_size);
-  const SearchSegment& segment = tables.segments[vector.first_segment];
-  for (int64_t chunk = part; chunk < vector.chunks; chunk += per_search) {
-    uint32_t count = 0;
-    for_chunk<wide>(segment, segment.first_chunk + chunk, [&](const Bits(&values)[vector_entries]) {
-#pragma unroll
-      for (int entry = 0; entry < vector_entries; ++entry) count += values[entry] == bits ? 1u : 0u;
-    });
-    count = __reduce_add_sync(whole_warp, count);
-    if (threadIdx.x % warp_size == 0) sums[threadIdx.x / warp_size] = count;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      uint32_t sum = 0;
-      for (int i = 0; i < cuda_threads / warp_size; ++i) sum += sums[i];
-      equal[chunk] = sum;
-    }
-    __syncthreads();
-  }
-}
-
-// A block for each search: the chunk with its last kept entry by a scan, and the entry in it.
-template <bool wide>
-__global__ void __launch_bounds__(sample_threads) tie_kernel(SearchTables tables, SearchOutputs outputs) {
-  using Bits = MagnitudeBits<wide>;
-  TASKLOOM_SHARED(BlockWords, words, 1);
-  const int64_t search = blockIdx.x;
-  const SearchStep found = tables.states[search].found;
-  if (!needs_ties(found)) return;
-  const SearchRequest& request = tables.requests[search];
-  const SearchVector& vector = tables.vectors[request.vector];
-  const uint32_t* const equal = tables.equal + request.first_entry;
-  int64_t before = 0, chunk = -1, left = 0;
-  for (int64_t first = 0; first < vector.chunks && chunk < 0; first += sample_threads) {
-    const int64_t own = first + threadIdx.x;
-    const int64_t count = own < vector.chunks ? equal[own] : 0;
-    const int64_t until = before + block_scan<sample_threads>(count, words);
-    if (threadIdx.x == 0) words->digit = -1;
-    __syncthreads();
-    if (until - count < found.left && found.left <= until) {
-      words->digit = own;
-      words->above = until - count;
-    }
-    if (threadIdx.x == sample_threads - 1) words->count = until;
-    __syncthreads();
-    chunk = words->digit;
-    left = found.left - words->above;
-    before = words->count;
-    __syncthreads();
-  }
-  // More are kept than there are: all of them, as is written already.
-  if (chunk < 0) return;
-  const SearchSegment& segment = tables.segments[vector.first_segment];
-  const int64_t begin = chunk * chunk_entries<wide> + vector_entries * static_cast<int64_t>(threadIdx.x);
-  Bits bits[vector_entries];
-#pragma unroll
-  for (int i = 0; i < vector_entries; ++i) bits[i] = no_magnitude;
-  if (threadIdx.x < chunk_groups<wide>) load_magnitudes<wide>(segment.delta, begin, segment.numel, bits);
-  int64_t count = 0;
-#pragma unroll
-  for (int i = 0; i < vector_entries; ++i) count += static_cast<int64_t>(bits[i]) == found.first ? 1 : 0;
-  int64_t seen = block_scan<sample_threads>(count, words) - count;
-#pragma unroll
-  for (int i = 0; i < vector_entries; ++i) {
-    if (static_cast<int64_t>(bits[i]) != found.first) continue;
-    ++seen;
-    if (seen == left) outputs.cuts[outputs.first + search].tie_end = begin + i + 1;
   }
 }
 
@@ -548,7 +337,6 @@ void run(const Tensor& where, const SearchPlan& plan, const GivenThresholds* giv
   tables.searches = searches;
   tables.chunks = plan.chunks;
   const Launch each{dim3(static_cast<unsigned>(searches))};
-  const Launch each_large{dim3(static_cast<unsigned>(searches)), sample_threads};
   // As many blocks for each search as there is work for, and together about as many as the device runs at once.
   const int64_t per_search = std::max<int64_t>(1, std::min(plan.most_chunks, resident_of(where, 4, plan.chunks) / searches));
   const Launch shared_out{dim3(static_cast<unsigned>(searches * per_search))};
@@ -557,7 +345,7 @@ void run(const Tensor& where, const SearchPlan& plan, const GivenThresholds* giv
   } else {
     const auto drawn = static_cast<unsigned>(plan.vectors.size() * thread_groups<wide>);
     launch(where, {dim3(drawn), sample_threads}, draw_kernel<wide>, tables);
-    launch(where, each_large, bracket_kernel<wide>, tables);
+    launch(where, {dim3(static_cast<unsigned>(searches)), sample_threads}, bracket_kernel<wide>, tables);
     if (passes) {
       launch(where, {dim3(static_cast<unsigned>(resident_of(where, count_blocks, plan.chunks)))}, count_kernel<wide>, tables);
       for (int pass = 0; pass < digit_passes<wide>; ++pass) launch(where, shared_out, digit_kernel<wide>, tables, pass, per_search);
@@ -566,7 +354,7 @@ void run(const Tensor& where, const SearchPlan& plan, const GivenThresholds* giv
   }
   if (!ties || plan.chunks == 0) return;
   launch(where, shared_out, equal_kernel<wide>, tables, per_search);
-  launch(where, each_large, tie_kernel<wide>, tables, outputs);
+  launch(where, {dim3(static_cast<unsigned>(searches)), tie_threads}, tie_kernel<wide>, tables, outputs);
 }
 
 template <bool wide>

@@ -148,11 +148,13 @@ __global__ void __launch_bounds__(cuda_threads, 3) warp_rows_kernel(RowSearch se
   }
 }
 
+// Blocks that a multiprocessor holds at once, for their registers.
+template <bool wide, int threads>
+constexpr int row_blocks = threads == wide_block ? 1 : (wide ? 2 : 3);
+
 // A block for each row of as many entries as its threads hold.
 template <bool wide, int threads>
-__global__ void __launch_bounds__(threads, threads == wide_block ? 1
-                                           : wide                ? 2
-                                                                 : 3) block_rows_kernel(RowSearch search, RowOutputs outputs) {
+__global__ void __launch_bounds__(threads, row_blocks<wide, threads>) block_rows_kernel(RowSearch search, RowOutputs outputs) {
   constexpr int groups = thread_groups<wide>;
   TASKLOOM_SHARED(uint32_t, histogram, digit_bins);
   TASKLOOM_SHARED(BlockWords, words, 1);

@@ -187,4 +187,17 @@ __device__ inline void load_chunk(const DeviceDelta& delta, int64_t first, int64
   });
 }
 
+// Calls body(magnitudes) for each of the thread's groups of a chunk.
+template <bool wide, class Body>
+__device__ inline void for_chunk(const SearchSegment& segment, int64_t chunk, const Body& body) {
+  const int64_t end = segment.numel;
+  int64_t begin = (chunk - segment.first_chunk) * chunk_entries<wide> + vector_entries * static_cast<int64_t>(threadIdx.x);
+#pragma unroll 1
+  for (int group = 0; group < thread_groups<wide>; ++group, begin += vector_entries * cuda_threads) {
+    MagnitudeBits<wide> bits[vector_entries];
+    load_magnitudes<wide>(segment.delta, begin, end, bits);
+    body(bits);
+  }
+}
+
 }  // namespace taskloom
