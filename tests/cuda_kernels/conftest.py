@@ -21,9 +21,9 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.fixture(params=list(emulated.ORDERS))
+@pytest.fixture(params=[name if name == "shuffled" else pytest.param(name, marks=pytest.mark.slow) for name in emulated.ORDERS])
 def order(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test once for each order in which blocks and threads may run."""
+    """Run the test in shuffled order, and among the slow tests once for each other order in which blocks and threads may run."""
     emulated.set_order(request.param)
     yield request.param
     emulated.set_order("forward")
