@@ -40,12 +40,16 @@ constexpr int64_t resident_blocks = 8;
 inline __device__ int64_t grid_index() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 inline __device__ int64_t grid_stride() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
+inline int64_t multiprocessor_count(const torch::stable::Tensor& where) {
+  int multiprocessors = 1;
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, where.get_device_index());
+  return multiprocessors;
+}
+
 // Blocks for a kernel that strides over `items`, of which a block takes `per_block` at a time: as many as there is work for, and no more
 // than the device runs at once.
 inline int64_t striding_blocks(const torch::stable::Tensor& where, int64_t items, int64_t per_block) {
-  int multiprocessors = 1;
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, where.get_device_index());
-  return std::min((items + per_block - 1) / per_block, multiprocessors * resident_blocks);
+  return std::min((items + per_block - 1) / per_block, multiprocessor_count(where) * resident_blocks);
 }
 
 struct Launch {

@@ -166,12 +166,6 @@ void drop_records(SparseMerge* merge) {
   merge->records.reset();
 }
 
-bool SparseMerge::wide() const {
-  bool wide = base_dtype == DType::f64;
-  for (const MergeTask& task : tasks) wide = wide || task.dtype == DType::f64;
-  return wide;
-}
-
 MergeMemory merge_memory(const SparseMerge& merge) {
   const bool wide = merge.wide();
   MergeMemory memory;

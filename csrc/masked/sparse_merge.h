@@ -69,7 +69,11 @@ struct SparseMerge {
   std::shared_ptr<PageBuffer> records;  // memory of the tasks' `record`
 
   // Whether any tensor is float64: then all deltas are taken and compared in float64.
-  bool wide() const;
+  bool wide() const {
+    bool wide = base_dtype == DType::f64;
+    for (const MergeTask& task : tasks) wide = wide || task.dtype == DType::f64;
+    return wide;
+  }
   Delta delta(std::size_t task) const { return {tasks[task].tuned, base, tasks[task].dtype, base_dtype}; }
   bool by_row() const { return select == Select::row_magnitude || select == Select::rank_dropout; }
 };

@@ -19,9 +19,9 @@ OPS_FOLDER = Path(__file__).parents[1] / "ops"
 CONTRACTS = tuple(contract for path in sorted(OPS_FOLDER.glob("cases_*.py")) for contract in importlib.import_module(path.stem).CONTRACTS)
 # Sums over a whole tensor, which no device adds in another's order.
 SUMS = ("block_scale_merge_backward",)
+# The same by their place in what is returned, where float64 holds sums of parts that were added in float32.
+PARTLY_FLOAT32_SUMS = (("sparse_merge_statistics_out", 2),)
 WITHOUT_KERNEL: tuple[str, ...] = (
-    "sparse_merge",
-    "sparse_merge_out",
     "weighted_ce",
     "weighted_ce_backward",
 )
@@ -64,8 +64,11 @@ def test_kernels_match_the_cpu(contract: Contract, case: Case, order: str) -> No
         twin = getattr(torch.ops.taskloom_emulated, name).default
         got, expected = _results(twin, args, kwargs), _results(op, args, kwargs)
         assert len(got) == len(expected)
-        for ours, theirs in zip(got, expected, strict=True):
-            (assert_close if name in SUMS else assert_within_one_ulp)(ours, theirs)
+        for place, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+            if (name, place) in PARTLY_FLOAT32_SUMS:
+                assert_close(ours.float(), theirs.float())
+            else:
+                (assert_close if name in SUMS else assert_within_one_ulp)(ours, theirs)
         for once, twice in zip(got, _results(twin, args, kwargs), strict=True):
             assert_same_bits(once, twice)
 
