@@ -14,11 +14,11 @@ from torch import Tensor
 
 import taskloom
 
-TIES = {"select": "magnitude", "density": 0.3, "elect": "sign_sum", "combine": "disjoint_mean"}
-DARE = {"select": "dropout", "density": 0.4, "rescale": "density", "seed": 3}
+TIES: dict[str, Any] = {"select": "magnitude", "density": 0.3, "elect": "sign_sum", "combine": "disjoint_mean"}
+DARE: dict[str, Any] = {"select": "dropout", "density": 0.4, "rescale": "density", "seed": 3}
 ELECTED_DARE = {**DARE, "elect": "sign_sum", "zero_sign": "majority"}
-BREADCRUMBS = {"select": "magnitude", "density": 0.4, "gamma": 0.1}
-DELLA = {"select": "rank_dropout", "density": 0.5, "epsilon": 0.2, "rescale": "density", "seed": 9}
+BREADCRUMBS: dict[str, Any] = {"select": "magnitude", "density": 0.4, "gamma": 0.1}
+DELLA: dict[str, Any] = {"select": "rank_dropout", "density": 0.5, "epsilon": 0.2, "rescale": "density", "seed": 9}
 
 
 @pytest.fixture(autouse=True, scope="module")
