@@ -1,6 +1,3 @@
-#include <sys/mman.h>
-#include <ucontext.h>
-
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -10,31 +7,44 @@
 #include <vector>
 
 #include "cuda_emulator.h"
+#include "fiber.h"
+
+// Keeps what a call preserves on the stack that is left, and takes it from the one that goes on.
+#ifdef __x86_64__
+asm(R"(
+.text
+.globl taskloom_emulator_switch
+.hidden taskloom_emulator_switch
+.type taskloom_emulator_switch, @function
+taskloom_emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+#endif
 
 namespace cuda_emulator {
 namespace {
 
-constexpr size_t stack_bytes = 1 << 17;
 constexpr size_t dynamic_shared_room = 1 << 18;
 constexpr int poison = 0xff;
 
 enum class State { ready, at_block_barrier, at_warp, done };
 
-class Stack {
- public:
-  Stack() : memory_(mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
-    if (memory_ == MAP_FAILED) throw std::runtime_error("cuda emulator: no memory for a thread's stack");
-  }
-  Stack(const Stack&) = delete;
-  ~Stack() { munmap(memory_, stack_bytes); }
-  void* memory() const { return memory_; }
-
- private:
-  void* memory_;
-};
-
 struct Thread {
-  ucontext_t context;
+  Context context;
   std::unique_ptr<Stack> stack = std::make_unique<Stack>();
   State state = State::done;
   uint3 index{};
@@ -57,7 +67,7 @@ struct Machine {
   std::vector<Warp> warps;
   std::map<const void*, SharedArray> arrays;
   std::vector<max_align_t> dynamic_shared = std::vector<max_align_t>(dynamic_shared_room / sizeof(max_align_t));
-  ucontext_t scheduler;
+  Context scheduler;
   Thread* current = nullptr;
   Body body{};
   dim3 grid, block;
@@ -78,13 +88,13 @@ void thread_main() {
   Machine& m = machine();
   m.body.call(m.body.argument);
   m.current->state = State::done;
-  swapcontext(&m.current->context, &m.scheduler);
+  change(&m.current->context, m.scheduler);
 }
 
 void wait(State state) {
   Machine& m = machine();
   m.current->state = state;
-  swapcontext(&m.current->context, &m.scheduler);
+  change(&m.current->context, m.scheduler);
 }
 
 std::vector<size_t> in_order(size_t count, uint64_t salt) {
@@ -107,11 +117,7 @@ void start_threads(Machine* m) {
     thread.warp = i / warp_lanes;
     thread.lane = i % warp_lanes;
     thread.state = State::ready;
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack->memory();
-    thread.context.uc_stack.ss_size = stack_bytes;
-    thread.context.uc_link = nullptr;
-    makecontext(&thread.context, thread_main, 0);
+    prepare(&thread.context, *thread.stack, thread_main);
   }
   for (auto& [key, array] : m->arrays) array.fresh = true;
   std::fill_n(reinterpret_cast<unsigned char*>(m->dynamic_shared.data()), dynamic_shared_room, poison);
@@ -141,7 +147,7 @@ void run_block(Machine* m) {
       if (thread.state != State::ready) continue;
       ran = true;
       m->current = &thread;
-      swapcontext(&m->scheduler, &thread.context);
+      change(&m->scheduler, thread.context);
     }
     if (ran) continue;
     unsigned done = 0;
