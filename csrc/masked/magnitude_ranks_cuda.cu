@@ -262,6 +262,13 @@ int64_t capacity_of(const RankQuery& query) {
   return capacity;
 }
 
+// Bytes that a vector's sample, candidates and histograms take.
+template <bool wide>
+int64_t memory_of(const RankQuery& query) {
+  const auto searches = static_cast<int64_t>(query.ranks.size());
+  return (capacity_of<wide>(query) + sample_entries<wide>) * (wide ? 8 : 4) + searches * digit_passes<wide> * digit_bins * 8;
+}
+
 template <bool wide>
 void add_to(SearchPlan* plan, const RankQuery& query) {
   SearchVector vector{};
@@ -363,9 +370,9 @@ void run_queries(const Tensor& where, const std::vector<RankQuery>& queries, con
   GivenThresholds own = given == nullptr ? GivenThresholds{} : *given;
   while (next < queries.size()) {
     SearchPlan plan;
-    int64_t room = candidate_room / (wide ? 8 : 4);
+    int64_t room = candidate_room;
     do {
-      if (given == nullptr) room -= capacity_of<wide>(queries[next]);
+      if (given == nullptr) room -= memory_of<wide>(queries[next]);
       if (room < 0 && !plan.vectors.empty()) break;
       add_to<wide>(&plan, queries[next]);
       ++next;

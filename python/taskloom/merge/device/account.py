@@ -2,7 +2,8 @@
 
 A merge holds one block of memory, in which each tensor has a region for its inputs and its output while it is in work, and beside it what
 the ops take for the one tensor that is being merged: tables, partial sums, ranks. Both are known from the plan. What an op takes is
-bounded from above by its Triton launcher's buffers; a tensor of torch's may take a whole segment of its allocator, so it counts as one.
+bounded from above by the buffers of its Triton launcher and of its CUDA kernels, whichever are larger; a tensor of torch's may take a
+whole segment of its allocator, so it counts as one.
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ _SMALL_TENSORS = 32 * _MIB
 # Entries of a program of the kernels that count, and of those that look for ties.
 _BLOCK, _TIE_BLOCK = 1024, 2048
 _DIGITS_BYTES = 8 * 2**16
+# The same of the CUDA kernels (csrc/masked/magnitude_search_cuda.h): entries of a chunk and bytes that are kept of it for each rank, digits
+# of a magnitude's bits, bytes of the histogram of one, and how much the searches of a round, or a range of rows, may take together. Blocks
+# that a device runs at once, of 8 on each of its multiprocessors.
+_CHUNK, _CHUNK_BYTES = 4096, 20
+_DIGIT_PASSES, _DIGIT_COUNTS = 6, 8 * 2**11
+_ROOM = 256 * _MIB
+_RESIDENT_BLOCKS = 8 * 256
 # A stable sort by rows with its keys, indices, and the copies and tables that it works with, per entry, in ten tensors; and how many
 # entries are sorted at a time where rows are not longer.
 _SORT_ENTRY, _SORT_TENSORS, _SORTED = 128, 10, 2**22
@@ -80,6 +88,37 @@ def region_parts(job: TensorJob) -> list[int]:
     return offsets
 
 
+def _search_scratch(vectors: int, numel: int, wide: bool) -> int:
+    """What the CUDA kernels take to find two ranks in each of so many vectors."""
+    word, sample = (8, 2**14) if wide else (4, 2**15)
+    # The bracket of a rank is at most 6 standard deviations of its place in the sample and 16 places wide on either side; there is room
+    # for twice as many candidates as that makes likely.
+    share = 4 * (6 * (sample / 4) ** 0.5 + 16) / sample
+    one = word * (2 * min(numel, int(share * numel) + 1025) + sample) + 2 * _DIGIT_PASSES * _DIGIT_COUNTS
+    chunks = vectors * -(-numel // _CHUNK)
+    return _segments(max(one, min(vectors * one, _ROOM)), 3) + _segments(2 * chunks * _CHUNK_BYTES, 2)
+
+
+def _native_selection_scratch(job: TensorJob, stages: Stages, numel: int) -> int:
+    """What the CUDA kernels take to select in one tensor: ranks, or the bits of rows that are selected in ranges."""
+    tasks = len(job.tuned)
+    row = max(1, job.shape[-1] if job.shape else 1)
+    wide = any(source.dtype == "F64" for source in (job.base, *job.tuned) if source is not None)
+    if stages.select == "rank_dropout":
+        # Keys, and two indices of the entries that are sorted; rows that share bytes of a mask stay together.
+        sort = row * ((8 if wide else 4) + 8) + 16
+        return _rows_scratch(row, 64 if wide else 32, tasks, numel) + _segments(max(sort, min(_ROOM, numel * tasks * 16)))
+    if stages.select == "magnitude" and stages.scope == "row":
+        ranges = _rows_scratch(row, 1 + 8 * 32 / row, tasks, numel)
+        return ranges + _segments(32 * (numel // row) * tasks) + _search_scratch(tasks * (numel // row), row, wide)
+    return _search_scratch(tasks, numel, wide) if stages.select == "magnitude" else 0
+
+
+def _rows_scratch(row: int, bits: float, tasks: int, numel: int) -> int:
+    """Selections of a range of rows, of so many bits an entry and task."""
+    return _segments(int(max(8 * row * tasks * bits / 8, min(_ROOM, numel * tasks * bits / 8))) + 512 * tasks)
+
+
 def _selection_scratch(job: TensorJob, stages: Stages, numel: int) -> int:
     tasks = len(job.tuned)
     row = job.shape[-1] if job.shape else 1
@@ -109,7 +148,9 @@ def scratch(job: TensorJob, *, magnitude_histogram: bool = False) -> int:
     of_one_dtype = _segments(tasks * numel * (8 if "F64" in dtypes else 4), tasks) if len(dtypes) > 1 else 0
     arc = _segments(3 * 8 * min(numel, ARC_PIECE), 3) if job.stages.interpolation == "slerp" else 0
     histograms = 2 * _segments(tasks * _DIGITS_BYTES, tasks) if magnitude_histogram else 0
-    return counted + norms + of_one_dtype + _selection_scratch(job, job.stages, numel) + arc + histograms
+    resident = _segments(16 * _RESIDENT_BLOCKS * tasks) + _segments(128 * (2 * _RESIDENT_BLOCKS + tasks**2))
+    selection = max(_selection_scratch(job, job.stages, numel), _native_selection_scratch(job, job.stages, numel))
+    return max(counted + norms, resident) + of_one_dtype + selection + arc + histograms
 
 
 def _search_bytes(plan: MergePlan) -> int:
