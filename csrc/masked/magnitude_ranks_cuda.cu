@@ -266,7 +266,7 @@ int64_t capacity_of(const RankQuery& query) {
 template <bool wide>
 int64_t memory_of(const RankQuery& query) {
   const auto searches = static_cast<int64_t>(query.ranks.size());
-  return (capacity_of<wide>(query) + sample_entries<wide>) * (wide ? 8 : 4) + searches * digit_passes<wide> * digit_bins * 8;
+  return (capacity_of<wide>(query) + sample_entries<wide>)*(wide ? 8 : 4) + searches * digit_passes<wide> * digit_bins * 8;
 }
 
 template <bool wide>
