@@ -14,7 +14,9 @@ _COMMANDS = {
     "extract": ("taskloom.cli.archive:extract", "Restore one fine-tuning from such an archive."),
     "inspect": ("taskloom.cli.inspect:inspect", "Show what a checkpoint holds."),
     "merge": ("taskloom.cli.merge:merge", "Merge safetensors checkpoints by a recipe."),
+    "methods": ("taskloom.cli.methods:methods", "List the published methods, their claims and last results."),
     "report": ("taskloom.cli.report:report", "Make the page of a merge's report for a browser."),
+    "run": ("taskloom.cli.methods:run", "Show the claim of a published method in a small experiment."),
     "verify": ("taskloom.cli.verify:verify", "Check a finished merge, with tensors computed again by the reference."),
 }
 

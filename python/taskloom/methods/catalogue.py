@@ -1,0 +1,86 @@
+"""The methods of the library: facts that ``taskloom methods`` lists. Needs no torch; a method's code is imported when it is used."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from taskloom.methods.claim import Claim
+
+Family = Literal["masked", "lowrank", "routed", "gating"]
+
+RESULT_NAME = "result.json"
+
+
+class MethodError(Exception):
+    """A method that is unknown, or that cannot run as asked; the message says what was expected."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One published method.
+
+    Attributes
+    ----------
+    name
+        What it is called here; its code is the package ``taskloom.methods.WING.NAME``.
+    wing
+        The folder of related methods.
+    title, paper
+        What it is, and where it was published: title, year, arXiv number.
+    family
+        The family of kernels it is built on.
+    claim
+        The paper's central claim, in a sentence.
+    needs
+        Packages beyond the library's own that its experiment imports, by module, and the package that brings each.
+    """
+
+    name: str
+    wing: str
+    title: str
+    paper: str
+    family: Family
+    claim: str
+    needs: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def package(self) -> str:
+        """The package that holds its code."""
+        return f"taskloom.methods.{self.wing}.{self.name}"
+
+    def claims(self) -> tuple[Claim, ...]:
+        """Its experiments; this imports torch."""
+        claims: tuple[Claim, ...] = importlib.import_module(f"{self.package}.claim").CLAIMS
+        return claims
+
+    def shipped_result(self) -> Traversable:
+        """The result of the full run that came with this version of the library; it need not exist."""
+        return files("taskloom").joinpath("methods", self.wing, self.name, RESULT_NAME)
+
+
+METHODS: dict[str, Method] = {}
+
+
+def _add(method: Method) -> None:
+    METHODS[method.name] = method
+
+
+def find_method(name: str) -> Method:
+    """The method of a name.
+
+    Raises
+    ------
+    MethodError
+        If there is none; the message names the nearest.
+    """
+    if name not in METHODS:
+        close = difflib.get_close_matches(name.lower().replace("-", "_"), METHODS, n=1)
+        known = f"did you mean {close[0]!r}?" if close else f"the methods are {', '.join(sorted(METHODS))}"
+        raise MethodError(f"there is no method {name!r}; {known}")
+    return METHODS[name]
