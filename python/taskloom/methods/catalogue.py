@@ -71,6 +71,19 @@ def _add(method: Method) -> None:
     METHODS[method.name] = method
 
 
+_add(
+    Method(
+        name="rmm",
+        wing="merging",
+        title="Reversible model merging (RMM)",
+        paper="Towards Reversible Model Merging For Low-rank Weights, 2025, arXiv 2510.14163",
+        family="lowrank",
+        claim="Low-rank adapters stored in shared bases come back nearly as good as they were, where merged factors are lost.",
+        needs=(("sklearn", "scikit-learn"),),
+    )
+)
+
+
 def find_method(name: str) -> Method:
     """The method of a name.
 

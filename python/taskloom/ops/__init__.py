@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from taskloom.ops._backends import Explanation, backend, explain
+from taskloom.ops.lowrank import rmm_fit, rmm_linear, rmm_reconstruct
 from taskloom.ops.masked import (
     MagnitudeThreshold,
     SparseMergeStatistics,
@@ -48,6 +49,9 @@ __all__ = [
     "masked_update_",
     "multi_task_vector",
     "pack_mask",
+    "rmm_fit",
+    "rmm_linear",
+    "rmm_reconstruct",
     "sparse_merge",
     "split_threshold",
     "task_mask",

@@ -12,7 +12,7 @@ def rmm_fit(vectors: Tensor, rank: int, center: bool = True) -> tuple[Tensor, Te
     """Mean [P, r], basis [P, p, r] and coefficients [n, P, p] of ``vectors`` [n, P, r], at each position alone; p is ``rank``.
 
     The basis holds the top left singular vectors of the centred vectors, each with its entry of largest magnitude positive; a direction
-    without variance is 0.
+    in which they differ by no more than rounding is 0.
     """
     dtype = accumulation_dtype(vectors)
     wide = vectors.to(dtype).transpose(0, 1)
@@ -21,7 +21,8 @@ def rmm_fit(vectors: Tensor, rank: int, center: bool = True) -> tuple[Tensor, Te
     _, values, directions = torch.linalg.svd(centred, full_matrices=False)
     kept = directions[:, :rank]
     largest = kept.gather(2, kept.abs().argmax(2, keepdim=True))
-    floor = values[:, :1] * torch.finfo(dtype).eps * max(centred.shape[1:])
+    # What rounding leaves of vectors that are equal is no direction.
+    floor = torch.linalg.vector_norm(wide, dim=(1, 2))[:, None] * torch.finfo(dtype).eps * max(centred.shape[1:])
     basis = torch.where((values[:, :rank] > floor)[:, :, None], kept * largest.sign(), 0)
     coefficients = centred @ basis.mT
     return mean.to(vectors.dtype), basis.to(vectors.dtype), coefficients.transpose(0, 1).contiguous().to(vectors.dtype)
