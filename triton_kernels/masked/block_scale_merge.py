@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from taskloom.reference.masked.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype
 from taskloom.triton_kernels.launch import aligned, entries_per_program, flat, launch, of_one_dtype, programs, table
 from taskloom.triton_kernels.masked.entries import listed_pointer, load_entries, program_offsets, store_entries
 

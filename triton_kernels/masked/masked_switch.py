@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from taskloom.reference.masked.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype
 from taskloom.triton_kernels.launch import entries_per_program, flat, launch, programs, raw
 from taskloom.triton_kernels.masked.entries import load_bits, load_entries, narrowed, program_offsets
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskloom.reference.masked.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype
 from taskloom.reference.masked.magnitude import as_rows, delta, descending_ranks, magnitude_bits
 from taskloom.triton_kernels.launch import aligned, entries_per_program, flat, launch, of_one_dtype, programs, raw, table, written_in_place
 from taskloom.triton_kernels.masked.magnitude_mask import band_cuts

@@ -43,7 +43,8 @@ def register(
     name
         The op's name in ``torch.ops.taskloom``.
     fake
-        Shapes, strides and dtypes of the outputs from those of the inputs; safe for symbolic sizes.
+        Shapes, strides and dtypes of the outputs from those of the inputs; safe for symbolic sizes. The package that defines it tells the
+        op's family.
     backward, setup_context
         As :func:`torch.library.register_autograd` takes them. An op without them raises when a gradient flows into it. A backward calls
         ops as ``ctx.ops.NAME.default``: native ones, or their Triton twins where the twin ran forward.
@@ -52,7 +53,8 @@ def register(
     mutates
         Whether the op changes an argument; autograd knows nothing of such ops, so their wrappers refuse tensors that require grad.
     """
-    for qualified, ops in ((f"taskloom::{name}", torch.ops.taskloom), (define_twin(name), torch.ops.taskloom_triton)):
+    family = fake.__module__.split(".")[2]
+    for qualified, ops in ((f"taskloom::{name}", torch.ops.taskloom), (define_twin(name, family), torch.ops.taskloom_triton)):
         torch.library.register_fake(qualified, fake)
         if not (discrete or mutates):
             setup = _with_ops(setup_context, ops)

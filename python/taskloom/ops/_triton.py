@@ -24,7 +24,7 @@ LEAST_VERSION = (3, 5)
 LEAST_CAPABILITY = (8, 0)
 GPUS = ("cuda", "xpu")
 
-_KERNELS = "taskloom.triton_kernels.masked"
+_KERNELS = "taskloom.triton_kernels"
 _KEYS = ("CPU", "CUDA", "XPU")
 _library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -68,20 +68,20 @@ def triton_obstacle(device: str) -> str | None:
     return _capability_obstacle(device) if kind == "cuda" else _installed_obstacle()
 
 
-def _launcher(name: str) -> Callable[..., Any]:
+def _launcher(name: str, family: str) -> Callable[..., Any]:
     """The launcher of an op, which imports Triton when it is first called."""
 
     def launch(*arguments: Any, **named: Any) -> Any:
-        return getattr(importlib.import_module(_KERNELS), name)(*arguments, **named)
+        return getattr(importlib.import_module(f"{_KERNELS}.{family}"), name)(*arguments, **named)
 
     return launch
 
 
-def define_twin(name: str) -> str:
-    """Define the op's twin and return its qualified name."""
+def define_twin(name: str, family: str) -> str:
+    """Define the twin of an op of a family and return its qualified name."""
     schema = str(getattr(torch.ops.taskloom, name).default._schema)
     _library.define(schema.removeprefix("taskloom::"))
-    launch = _launcher(name)
+    launch = _launcher(name, family)
     for key in _KEYS:
         _library.impl(name, launch, key)
     return f"{NAMESPACE}::{name}"

@@ -11,7 +11,7 @@ from taskloom.ops._backends import kernel
 from taskloom.ops._checks import check_all_floating_like, check_floating, plain_number
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
-from taskloom.reference.masked.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype
 
 
 def multi_task_vector(base: Tensor, tuned: Sequence[Tensor], weight: float | Sequence[float] = 1.0) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from taskloom.reference.masked.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype
 
 KERNELS = ("linear", "pwl", "sigmoid", "rbf", "mixk")
 GATES = ("magnitude", "soft", "hard")

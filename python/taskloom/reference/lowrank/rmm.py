@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from taskloom.reference.masked.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype
 
 
 def rmm_fit(vectors: Tensor, rank: int, center: bool = True) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from taskloom.reference.masked.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype
 
 
 def block_scale_merge(

@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from taskloom.reference.masked.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype
 
 
 def delta(tuned: Tensor, base: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from taskloom.reference.masked.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype
 
 
 def multi_task_vector(base: Tensor, tuned: Sequence[Tensor], weight: float | Sequence[float] = 1.0) -> Tensor:

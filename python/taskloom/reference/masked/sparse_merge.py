@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from taskloom.reference.masked.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype
 from taskloom.reference.masked.magnitude import delta
 from taskloom.reference.masked.select import Selection, rank_probabilities, selected_entries
 

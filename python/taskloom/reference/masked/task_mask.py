@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from taskloom.reference.masked.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype
 from taskloom.reference.masked.packed_mask import pack_mask
 
 
