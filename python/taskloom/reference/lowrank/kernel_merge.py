@@ -120,10 +120,8 @@ def kernel_linear(
 ) -> Tensor:
     """X kernel_merge(...)^T + bias, rounded to x's dtype: x [..., n] to [..., m]."""
     dtype = accumulation_dtype(x, A, B, coef, alpha, gamma, beta, base, bias)
-    wide = [None if one is None else one.to(dtype) for one in (A, B, coef, alpha, gamma, beta, base)]
-    assert wide[0] is not None
-    assert wide[1] is not None
-    assert wide[2] is not None
-    merged = kernel_merge(wide[0], wide[1], wide[2], kernel, *wide[3:6], sparsity, gate, wide[6])
+    # The sum stays in that dtype until the product is rounded.
+    wide = None if base is None else base.to(dtype)
+    merged = kernel_merge(A.to(dtype), B.to(dtype), coef, kernel, alpha, gamma, beta, sparsity, gate, wide)
     y = x.to(dtype) @ merged.T
     return (y if bias is None else y + bias.to(dtype)).to(x.dtype)

@@ -28,5 +28,6 @@ def dora_merge(base: Tensor, A: Tensor, B: Tensor, weight: Tensor, magnitude: Te
     """Rows of base + weight * B A scaled to the norms in ``magnitude`` [out], rounded once; ``weight`` has no dimension."""
     dtype = accumulation_dtype(base, weight, magnitude, A, B)
     merged = base.to(dtype) + weight.to(dtype) * (B.to(dtype) @ A.to(dtype))
-    norm = torch.linalg.vector_norm(merged, dim=1, keepdim=True)
-    return (magnitude.to(dtype)[:, None] * merged / norm).to(base.dtype)
+    norm: Tensor = torch.linalg.vector_norm(merged, dim=1, keepdim=True)
+    scaled: Tensor = magnitude.to(dtype)[:, None] * merged / norm
+    return scaled.to(base.dtype)

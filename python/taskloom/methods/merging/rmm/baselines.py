@@ -19,8 +19,8 @@ def _merge(factors: list[Tensor], method: Separate, weight: float, density: floa
     if method == "sum":
         return taskloom.sparse_merge(None, factors, weights)
     if method == "ties":
-        elected = {"elect": "sign_sum", "combine": "disjoint_mean"}
-        return weight * taskloom.sparse_merge(None, factors, select="magnitude", density=density, **elected)
+        trimmed = taskloom.sparse_merge(None, factors, select="magnitude", density=density, elect="sign_sum", combine="disjoint_mean")
+        return weight * trimmed
     return taskloom.sparse_merge(None, factors, weights, select="dropout", density=density, rescale="density", seed=seed, key=key)
 
 

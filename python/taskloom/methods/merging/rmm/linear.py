@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from taskloom.methods.merging.rmm.space import RMMSpace
-from taskloom.ops import rmm_linear
+from taskloom.ops import rmm_linear, rmm_reconstruct
 
 _PARTS = ("mean", "basis", "coefficients")
 
@@ -58,13 +58,17 @@ class RMMLinear(nn.Module):
         self._task = None if task is None else self.tasks.index(task)
         self._cached = None
 
-    def _factors(self, task: int) -> tuple[Tensor, Tensor]:
-        from taskloom.ops import rmm_reconstruct
+    def _parts(self, factor: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, basis and coefficients of the positions of one factor."""
+        mean, basis, coefficients = (self.get_buffer(f"{factor}_{part}") for part in _PARTS)
+        return mean, basis, coefficients
 
-        if self._cached is None or self._cached[0] != task or self._cached[1].device != self.a_mean.device:
-            a = rmm_reconstruct(self.a_mean, self.a_basis, self.a_coefficients[task].contiguous())
-            b = rmm_reconstruct(self.b_mean, self.b_basis, self.b_coefficients[task].contiguous())
-            self._cached = task, a, b
+    def _factors(self, task: int) -> tuple[Tensor, Tensor]:
+        mean, basis, coefficients = self._parts("a")
+        if self._cached is None or self._cached[0] != task or self._cached[1].device != mean.device:
+            a = rmm_reconstruct(mean, basis, coefficients[task].contiguous())
+            mean, basis, coefficients = self._parts("b")
+            self._cached = task, a, rmm_reconstruct(mean, basis, coefficients[task].contiguous())
         return self._cached[1], self._cached[2]
 
     def forward(self, x: Tensor, task: int | Tensor | None = None) -> Tensor:
@@ -95,11 +99,7 @@ class RMMLinear(nn.Module):
             return y + (x @ b.to(x.dtype)) @ a.to(x.dtype).T
         rows = x.reshape(-1, x.shape[-1])
         places = self._places(chosen, x.shape[:-1])
-        added = rmm_linear(
-            rows,
-            places,
-            *(getattr(self, f"{factor}_{part}") for factor in ("a", "b") for part in _PARTS),
-        )
+        added = rmm_linear(rows, places, *self._parts("a"), *self._parts("b"))
         return y + added.view(y.shape)
 
     def _places(self, task: Tensor, shape: torch.Size) -> Tensor:
