@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from taskloom.reference.masked.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype
 from taskloom.triton_kernels.launch import INTERPRETED, entries_per_program, flat, launch, raw
 from taskloom.triton_kernels.masked.weighted_ce_kernels import see_logits_kernel, see_products_kernel, slopes_kernel
 

@@ -11,7 +11,7 @@ from taskloom.ops._backends import active_transform, choose, kernels
 from taskloom.ops._checks import check_dtype, check_floating, check_shape
 from taskloom.ops._register import register
 from taskloom.reference import masked as reference
-from taskloom.reference.masked.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype
 
 
 def _check_rows(op: str, hidden: Tensor, weight: Tensor | None, targets: Tensor) -> int:
