@@ -43,4 +43,22 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
       "for_weight) -> (Tensor, Tensor)");
   m.def("block_scale_merge(Tensor[] base, Tensor[] deltas, Tensor coef, Tensor[] partition) -> Tensor[]");
   m.def("block_scale_merge_backward(Tensor[] gradients, Tensor[] deltas, Tensor[] partition, int groups) -> Tensor");
+
+  // lowrank
+  m.def(
+      "kernel_quantile(Tensor A, Tensor B, Tensor coef, Tensor? alpha, Tensor? gamma, Tensor? beta, str kernel, float sparsity, str gate) "
+      "-> Tensor");
+  m.def(
+      "kernel_merge(Tensor A, Tensor B, Tensor coef, Tensor? alpha, Tensor? gamma, Tensor? beta, Tensor? base, str kernel, float sparsity, "
+      "str gate) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "kernel_merge_backward(Tensor gradient, Tensor A, Tensor B, Tensor coef, Tensor? alpha, Tensor? gamma, Tensor? beta, Tensor "
+      "threshold, Tensor row_stats, str kernel, str gate) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "kernel_linear(Tensor x, Tensor A, Tensor B, Tensor coef, Tensor? alpha, Tensor? gamma, Tensor? beta, Tensor? base, Tensor? bias, "
+      "str kernel, float sparsity, str gate) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "kernel_linear_backward(Tensor gradient, Tensor x, Tensor A, Tensor B, Tensor coef, Tensor? alpha, Tensor? gamma, Tensor? beta, "
+      "Tensor? base, Tensor threshold, Tensor row_stats, str kernel, str gate, bool for_x, bool for_base, bool for_factors) -> (Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from taskloom.ops._backends import Explanation, backend, explain
-from taskloom.ops.lowrank import rmm_fit, rmm_linear, rmm_reconstruct
+from taskloom.ops.lowrank import kernel_linear, kernel_merge, kernel_quantile, rmm_fit, rmm_linear, rmm_reconstruct
 from taskloom.ops.masked import (
     MagnitudeThreshold,
     SparseMergeStatistics,
@@ -36,6 +36,9 @@ __all__ = [
     "backend",
     "block_scale_merge",
     "explain",
+    "kernel_linear",
+    "kernel_merge",
+    "kernel_quantile",
     "magnitude_histogram",
     "magnitude_mask",
     "magnitude_threshold",

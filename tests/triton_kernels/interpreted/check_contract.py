@@ -85,7 +85,7 @@ def test_contract(contract: Contract, case: Case) -> None:
         with taskloom.backend(backend):
             results[backend] = contract.run(case)
     for place, (ours, expected, native) in enumerate(zip(got, results["reference"], results["native"], strict=True)):
-        assert_close(ours, expected)
+        assert_close(ours, expected, contract.single)
         assert ours.stride() == native.stride()
         assert contract.op in SUMS or (contract.op, place) in SUM_RESULTS or _same(ours, native)
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from taskloom.reference.lowrank.kernel_merge import kernel_linear, kernel_merge, kernel_quantile
+from taskloom.reference.lowrank.kernel_merge import (
+    kernel_linear,
+    kernel_linear_backward,
+    kernel_merge,
+    kernel_merge_backward,
+    kernel_quantile,
+)
 from taskloom.reference.lowrank.lowrank_apply import lowrank_apply
 from taskloom.reference.lowrank.lowrank_merge import dora_merge, lowrank_merge, lowrank_merge_tasks
 from taskloom.reference.lowrank.rmm import rmm_fit, rmm_linear, rmm_reconstruct
@@ -10,7 +16,9 @@ from taskloom.reference.lowrank.rmm import rmm_fit, rmm_linear, rmm_reconstruct
 __all__ = [
     "dora_merge",
     "kernel_linear",
+    "kernel_linear_backward",
     "kernel_merge",
+    "kernel_merge_backward",
     "kernel_quantile",
     "lowrank_apply",
     "lowrank_merge",

@@ -21,7 +21,7 @@ def _squared_distances(A: Tensor, B: Tensor) -> Tensor:
 def _distances(A: Tensor, B: Tensor) -> Tensor:
     """Distances, with a gradient of 0 where two rows coincide."""
     squared = _squared_distances(A, B)
-    apart = squared > 0
+    apart = squared != 0
     return torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)
 
 
@@ -52,19 +52,26 @@ def kernel_values(
     return alpha * torch.exp(-beta * _squared_distances(A, B).sum(0)) + gamma
 
 
-def kernel_quantile(values: Tensor, sparsity: float, gate: str) -> Tensor:
-    """The threshold that a gate takes of |values|.
+def gate_threshold(values: Tensor, sparsity: float, gate: str) -> Tensor:
+    """The threshold that a gate takes of |values|; NaN where one of them is.
 
-    "magnitude" and "hard": the quantile with linear interpolation, its rank in the dtype of the values, as torch.quantile has it for up to
-    2^24 values. "soft": the ceil(sparsity * N)-th smallest magnitude, 0 where that rank is 0.
+    "magnitude" and "hard": the quantile with linear interpolation. Up to 2^24 values its rank is computed in their dtype, as torch.quantile
+    does; beyond, where torch.quantile refuses and float32 cannot count, in float64. "soft": the ceil(sparsity * N)-th smallest magnitude, 0
+    where that rank is 0.
     """
     ordered = values.detach().abs().flatten().sort().values
+    count = len(ordered)
+    if count == 0:
+        return ordered.new_zeros(())
     if gate == "soft":
-        rank = math.ceil(sparsity * len(ordered))
-        return ordered[rank - 1] if rank > 0 else ordered.new_zeros(())
-    place = torch.tensor(sparsity, dtype=values.dtype) * (len(ordered) - 1)
-    below = int(place.floor())
-    return torch.lerp(ordered[below], ordered[min(below + 1, len(ordered) - 1)], (place - below).to(values.device))
+        rank = min(math.ceil(sparsity * count), count)
+        found = ordered[rank - 1] if rank > 0 else ordered.new_zeros(())
+    else:
+        place = torch.tensor(sparsity, dtype=values.dtype if count <= 1 << 24 else torch.float64) * (count - 1)
+        below = min(int(place), count - 1)
+        weight = (place - below).to(values.device, values.dtype)
+        found = torch.lerp(ordered[below], ordered[min(math.ceil(place), count - 1)], weight)
+    return torch.where(ordered[-1].isnan(), ordered[-1], found)
 
 
 def gated(values: Tensor, threshold: Tensor, gate: str | None) -> Tensor:
@@ -78,6 +85,27 @@ def gated(values: Tensor, threshold: Tensor, gate: str | None) -> Tensor:
     if gate == "soft":
         return values * torch.where(above, magnitudes - threshold, 0)
     return values * above
+
+
+def kernel_quantile(
+    A: Tensor,
+    B: Tensor,
+    coef: Tensor,
+    kernel: str = "mixk",
+    alpha: Tensor | None = None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    sparsity: float = 0.0,
+    gate: str = "magnitude",
+) -> Tensor:
+    """The threshold that kernel_merge's gate takes."""
+    dtype = accumulation_dtype(A, B, coef, alpha, gamma, beta)
+    narrow = (A, B, coef, alpha, gamma, beta)
+    a, b, c, *scalars = (None if one is None else one.to(dtype) for one in narrow)
+    assert a is not None
+    assert b is not None
+    assert c is not None
+    return gate_threshold(kernel_values(a, b, c, kernel, *scalars), sparsity, gate)
 
 
 def kernel_merge(
@@ -99,9 +127,38 @@ def kernel_merge(
     assert wide[1] is not None
     assert wide[2] is not None
     values = kernel_values(wide[0], wide[1], wide[2], kernel, *wide[3:])
-    threshold = values.new_zeros(()) if gate is None else kernel_quantile(values, sparsity, gate)
+    threshold = values.new_zeros(()) if gate is None else gate_threshold(values, sparsity, gate)
     merged = gated(values, threshold, gate).T
     return merged.to(A.dtype) if base is None else (base.to(dtype) + merged).to(base.dtype)
+
+
+def kernel_merge_backward(
+    gradient: Tensor,
+    A: Tensor,
+    B: Tensor,
+    coef: Tensor,
+    threshold: Tensor,
+    kernel: str = "mixk",
+    alpha: Tensor | None = None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    gate: str | None = "magnitude",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of A, B, coef and (alpha, gamma, beta) for a threshold that is a constant, by autograd in float64."""
+    inputs = (A, B, coef, alpha, gamma, beta)
+    with torch.enable_grad():
+        leaves = [None if one is None else one.detach().double().requires_grad_() for one in inputs]
+        a, b, c, *scalars = leaves
+        assert a is not None
+        assert b is not None
+        assert c is not None
+        merged = gated(kernel_values(a, b, c, kernel, *scalars), threshold.double(), gate).T
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        found = torch.autograd.grad(merged, wanted, gradient.double(), materialize_grads=True, allow_unused=True)
+    by_leaf = dict(zip(map(id, wanted), found, strict=True))
+    numbers = [merged.new_zeros(()) if one is None else by_leaf[id(one)].reshape(()) for one in scalars]
+    dtype = threshold.dtype
+    return by_leaf[id(a)].to(dtype), by_leaf[id(b)].to(dtype), by_leaf[id(c)].to(dtype), torch.stack(numbers).detach().to(dtype)
 
 
 def kernel_linear(
@@ -125,3 +182,27 @@ def kernel_linear(
     merged = kernel_merge(A.to(dtype), B.to(dtype), coef, kernel, alpha, gamma, beta, sparsity, gate, wide)
     y = x.to(dtype) @ merged.T
     return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
+
+
+def kernel_linear_backward(
+    gradient: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    coef: Tensor,
+    threshold: Tensor,
+    kernel: str = "mixk",
+    alpha: Tensor | None = None,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    gate: str | None = "magnitude",
+    base: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, A, B, coef, (alpha, gamma, beta) and of the merged weight, for a threshold that is a constant."""
+    scalars = [None if one is None else one.double() for one in (alpha, gamma, beta)]
+    rows, inputs = gradient.double().reshape(-1, gradient.shape[-1]), x.double().reshape(-1, x.shape[-1])
+    weight = gated(kernel_values(A.double(), B.double(), coef.double(), kernel, *scalars), threshold.double(), gate).T
+    merged = weight if base is None else base.double() + weight
+    for_weight = rows.T @ inputs
+    thin = kernel_merge_backward(for_weight, A, B, coef, threshold, kernel, alpha, gamma, beta, gate)
+    return (rows @ merged).reshape(x.shape).to(x.dtype), *thin, for_weight.to(threshold.dtype)
