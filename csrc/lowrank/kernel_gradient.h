@@ -69,7 +69,8 @@ inline Strip<T> pulled(const StripRows<T>& rows, const Strip<T>& mixed, const St
     const Lanes<T> bend = curved.lane[q], from = d.lane[q];
     if (f.kernel == MergeKernel::mixk) {
       const Lanes<T> soft = alpha * bend * (from - row_dot.lane[q]);
-      sums.gamma = sums.gamma + soft * mixed.lane[q];
+      // A row's `soft` add up to 0, so that any multiple of a row may be taken off M / gamma: the largest leaves least to cancel.
+      sums.gamma = sums.gamma + soft * (mixed.lane[q] * scale - rows.row_max.lane[q]);
       d.lane[q] = from + soft * scale;
     } else if (f.kernel == MergeKernel::rbf) {
       const Lanes<T> e = from * bend, fall = alpha * e;

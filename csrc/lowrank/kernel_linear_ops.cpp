@@ -108,8 +108,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> kernel_linear_backwar
     for_input = torch::stable::reshape(torch::stable::to(wide, x.scalar_type()), with_last(x, f.n));
   }
   if (for_base || for_factors) {
-    multiply(weight.tensor(), torch::stable::transpose(rows, 0, 1), rows_of(x, arithmetic), false);
-    if (for_base) for_weight = torch::stable::clone(weight.tensor());
+    matrix_product_out(torch::stable::transpose(rows, 0, 1), rows_of(x, arithmetic), weight.tensor());
+    if (for_base) {
+      for_weight = torch::stable::empty({f.m, f.n}, arithmetic);
+      torch::stable::copy_(for_weight, weight.tensor());
+    }
     if (for_factors) out = tensors.backward({weight.data(), f.wide ? DType::f64 : DType::f32});
   }
   return {for_input, out.a, out.b, out.coef, out.scalars, for_weight};

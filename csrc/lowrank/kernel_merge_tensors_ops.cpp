@@ -270,7 +270,7 @@ KernelTensors::Gradients KernelTensors::backward(Elements gradient) const {
   tiles(g, totals);
   if (f.n > 0) kernel_merge_loops().unpack(f.wide, strips.data(), f.chunks, f.n, f.width, out.a.mutable_data_ptr());
   // The loops leave the derivative of M / gamma to here.
-  if (f.kernel == MergeKernel::mixk) totals[static_cast<size_t>(f.chunks) + 1] *= -1 / (f.gamma * f.gamma);
+  if (f.kernel == MergeKernel::mixk) totals[static_cast<size_t>(f.chunks) + 1] *= -1 / f.gamma;
   write(totals.data(), f.wide, out.coef);
   write(totals.data() + f.chunks, f.wide, out.scalars);
   return out;

@@ -200,7 +200,8 @@ def kernel_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, A, B, coef, (alpha, gamma, beta) and of the merged weight, for a threshold that is a constant."""
     scalars = [None if one is None else one.double() for one in (alpha, gamma, beta)]
-    rows, inputs = gradient.double().reshape(-1, gradient.shape[-1]), x.double().reshape(-1, x.shape[-1])
+    count = math.prod(x.shape[:-1])
+    rows, inputs = gradient.double().reshape(count, gradient.shape[-1]), x.double().reshape(count, x.shape[-1])
     weight = gated(kernel_values(A.double(), B.double(), coef.double(), kernel, *scalars), threshold.double(), gate).T
     merged = weight if base is None else base.double() + weight
     for_weight = rows.T @ inputs
