@@ -1,1 +1,8 @@
 """Launchers of the lowrank family's Triton kernels, with the arguments of the ops of the same names in ``torch.ops.taskloom``."""
+
+from __future__ import annotations
+
+from taskloom.triton_kernels.lowrank.kernel_linear import kernel_linear, kernel_linear_backward
+from taskloom.triton_kernels.lowrank.kernel_merge import kernel_merge, kernel_merge_backward, kernel_quantile
+
+__all__ = ["kernel_linear", "kernel_linear_backward", "kernel_merge", "kernel_merge_backward", "kernel_quantile"]

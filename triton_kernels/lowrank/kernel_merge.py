@@ -1,0 +1,222 @@
+"""kernel_merge, kernel_quantile and kernel_merge_backward. The host never waits for the device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from taskloom.reference.arithmetic import accumulation_dtype
+from taskloom.triton_kernels.launch import INTERPRETED, flat, launch, programs, table
+from taskloom.triton_kernels.lowrank.kernel_merge_kernels import (
+    kernel_backward_kernel,
+    kernel_digits_kernel,
+    kernel_merge_kernel,
+    kernel_row_dots_kernel,
+    kernel_row_stats_kernel,
+)
+from taskloom.triton_kernels.masked.magnitude_ranks import DIGIT_BITS, choose_digit_kernel
+
+# Tiles of entries; the interpreter takes milliseconds for one of any size.
+_ROWS, _COLUMNS = (128, 128) if INTERPRETED else (32, 64)
+# Rows that a program owns where it goes through all others, and how many others at a time.
+_OWNED, _OTHERS = (128, 128) if INTERPRETED else (16, 128)
+_SLICE = 16
+# A program adds its histograms to memory once, so it should have counted many tiles.
+_MOST_PROGRAMS = 1024
+_COUNTED_EXACTLY = 1 << 24
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Factors as the kernels take them: [chunks, width, rows] and scalars, in the dtype of the arithmetic."""
+
+    a: Tensor
+    b: Tensor
+    coef: Tensor
+    numbers: Tensor
+    kernel: str
+
+    @property
+    def wide(self) -> bool:
+        """Whether the arithmetic is float64."""
+        return self.a.dtype == torch.float64
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """n, m, chunks and width."""
+        return self.a.shape[2], self.b.shape[2], self.a.shape[0], self.a.shape[1]
+
+    @property
+    def arrays(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What every kernel takes first."""
+        return self.a, self.b, self.coef, self.numbers
+
+
+def lay_out(
+    A: Tensor,
+    B: Tensor,
+    coef: Tensor,
+    alpha: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    kernel: str,
+    dtype: torch.dtype,
+) -> Factors:
+    """The factors as the kernels take them."""
+    none = torch.zeros((), dtype=dtype, device=A.device)
+    numbers = torch.stack([none if one is None else one.reshape(()).to(dtype) for one in (alpha, gamma, beta)])
+    a, b = (factor.to(dtype).transpose(1, 2).contiguous() for factor in (A, B))
+    return Factors(a, b, coef.to(dtype).contiguous(), numbers, kernel)
+
+
+def find_row_stats(factors: Factors) -> Tensor:
+    """Maximum and sum of exponentials of mixk's rows, [2, n]; empty for other kernels."""
+    if factors.kernel != "mixk":
+        return factors.a.new_empty((0,))
+    n = factors.sizes[0]
+    stats = factors.a.new_empty((2, n))
+    constants = {"WIDE": factors.wide, "ROWS": _OTHERS, "COLUMNS": _OWNED}
+    launch(kernel_row_stats_kernel, (programs(n, _OWNED),), *factors.arrays, stats, *factors.sizes, **constants)
+    return stats
+
+
+def _value(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    return bits.view(torch.float64) if dtype == torch.float64 else bits.to(torch.int32).view(torch.float32)
+
+
+def _order_statistics(factors: Factors, stats: Tensor, ranks: tuple[int, int]) -> Tensor:
+    """The magnitudes of two ranks from the smallest, 0-based; NaN where any entry is NaN."""
+    n, m, _, _ = factors.sizes
+    device, dtype = factors.a.device, factors.a.dtype
+    state = table([[0, n * m - rank] for rank in ranks], device)
+    largest = torch.zeros(1, dtype=torch.int64, device=device)
+    across = programs(n, _COLUMNS)
+    grid = (across, max(1, min(programs(m, _ROWS), _MOST_PROGRAMS // across)))
+    shift = 63 if factors.wide else 31
+    while shift:
+        width = min(DIGIT_BITS, shift)
+        shift -= width
+        counts = torch.zeros(2, 1 << DIGIT_BITS, dtype=torch.int64, device=device)
+        constants = {"KERNEL": factors.kernel, "WIDE": factors.wide, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
+        arguments = (*factors.arrays, stats, counts, state, largest, *factors.sizes, shift, width)
+        launch(kernel_digits_kernel, grid, *arguments, **constants)
+        launch(choose_digit_kernel, (2,), counts, state, width)
+    infinity = 0x7FF0000000000000 if factors.wide else 0x7F800000
+    return torch.where(largest > infinity, torch.nan, _value(state[:, 0].contiguous(), dtype))
+
+
+def find_threshold(factors: Factors, stats: Tensor, sparsity: float, gate: str) -> Tensor:
+    """The threshold that a gate takes, a scalar; its ranks are those of the reference."""
+    n, m, _, _ = factors.sizes
+    count, dtype = n * m, factors.a.dtype
+    if gate == "none" or count == 0:
+        return factors.a.new_zeros(())
+    if gate == "soft":
+        rank = min(math.ceil(sparsity * count), count)
+        found = _order_statistics(factors, stats, (max(rank - 1, 0), count - 1))
+        # The largest magnitude is NaN where any is.
+        return found[0] if rank > 0 else torch.where(found[1].isnan(), found[1], 0.0)
+    place = torch.tensor(sparsity, dtype=dtype if count <= _COUNTED_EXACTLY else torch.float64) * (count - 1)
+    below = min(int(place), count - 1)
+    weight = (place - below).to(dtype).item()
+    found = _order_statistics(factors, stats, (below, min(math.ceil(place), count - 1)))
+    return torch.lerp(found[0], found[1], weight)
+
+
+def merge(factors: Factors, stats: Tensor, threshold: Tensor, base: Tensor | None, out: Tensor, gate: str) -> None:
+    """Write base + gated entries to a contiguous ``out`` [m, n]."""
+    n, m, _, _ = factors.sizes
+    origin = out if base is None else base
+    constants = {"KERNEL": factors.kernel, "GATE": gate, "HAS_BASE": base is not None, "WIDE": factors.wide}
+    arguments = (*factors.arrays, stats, threshold, flat(origin), flat(out), *factors.sizes)
+    grid = (programs(n, _COLUMNS), programs(m, _ROWS))
+    launch(kernel_merge_kernel, grid, *arguments, **constants, ROWS=_ROWS, COLUMNS=_COLUMNS)
+
+
+def gradients(factors: Factors, stats: Tensor, threshold: Tensor, gradient: Tensor, gate: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of A, B, coef and (alpha, gamma, beta)."""
+    n, m, chunks, width = factors.sizes
+    device, dtype = factors.a.device, factors.a.dtype
+    upstream = flat(gradient)
+    tiles = {"WIDE": factors.wide, "ROWS": _OTHERS, "COLUMNS": _OWNED}
+    dots = torch.zeros(n if factors.kernel == "mixk" else 1, dtype=dtype, device=device)
+    plain = torch.zeros(max(programs(n, _OWNED), 1), dtype=torch.float64, device=device)
+    if factors.kernel == "mixk":
+        arguments = (upstream, *factors.arrays, stats, threshold, dots, plain, *factors.sizes)
+        launch(kernel_row_dots_kernel, (programs(n, _OWNED),), *arguments, GATE=gate, **tiles)
+    slices = triton.cdiv(width, _SLICE)
+    sums = torch.zeros(max(programs(n, _OWNED), 1), chunks, 4, dtype=torch.float64, device=device)
+    found = []
+    for for_a, rows in ((True, n), (False, m)):
+        out = torch.empty(chunks, width, rows, dtype=dtype, device=device)
+        shape = tiles if for_a else tiles | {"ROWS": _OWNED, "COLUMNS": _OTHERS}
+        constants = {"KERNEL": factors.kernel, "GATE": gate, "FOR_A": for_a, "SLICE": _SLICE, **shape}
+        arguments = (upstream, *factors.arrays, stats, threshold, dots, out, sums, *factors.sizes, slices)
+        launch(kernel_backward_kernel, (programs(rows, _OWNED), chunks * slices), *arguments, **constants)
+        found.append(out.transpose(1, 2).contiguous())
+    totals = sums.sum(0)
+    scalars = totals[0, 1:].clone()
+    if factors.kernel == "mixk":
+        scalars[0], scalars[2] = dots.sum(dtype=torch.float64), plain.sum()
+        scalars[1] /= -factors.numbers[1]
+    return found[0], found[1], totals[:, 0].to(dtype), scalars.to(dtype)
+
+
+def kernel_quantile(
+    A: Tensor,
+    B: Tensor,
+    coef: Tensor,
+    alpha: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    kernel: str,
+    sparsity: float,
+    gate: str,
+) -> Tensor:
+    """Launch :func:`taskloom.kernel_quantile`."""
+    factors = lay_out(A, B, coef, alpha, gamma, beta, kernel, accumulation_dtype(A, B, coef, alpha, gamma, beta))
+    return find_threshold(factors, find_row_stats(factors), sparsity, gate)
+
+
+def kernel_merge(
+    A: Tensor,
+    B: Tensor,
+    coef: Tensor,
+    alpha: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    base: Tensor | None,
+    kernel: str,
+    sparsity: float,
+    gate: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch :func:`taskloom.kernel_merge`; the merged matrix, the threshold and the statistics of rows."""
+    factors = lay_out(A, B, coef, alpha, gamma, beta, kernel, accumulation_dtype(A, B, coef, alpha, gamma, beta, base))
+    stats = find_row_stats(factors)
+    threshold = find_threshold(factors, stats, sparsity, gate)
+    out = torch.empty(B.shape[1], A.shape[1], dtype=A.dtype if base is None else base.dtype, device=A.device)
+    merge(factors, stats, threshold, base, out, gate)
+    return out, threshold, stats
+
+
+def kernel_merge_backward(
+    gradient: Tensor,
+    A: Tensor,
+    B: Tensor,
+    coef: Tensor,
+    alpha: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    threshold: Tensor,
+    row_stats: Tensor,
+    kernel: str,
+    gate: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch :func:`taskloom.ops.lowrank.kernel_merge_backward`."""
+    dtype = accumulation_dtype(A, B, coef, alpha, gamma, beta, threshold)
+    factors = lay_out(A, B, coef, alpha, gamma, beta, kernel, dtype)
+    return gradients(factors, row_stats.to(dtype).contiguous(), threshold.to(dtype), gradient, gate)
