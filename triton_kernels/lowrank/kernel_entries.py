@@ -21,19 +21,17 @@ def exponential(x, WIDE: tl.constexpr):
     power = tl.floor(kept * 1.4426950408889634 + 0.5)
     if WIDE:
         rest = (kept - power * 6.93147180369123816490e-01) - power * 1.90821492927058770002e-10
-        total = tl.zeros_like(rest) + 1 / 6227020800
+        total = tl.zeros_like(rest) + 1.0
         for term in tl.static_range(13):
-            factorial: tl.constexpr = (479001600, 39916800, 3628800, 362880, 40320, 5040, 720, 120, 24, 6, 2, 1, 1)[term]
-            total = total * rest + 1 / factorial
+            total = total * (rest * (1.0 / (13 - term))) + 1.0
         # Half of the power of two, doubled after, so that the largest one does not overflow on its own; NaN has no integer.
         place = tl.where(x == x, power, 0.0).to(tl.int64)
         scale = ((place + 1022) << 52).to(tl.float64, bitcast=True)
     else:
         rest = (kept - power * 0.693359375) - power * -2.12194440e-4
-        total = tl.zeros_like(rest) + 1 / 5040
+        total = tl.zeros_like(rest) + 1.0
         for term in tl.static_range(7):
-            factorial: tl.constexpr = (720, 120, 24, 6, 2, 1, 1)[term]
-            total = total * rest + 1 / factorial
+            total = total * (rest * (1.0 / (7 - term))) + 1.0
         place = tl.where(x == x, power, 0.0).to(tl.int32)
         scale = ((place + 126) << 23).to(tl.float32, bitcast=True)
     return tl.where(x < lowest, 0.0, tl.where(x > highest, float("inf"), (total * scale) * 2.0))

@@ -157,13 +157,13 @@ def gradients(factors: Factors, stats: Tensor, threshold: Tensor, gradient: Tens
         constants = {"KERNEL": factors.kernel, "GATE": gate, "FOR_A": for_a, "SLICE": _SLICE, **shape}
         arguments = (upstream, *factors.arrays, stats, threshold, dots, out, sums, *factors.sizes, slices)
         launch(kernel_backward_kernel, (programs(rows, _OWNED), chunks * slices), *arguments, **constants)
-        found.append(out.transpose(1, 2).contiguous())
+        found.append(torch.empty(chunks, rows, width, dtype=dtype, device=device).copy_(out.transpose(1, 2)))
     totals = sums.sum(0)
     scalars = totals[0, 1:].clone()
     if factors.kernel == "mixk":
         scalars[0], scalars[2] = dots.sum(dtype=torch.float64), plain.sum()
         scalars[1] /= -factors.numbers[1]
-    return found[0], found[1], totals[:, 0].to(dtype), scalars.to(dtype)
+    return found[0], found[1], totals[:, 0].clone(memory_format=torch.contiguous_format).to(dtype), scalars.to(dtype)
 
 
 def kernel_quantile(
