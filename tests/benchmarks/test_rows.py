@@ -62,7 +62,7 @@ def test_peers_agree_with_the_op(row: Row) -> None:
         if contest.shared is None:
             peer()
         else:
-            check_close(outcome(contest, peer), contest.shared(outcome(contest, contest.ours)))
+            check_close(outcome(contest, peer), contest.shared(outcome(contest, contest.ours)), tolerance=contest.tolerance)
 
 
 @pytest.mark.parametrize("factor", [1.0001, torch.nan, torch.inf])

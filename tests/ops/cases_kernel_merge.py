@@ -31,7 +31,9 @@ def factors(
 
 def scalars(kernel: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Alpha, gamma and beta of the kernels that have them."""
-    return {name: torch.tensor(value, dtype=dtype) for name, value in zip(("alpha", "gamma", "beta"), SCALARS.get(kernel, ()), strict=False)}
+    return {
+        name: torch.tensor(value, dtype=dtype) for name, value in zip(("alpha", "gamma", "beta"), SCALARS.get(kernel, ()), strict=False)
+    }
 
 
 def statistics(A: Tensor, B: Tensor, coef: Tensor, options: dict[str, Any], dtype: torch.dtype, sparsity: float) -> tuple[Tensor, Tensor]:
@@ -93,7 +95,17 @@ def _backward_cases() -> Iterator[Case]:
 
 
 def _linear_cases() -> Iterator[Case]:
-    chosen = ("mixk magnitude", "pwl hard", "rbf None", "base torch.bfloat16", "factors torch.float16", "float64", "0 by 3", "3 by 0", "gradient")
+    chosen = (
+        "mixk magnitude",
+        "pwl hard",
+        "rbf None",
+        "base torch.bfloat16",
+        "factors torch.float16",
+        "float64",
+        "0 by 3",
+        "3 by 0",
+        "gradient",
+    )
     for case in kernel_merge_cases():
         if case.name in chosen:
             A, _, _ = case.args

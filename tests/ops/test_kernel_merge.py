@@ -82,11 +82,11 @@ def test_fused_is_the_composition(kernel: str, gate: str | None, dtype: torch.dt
 
 
 @native
-def test_sixteen_bit_factors_are_near(kernel: str = "mixk") -> None:
+def test_sixteen_bit_factors_are_near() -> None:
     A, B, coef = factors(90, 75, dtype=torch.bfloat16)
-    merged = taskloom.kernel_merge(A, B, coef, kernel=kernel, sparsity=0.613)
+    merged = taskloom.kernel_merge(A, B, coef, sparsity=0.613)
     ones = {"alpha": torch.ones(()), "gamma": torch.ones(()), "beta": torch.zeros(())}
-    assert relative(merged, composed(A.double(), B.double(), coef.double(), kernel, 0.613, "magnitude", **ones)) <= 2e-2
+    assert relative(merged, composed(A.double(), B.double(), coef.double(), "mixk", 0.613, "magnitude", **ones)) <= 2e-2
 
 
 @native
@@ -365,31 +365,33 @@ def test_double_backward_is_refused() -> None:
         slope.sum().backward()
 
 
-def bad_inputs() -> list[Any]:
-    A, B, coef = factors(6, 5)
-    return [
-        pytest.param((A[0], B, coef), {}, ValueError, r"A: expected shape \(chunks, n, width\), got \(6, 4\)", id="two dimensions"),
-        pytest.param((A, B[:1], coef), {}, ValueError, r"B: expected 2 chunks of width 4 as A, got shape \(1, 5, 4\)", id="chunks"),
-        pytest.param((A, B[..., :3], coef), {}, ValueError, r"B: expected 2 chunks of width 4 as A", id="width"),
-        pytest.param((A[..., :0], B[..., :0], coef), {}, ValueError, "A: expected at least one chunk of at least one column", id="empty"),
-        pytest.param((A, B, coef[:1]), {}, ValueError, r"coef: expected shape \(2,\), one value for each chunk, got \(1,\)", id="coef"),
-        pytest.param((A.int(), B, coef), {}, TypeError, "A: expected float32, bfloat16, float16 or float64, got torch.int32", id="integers"),
-        pytest.param((A, B, 0.1), {}, TypeError, "coef: expected a tensor, got float", id="coef a number"),
-        pytest.param((A, B, coef), {"sparsity": 1.5}, ValueError, r"sparsity: expected a share from 0 to 1, got 1.5", id="sparsity"),
-        pytest.param((A, B, coef), {"sparsity": math.nan}, ValueError, "sparsity: expected a share from 0 to 1, got nan", id="nan"),
-        pytest.param((A, B, coef), {"sparsity": "half"}, TypeError, "sparsity: expected a number, got str", id="sparsity a text"),
-        pytest.param((A, B, coef), {"kernel": "poly"}, ValueError, "kernel: expected one of linear, pwl, .*, got 'poly'", id="kernel"),
-        pytest.param((A, B, coef), {"gate": "top"}, ValueError, "gate: expected one of magnitude, soft, hard or None, got 'top'", id="gate"),
-        pytest.param((A, B, coef), {"gamma": 0}, ValueError, "gamma: expected a value other than 0", id="gamma"),
-        pytest.param((A, B, coef), {"gamma": torch.zeros(())}, ValueError, "gamma: expected a value other than 0", id="gamma tensor"),
-        pytest.param((A, B, coef), {"alpha": torch.ones(2)}, ValueError, r"alpha: expected one value, got shape \(2,\)", id="alpha"),
-        pytest.param((A, B, coef), {"alpha": "1"}, TypeError, "alpha: expected a number or a tensor of one value, got str", id="text"),
-        pytest.param((A, B, coef), {"kernel": "pwl", "beta": 1.0}, ValueError, "beta: the kernel pwl has no beta", id="no beta"),
-        pytest.param((A.to("meta"), B, coef), {}, ValueError, "all tensors must be on one device, got (meta and cpu|cpu and meta)", id="device"),
-    ]
+def bad_inputs() -> dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]]:
+    """By name: arguments, the error, and what it says."""
+    A, B, coef = good = factors(6, 5)
+    shape, value = ValueError, ValueError
+    return {
+        "two dimensions": ((A[0], B, coef), {}, shape, r"A: expected shape \(chunks, n, width\), got \(6, 4\)"),
+        "chunks": ((A, B[:1], coef), {}, shape, r"B: expected 2 chunks of width 4 as A, got shape \(1, 5, 4\)"),
+        "width": ((A, B[..., :3], coef), {}, shape, "B: expected 2 chunks of width 4 as A"),
+        "empty": ((A[..., :0], B[..., :0], coef), {}, shape, "A: expected at least one chunk of at least one column"),
+        "coef": ((A, B, coef[:1]), {}, shape, r"coef: expected shape \(2,\), one value for each chunk, got \(1,\)"),
+        "integers": ((A.int(), B, coef), {}, TypeError, "A: expected float32, bfloat16, float16 or float64, got torch.int32"),
+        "coef a number": ((A, B, 0.1), {}, TypeError, "coef: expected a tensor, got float"),
+        "sparsity": (good, {"sparsity": 1.5}, value, r"sparsity: expected a share from 0 to 1, got 1.5"),
+        "nan": (good, {"sparsity": math.nan}, value, "sparsity: expected a share from 0 to 1, got nan"),
+        "sparsity a text": (good, {"sparsity": "half"}, TypeError, "sparsity: expected a number, got str"),
+        "kernel": (good, {"kernel": "poly"}, value, "kernel: expected one of linear, pwl, .*, got 'poly'"),
+        "gate": (good, {"gate": "top"}, value, "gate: expected one of magnitude, soft, hard or None, got 'top'"),
+        "gamma": (good, {"gamma": 0}, value, "gamma: expected a value other than 0"),
+        "gamma tensor": (good, {"gamma": torch.zeros(())}, value, "gamma: expected a value other than 0"),
+        "alpha": (good, {"alpha": torch.ones(2)}, shape, r"alpha: expected one value, got shape \(2,\)"),
+        "text": (good, {"alpha": "1"}, TypeError, "alpha: expected a number or a tensor of one value, got str"),
+        "no beta": (good, {"kernel": "pwl", "beta": 1.0}, value, "beta: the kernel pwl has no beta"),
+        "device": ((A.to("meta"), B, coef), {}, value, "all tensors must be on one device, got (meta and cpu|cpu and meta)"),
+    }
 
 
-@pytest.mark.parametrize(("args", "kwargs", "error", "message"), bad_inputs())
+@pytest.mark.parametrize(("args", "kwargs", "error", "message"), bad_inputs().values(), ids=bad_inputs())
 def test_bad_input(args: tuple[Any, ...], kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"kernel_merge: {message}"):
         taskloom.kernel_merge(*args, **kwargs)

@@ -29,9 +29,7 @@ def places(program, SIZE: tl.constexpr):
 
 
 @triton.jit
-def kernel_row_stats_kernel(
-    a, b, coef, numbers, stats, n, m, chunks, width, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def kernel_row_stats_kernel(a, b, coef, numbers, stats, n, m, chunks, width, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Of each row i, the largest M / gamma over j and the sum of the exponentials of the differences from it."""
     i = places(tl.program_id(0), COLUMNS)
     steep = divided(1.0, tl.load(numbers + 1), WIDE)

@@ -58,7 +58,7 @@ def _check_factors(op: str, A: Tensor, B: Tensor, coef: Tensor) -> None:
         raise ValueError(f"{op}: coef: expected shape ({A.shape[0]},), one value for each chunk, got {tuple(coef.shape)}")
 
 
-def _check_scalar(op: str, name: str, value: float | Tensor | None, kernel: str, neutral: float, like: Tensor) -> Tensor:
+def _check_scalar(op: str, name: str, value: float | Tensor | None, neutral: float, like: Tensor) -> Tensor:
     if value is None:
         return like.new_full((), neutral)
     if isinstance(value, Tensor):
@@ -129,12 +129,9 @@ def kernel_arguments(
         return KernelArguments(A, B, coef, None, None, None, kernel, share, gate)
     if kernel == "mixk":
         _check_gamma(op, gamma)
-    like = coef.detach()
-    checked = (
-        _check_scalar(op, name, value, kernel, neutral, like)
-        for (name, value), neutral in zip(scalars.items(), _NEUTRAL[kernel], strict=True)
-    )
-    return KernelArguments(A, B, coef, *checked, kernel, share, gate)
+    like, neutral = coef.detach(), _NEUTRAL[kernel]
+    checked = [_check_scalar(op, name, value, start, like) for (name, value), start in zip(scalars.items(), neutral, strict=True)]
+    return KernelArguments(A, B, coef, checked[0], checked[1], checked[2], kernel, share, gate)
 
 
 def check_base(op: str, base: Tensor | None, m: int, n: int) -> None:

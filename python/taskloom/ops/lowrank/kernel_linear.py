@@ -88,8 +88,8 @@ def kernel_linear(
     x = _cast_for_autocast(x)
     chosen = choose(op, x, *given.given, *(one for one in (base, bias) if one is not None))
     if chosen == "reference":
-        a, b, c, *scalars = given.tensors
-        return reference.kernel_linear(x, a, b, c, kernel, *scalars, given.sparsity, gate, base, bias)
+        scalars = (given.alpha, given.gamma, given.beta)
+        return reference.kernel_linear(x, A, B, coef, kernel, *scalars, given.sparsity, gate, base, bias)
     y: Tensor = kernels(chosen).kernel_linear.default(x, *given.tensors, base, bias, kernel, given.sparsity, given.gate_name)[0]
     return y
 
@@ -144,8 +144,8 @@ def kernel_linear_backward(
         raise ValueError(f"{op}: gradient: expected shape {(*x.shape[:-1], B.shape[1])}, got {tuple(gradient.shape)}")
     chosen = choose(op, gradient, x, *given.given, threshold, row_stats, *([] if base is None else [base]))
     if chosen == "reference":
-        a, b, c, *scalars = given.tensors
-        return reference.kernel_linear_backward(gradient, x, a, b, c, threshold, kernel, *scalars, gate, base)
+        scalars = (given.alpha, given.gamma, given.beta)
+        return reference.kernel_linear_backward(gradient, x, A, B, coef, threshold, kernel, *scalars, gate, base)
     found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = kernels(chosen).kernel_linear_backward.default(
         gradient, x, *given.tensors, base, threshold, row_stats, kernel, given.gate_name, True, True, True
     )
@@ -209,7 +209,9 @@ def _kernel_linear_backward(ctx: Any, gradient: Tensor, *of_statistics: Tensor |
     x, *factors, base, threshold, row_stats = ctx.saved_tensors
     for_x, *for_thin, for_base, for_bias = ctx.needs_input_grad[:9]
     thin: tuple[Tensor | None, ...] = (None,) * 6
-    for_input = for_weight = for_offset = None
+    for_input: Tensor | None = None
+    for_weight: Tensor | None = None
+    for_offset: Tensor | None = None
     if for_x or for_base or any(for_thin):
         for_input, *found, for_weight = ctx.ops.kernel_linear_backward.default(
             gradient, x, *factors, base, threshold, row_stats, ctx.kernel, ctx.gate, for_x, for_base, any(for_thin)
@@ -219,7 +221,7 @@ def _kernel_linear_backward(ctx: Any, gradient: Tensor, *of_statistics: Tensor |
     if for_bias:
         wide = torch.float64 if ctx.bias_dtype == torch.float64 else torch.float32
         for_offset = gradient.reshape(-1, gradient.shape[-1]).sum(0, dtype=wide).to(ctx.bias_dtype)
-    weight = for_weight.to(base.dtype) if for_base else None
+    weight = for_weight.to(base.dtype) if for_base and for_weight is not None else None
     return for_input if for_x else None, *thin, weight, for_offset, None, None, None
 
 

@@ -59,8 +59,7 @@ def kernel_quantile(
     given = kernel_arguments(op, A, B, coef, kernel, alpha, gamma, beta, sparsity, gate)
     chosen = choose(op, *given.given)
     if chosen == "reference":
-        a, b, c, *scalars = given.tensors
-        return reference.kernel_quantile(a, b, c, kernel, *scalars, given.sparsity, gate).detach()
+        return reference.kernel_quantile(A, B, coef, kernel, given.alpha, given.gamma, given.beta, given.sparsity, gate).detach()
     detached = [None if one is None else one.detach() for one in given.tensors]
     threshold: Tensor = kernels(chosen).kernel_quantile.default(*detached, kernel, given.sparsity, given.gate_name)
     return threshold
@@ -93,17 +92,17 @@ def kernel_merge(
         What row i of A and row j of B give, E[i, j]:
 
         - ``"linear"``: sum_p c_p a_p.b_p (LoRA, of rank P K);
-        - ``"pwl"``: M = sum_p c_p \\|a_p - b_p\\|, SNELL's;
+        - ``"pwl"``: M = sum_p c_p |a_p - b_p|, SNELL's;
         - ``"mixk"`` (the default): M + alpha softmax_j(M / gamma) + beta, SNELLA's;
         - ``"sigmoid"``: alpha / (1 + exp(-beta a.b)) + gamma;
-        - ``"rbf"``: alpha exp(-beta \\|a - b\\|^2) + gamma.
+        - ``"rbf"``: alpha exp(-beta |a - b|^2) + gamma.
     alpha, gamma, beta
         Numbers, or tensors of one value that may require grad. Default None: mixk 1, 1, 0, sigmoid and rbf 1, 0, 1. Kernels without them take
         None only.
     sparsity
-        The quantile of \\|E\\| that the gate takes as its threshold tau, 0 to 1. Default 0.
+        The quantile of |E| that the gate takes as its threshold tau, 0 to 1. Default 0.
     gate
-        What is made of E: ``"magnitude"`` (the default) E \\|E\\| where \\|E\\| > tau, else 0; ``"soft"`` E (\\|E\\| - tau) there; ``"hard"`` E
+        What is made of E: ``"magnitude"`` (the default) E |E| where |E| > tau, else 0; ``"soft"`` E (|E| - tau) there; ``"hard"`` E
         there; None E everywhere. The comparison is strict: with ties none of them is kept, and sparsity 0 drops the smallest entry.
     base
         ``[m, n]``, the frozen weight of a ``torch.nn.Linear``. Default None: nothing is added.
@@ -127,7 +126,7 @@ def kernel_merge(
     Source: SNELL (NeurIPS 2024, arXiv 2411.01800) and SNELLA (arXiv 2510.24037), with the gate of their code as ``"magnitude"`` and that
     of equation 5 as ``"soft"``. Distances are sums of squared differences, never taken apart from products.
 
-    Differentiable once with respect to A, B, coef, alpha, gamma, beta and base. tau is a constant, and so is the factor \\|E\\| of
+    Differentiable once with respect to A, B, coef, alpha, gamma, beta and base. tau is a constant, and so is the factor |E| of
     ``"magnitude"``. Coincident rows give a distance gradient of 0. Gradients are bitwise the same in every run on one device, for any
     number of threads.
     """
@@ -136,8 +135,7 @@ def kernel_merge(
     check_base(op, base, B.shape[1], A.shape[1])
     chosen = choose(op, *given.given, *([] if base is None else [base]))
     if chosen == "reference":
-        a, b, c, *scalars = given.tensors
-        return reference.kernel_merge(a, b, c, kernel, *scalars, given.sparsity, gate, base)
+        return reference.kernel_merge(A, B, coef, kernel, given.alpha, given.gamma, given.beta, given.sparsity, gate, base)
     merged: Tensor = kernels(chosen).kernel_merge.default(*given.tensors, base, kernel, given.sparsity, given.gate_name)[0]
     return merged
 
@@ -196,8 +194,7 @@ def kernel_merge_backward(
         raise ValueError(f"{op}: threshold: expected a scalar, got shape {tuple(threshold.shape)}")
     chosen = choose(op, gradient, *given.given, threshold, row_stats)
     if chosen == "reference":
-        a, b, c, *scalars = given.tensors
-        return reference.kernel_merge_backward(gradient, a, b, c, threshold, kernel, *scalars, gate)
+        return reference.kernel_merge_backward(gradient, A, B, coef, threshold, kernel, given.alpha, given.gamma, given.beta, gate)
     found: tuple[Tensor, Tensor, Tensor, Tensor] = kernels(chosen).kernel_merge_backward.default(
         gradient, *given.tensors, threshold, row_stats, kernel, given.gate_name
     )

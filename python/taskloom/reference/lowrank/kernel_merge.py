@@ -15,7 +15,10 @@ GATES = ("magnitude", "soft", "hard")
 
 def _squared_distances(A: Tensor, B: Tensor) -> Tensor:
     """||A_p[i] - B_p[j]||^2 as [P, n, m], by differences: no product of which two large numbers are taken apart again."""
-    return (A[:, :, None, :] - B[:, None, :, :]).square().sum(-1)
+    total = A.new_zeros(A.shape[0], A.shape[1], B.shape[1])
+    for own, other in zip(A.unbind(2), B.unbind(2), strict=True):
+        total = total + (own[:, :, None] - other[:, None, :]).square()
+    return total
 
 
 def _distances(A: Tensor, B: Tensor) -> Tensor:

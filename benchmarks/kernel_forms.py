@@ -1,0 +1,31 @@
+"""The official form of SNELL's and SNELLA's merges in torch eager: cdist, softmax, quantile, gate; every step a matrix of the weight's size."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+QUANTILE_TAKES = 1 << 24
+
+
+def quantile(magnitudes: Tensor, sparsity: float) -> Tensor:
+    """torch.quantile, or where that refuses so many values the order statistic below it by kthvalue."""
+    flat = magnitudes.flatten()
+    if flat.numel() <= QUANTILE_TAKES:
+        return torch.quantile(flat, sparsity)
+    return flat.kthvalue(1 + int(sparsity * (flat.numel() - 1))).values
+
+
+def entries(A: Tensor, B: Tensor, coef: Tensor, numbers: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """mixk's entries [n, m]."""
+    alpha, gamma, beta = numbers
+    distances = torch.cdist(A, B, compute_mode="donot_use_mm_for_euclid_dist")
+    mixed = (coef[:, None, None] * distances).sum(0)
+    return mixed + alpha * torch.softmax(mixed / gamma, 1) + beta
+
+
+def merged(base: Tensor, A: Tensor, B: Tensor, coef: Tensor, numbers: tuple[Tensor, Tensor, Tensor], sparsity: float) -> Tensor:
+    """Base + the gated entries, transposed; the gate's factor is a constant to autograd."""
+    values = entries(A, B, coef, numbers)
+    magnitudes = values.detach().abs()
+    return base + (values * torch.where(magnitudes > quantile(magnitudes, sparsity), magnitudes, 0)).T
