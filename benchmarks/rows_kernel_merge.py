@@ -61,9 +61,7 @@ def quantile_contest(shape: Shape, dtype: torch.dtype) -> Contest:
         ours=lambda: taskloom.kernel_quantile(*layer.factors, sparsity=SPARSITY, **layer.named),
         bytes=total_bytes(*layer.factors),
         peers={
-            "entries and torch.quantile": lambda: kernel_forms.quantile(
-                kernel_forms.entries(*layer.factors, layer.numbers).abs(), SPARSITY
-            )
+            "entries and torch.quantile": lambda: kernel_forms.quantile(kernel_forms.entries(*layer.factors, layer.numbers).abs(), SPARSITY)
         },
         sizes=layer.sizes,
     )

@@ -15,6 +15,7 @@ from taskloom.triton_kernels.lowrank.kernel_merge_kernels import (
     kernel_backward_kernel,
     kernel_digits_kernel,
     kernel_merge_kernel,
+    kernel_next_kernel,
     kernel_row_dots_kernel,
     kernel_row_stats_kernel,
 )
@@ -25,6 +26,8 @@ _ROWS, _COLUMNS = (128, 128) if INTERPRETED else (32, 64)
 # Rows that a program owns where it goes through all others, and how many others at a time.
 _OWNED, _OTHERS = (128, 128) if INTERPRETED else (16, 128)
 _SLICE = 16
+# Tiles in registers leave few of them to a thread of fewer warps.
+_WARPS = 8
 # A program adds its histograms to memory once, so it should have counted many tiles.
 _MOST_PROGRAMS = 1024
 _COUNTED_EXACTLY = 1 << 24
@@ -80,7 +83,7 @@ def find_row_stats(factors: Factors) -> Tensor:
     n = factors.sizes[0]
     stats = factors.a.new_empty((2, n))
     constants = {"WIDE": factors.wide, "ROWS": _OTHERS, "COLUMNS": _OWNED}
-    launch(kernel_row_stats_kernel, (programs(n, _OWNED),), *factors.arrays, stats, *factors.sizes, **constants)
+    launch(kernel_row_stats_kernel, (programs(n, _OWNED),), *factors.arrays, stats, *factors.sizes, num_warps=_WARPS, **constants)
     return stats
 
 
@@ -88,25 +91,33 @@ def _value(bits: Tensor, dtype: torch.dtype) -> Tensor:
     return bits.view(torch.float64) if dtype == torch.float64 else bits.to(torch.int32).view(torch.float32)
 
 
-def _order_statistics(factors: Factors, stats: Tensor, ranks: tuple[int, int]) -> Tensor:
-    """The magnitudes of two ranks from the smallest, 0-based; NaN where any entry is NaN."""
+def _order_statistics(factors: Factors, stats: Tensor, rank: int, with_next: bool) -> tuple[Tensor, Tensor]:
+    """The magnitude of a rank from the smallest, 0-based, and the one after it where asked for; NaN where any entry is NaN."""
     n, m, _, _ = factors.sizes
     device, dtype = factors.a.device, factors.a.dtype
-    state = table([[0, n * m - rank] for rank in ranks], device)
+    state = table([[0, n * m - rank]], device)
     largest = torch.zeros(1, dtype=torch.int64, device=device)
     across = programs(n, _COLUMNS)
     grid = (across, max(1, min(programs(m, _ROWS), _MOST_PROGRAMS // across)))
+    constants = {"KERNEL": factors.kernel, "WIDE": factors.wide, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
     shift = 63 if factors.wide else 31
     while shift:
         width = min(DIGIT_BITS, shift)
         shift -= width
-        counts = torch.zeros(2, 1 << DIGIT_BITS, dtype=torch.int64, device=device)
-        constants = {"KERNEL": factors.kernel, "WIDE": factors.wide, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
+        counts = torch.zeros(1, 1 << DIGIT_BITS, dtype=torch.int64, device=device)
         arguments = (*factors.arrays, stats, counts, state, largest, *factors.sizes, shift, width)
         launch(kernel_digits_kernel, grid, *arguments, **constants)
-        launch(choose_digit_kernel, (2,), counts, state, width)
+        launch(choose_digit_kernel, (1,), counts, state, width)
     infinity = 0x7FF0000000000000 if factors.wide else 0x7F800000
-    return torch.where(largest > infinity, torch.nan, _value(state[:, 0].contiguous(), dtype))
+    bits = state[0, :1].clone()
+    found = torch.where(largest > infinity, torch.nan, _value(bits, dtype))[0]
+    if not with_next:
+        return found, found
+    least = torch.full((1,), (1 << 63) - 1 if factors.wide else (1 << 31) - 1, dtype=torch.int64, device=device)
+    launch(kernel_next_kernel, grid, *factors.arrays, stats, state, least, *factors.sizes, **constants)
+    # Where it is not the last of its equals from the top, the next one equals it.
+    after = _value(torch.where(state[0, 1:] > 1, bits, least), dtype)
+    return found, torch.where(largest > infinity, torch.nan, after)[0]
 
 
 def find_threshold(factors: Factors, stats: Tensor, sparsity: float, gate: str) -> Tensor:
@@ -117,14 +128,11 @@ def find_threshold(factors: Factors, stats: Tensor, sparsity: float, gate: str) 
         return factors.a.new_zeros(())
     if gate == "soft":
         rank = min(math.ceil(sparsity * count), count)
-        found = _order_statistics(factors, stats, (max(rank - 1, 0), count - 1))
-        # The largest magnitude is NaN where any is.
-        return found[0] if rank > 0 else torch.where(found[1].isnan(), found[1], 0.0)
+        return _order_statistics(factors, stats, rank - 1, False)[0] if rank > 0 else factors.a.new_zeros(())
     place = torch.tensor(sparsity, dtype=dtype if count <= _COUNTED_EXACTLY else torch.float64) * (count - 1)
     below = min(int(place), count - 1)
     weight = (place - below).to(dtype).item()
-    found = _order_statistics(factors, stats, (below, min(math.ceil(place), count - 1)))
-    return torch.lerp(found[0], found[1], weight)
+    return torch.lerp(*_order_statistics(factors, stats, below, weight > 0), weight)
 
 
 def merge(factors: Factors, stats: Tensor, threshold: Tensor, base: Tensor | None, out: Tensor, gate: str) -> None:
@@ -134,7 +142,7 @@ def merge(factors: Factors, stats: Tensor, threshold: Tensor, base: Tensor | Non
     constants = {"KERNEL": factors.kernel, "GATE": gate, "HAS_BASE": base is not None, "WIDE": factors.wide}
     arguments = (*factors.arrays, stats, threshold, flat(origin), flat(out), *factors.sizes)
     grid = (programs(n, _COLUMNS), programs(m, _ROWS))
-    launch(kernel_merge_kernel, grid, *arguments, **constants, ROWS=_ROWS, COLUMNS=_COLUMNS)
+    launch(kernel_merge_kernel, grid, *arguments, num_warps=_WARPS, **constants, ROWS=_ROWS, COLUMNS=_COLUMNS)
 
 
 def gradients(factors: Factors, stats: Tensor, threshold: Tensor, gradient: Tensor, gate: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -142,21 +150,22 @@ def gradients(factors: Factors, stats: Tensor, threshold: Tensor, gradient: Tens
     n, m, chunks, width = factors.sizes
     device, dtype = factors.a.device, factors.a.dtype
     upstream = flat(gradient)
-    tiles = {"WIDE": factors.wide, "ROWS": _OTHERS, "COLUMNS": _OWNED}
+    others = _OTHERS // 2 if factors.wide else _OTHERS
+    tiles = {"WIDE": factors.wide, "ROWS": others, "COLUMNS": _OWNED}
     dots = torch.zeros(n if factors.kernel == "mixk" else 1, dtype=dtype, device=device)
     plain = torch.zeros(max(programs(n, _OWNED), 1), dtype=torch.float64, device=device)
     if factors.kernel == "mixk":
         arguments = (upstream, *factors.arrays, stats, threshold, dots, plain, *factors.sizes)
-        launch(kernel_row_dots_kernel, (programs(n, _OWNED),), *arguments, GATE=gate, **tiles)
+        launch(kernel_row_dots_kernel, (programs(n, _OWNED),), *arguments, num_warps=_WARPS, GATE=gate, **tiles)
     slices = triton.cdiv(width, _SLICE)
     sums = torch.zeros(max(programs(n, _OWNED), 1), chunks, 4, dtype=torch.float64, device=device)
     found = []
     for for_a, rows in ((True, n), (False, m)):
         out = torch.empty(chunks, width, rows, dtype=dtype, device=device)
-        shape = tiles if for_a else tiles | {"ROWS": _OWNED, "COLUMNS": _OTHERS}
+        shape = tiles if for_a else tiles | {"ROWS": _OWNED, "COLUMNS": others}
         constants = {"KERNEL": factors.kernel, "GATE": gate, "FOR_A": for_a, "SLICE": _SLICE, **shape}
         arguments = (upstream, *factors.arrays, stats, threshold, dots, out, sums, *factors.sizes, slices)
-        launch(kernel_backward_kernel, (programs(rows, _OWNED), chunks * slices), *arguments, **constants)
+        launch(kernel_backward_kernel, (programs(rows, _OWNED), chunks * slices), *arguments, num_warps=_WARPS, **constants)
         found.append(torch.empty(chunks, rows, width, dtype=dtype, device=device).copy_(out.transpose(1, 2)))
     totals = sums.sum(0)
     scalars = totals[0, 1:].clone()

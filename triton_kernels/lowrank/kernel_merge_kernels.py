@@ -49,6 +49,32 @@ def kernel_row_stats_kernel(a, b, coef, numbers, stats, n, m, chunks, width, WID
 
 
 @triton.jit
+def load_tile_bits(
+    a,
+    b,
+    coef,
+    numbers,
+    top,
+    share,
+    i,
+    j,
+    n,
+    m,
+    chunks,
+    width,
+    KERNEL: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The bits of a tile's magnitudes in a row, and which are inside."""
+    mixed = mixed_tile(a, b, coef, i, j, n, m, chunks, width, KERNEL, WIDE, ROWS, COLUMNS)
+    entries = entry_tile(mixed, curved_tile(mixed, numbers, top, share, KERNEL, WIDE), numbers, KERNEL)
+    inside = (j < m)[:, None] & (i < n)[None, :]
+    return tl.reshape(magnitude_bits(entries, WIDE), [ROWS * COLUMNS]), tl.reshape(inside, [ROWS * COLUMNS])
+
+
+@triton.jit
 def kernel_digits_kernel(
     a,
     b,
@@ -69,28 +95,54 @@ def kernel_digits_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Add histograms of one digit of the magnitudes' bits to counts[rank] for two ranks, and find the largest bits."""
+    """Add a histogram of one digit of the magnitudes' bits to counts, and find the largest bits."""
     i = places(tl.program_id(0), COLUMNS)
     top, share = load_row_stats(stats, i, n, KERNEL, WIDE)
-    first, second = tl.load(state), tl.load(state + 2)
-    below = tl.zeros([_BINS], tl.int32)
-    above = tl.zeros([_BINS], tl.int32)
+    prefix = tl.load(state)
+    total = tl.zeros([_BINS], tl.int32)
     found = tl.zeros([ROWS * COLUMNS], tl.int64 if WIDE else tl.int32)
     begin = tl.program_id(1).to(tl.int64) * ROWS
     while begin < m:
         j = begin + tl.arange(0, ROWS)
-        mixed = mixed_tile(a, b, coef, i, j, n, m, chunks, width, KERNEL, WIDE, ROWS, COLUMNS)
-        entries = entry_tile(mixed, curved_tile(mixed, numbers, top, share, KERNEL, WIDE), numbers, KERNEL)
-        inside = tl.reshape((j < m)[:, None] & (i < n)[None, :], [ROWS * COLUMNS])
-        bits = tl.reshape(magnitude_bits(entries, WIDE), [ROWS * COLUMNS])
+        bits, inside = load_tile_bits(a, b, coef, numbers, top, share, i, j, n, m, chunks, width, KERNEL, WIDE, ROWS, COLUMNS)
         found = tl.maximum(found, tl.where(inside, bits, 0))
-        below += digit_histogram(bits, inside, first, shift, digit_width)
-        above += digit_histogram(bits, inside, second, shift, digit_width)
+        total += digit_histogram(bits, inside, prefix, shift, digit_width)
         begin += tl.num_programs(1) * ROWS
     tl.atomic_max(largest, tl.max(found, axis=0).to(tl.int64))
-    bins = tl.arange(0, _BINS)
-    tl.atomic_add(counts + bins, below.to(tl.int64), mask=below > 0)
-    tl.atomic_add(counts + _BINS + bins, above.to(tl.int64), mask=above > 0)
+    tl.atomic_add(counts + tl.arange(0, _BINS), total.to(tl.int64), mask=total > 0)
+
+
+@triton.jit
+def kernel_next_kernel(
+    a,
+    b,
+    coef,
+    numbers,
+    stats,
+    state,
+    least,
+    n,
+    m,
+    chunks,
+    width,
+    KERNEL: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The least bits of a magnitude that are above those found."""
+    i = places(tl.program_id(0), COLUMNS)
+    top, share = load_row_stats(stats, i, n, KERNEL, WIDE)
+    below = tl.load(state)
+    none: tl.constexpr = 0x7FFFFFFFFFFFFFFF if WIDE else 0x7FFFFFFF
+    found = tl.zeros([ROWS * COLUMNS], tl.int64 if WIDE else tl.int32) + none
+    begin = tl.program_id(1).to(tl.int64) * ROWS
+    while begin < m:
+        j = begin + tl.arange(0, ROWS)
+        bits, inside = load_tile_bits(a, b, coef, numbers, top, share, i, j, n, m, chunks, width, KERNEL, WIDE, ROWS, COLUMNS)
+        found = tl.minimum(found, tl.where(inside & (bits.to(tl.int64) > below), bits, none))
+        begin += tl.num_programs(1) * ROWS
+    tl.atomic_min(least, tl.min(found, axis=0).to(tl.int64))
 
 
 @triton.jit

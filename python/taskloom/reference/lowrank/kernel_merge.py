@@ -68,7 +68,9 @@ def gate_threshold(values: Tensor, sparsity: float, gate: str) -> Tensor:
         return ordered.new_zeros(())
     if gate == "soft":
         rank = min(math.ceil(sparsity * count), count)
-        found = ordered[rank - 1] if rank > 0 else ordered.new_zeros(())
+        if rank == 0:
+            return ordered.new_zeros(())
+        found = ordered[rank - 1]
     else:
         place = torch.tensor(sparsity, dtype=values.dtype if count <= 1 << 24 else torch.float64) * (count - 1)
         below = min(int(place), count - 1)
