@@ -1,4 +1,4 @@
-"""The official form of SNELL's and SNELLA's merges in torch eager: cdist, softmax, quantile, gate; every step a matrix of the weight's size."""
+"""The official form of SNELLA's merge in torch eager: cdist, softmax, quantile, gate; each step makes a matrix of the weight's size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def quantile(magnitudes: Tensor, sparsity: float) -> Tensor:
 
 
 def entries(A: Tensor, B: Tensor, coef: Tensor, numbers: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """mixk's entries [n, m]."""
+    """The entries of mixk, [n, m]."""
     alpha, gamma, beta = numbers
     distances = torch.cdist(A, B, compute_mode="donot_use_mm_for_euclid_dist")
     mixed = (coef[:, None, None] * distances).sum(0)

@@ -80,6 +80,17 @@ void write(const double* values, bool wide, Tensor& out) {
   }
 }
 
+// Small matrices are done before other threads have woken up.
+template <class Body>
+void for_each(const KernelFactors& factors, int64_t count, const Body& body) {
+  constexpr int64_t small = int64_t{1} << 14;
+  if (factors.n * factors.m > small) {
+    torch_parallel()(count, body);
+    return;
+  }
+  for (int64_t index = 0; index < count; ++index) body(index);
+}
+
 }  // namespace
 
 KernelTensors::KernelTensors(const Tensor& a, const Tensor& b, const Tensor& coef, const OptionalTensor& alpha, const OptionalTensor& gamma,
@@ -116,7 +127,7 @@ Tensor KernelTensors::find_row_stats() {
   const auto bytes = static_cast<size_t>(padded_rows() * value_size());
   row_max_.resize(bytes);
   row_sum_.resize(bytes);
-  torch_parallel()(f.strips(), [&](int64_t strip) { kernel_merge_loops().row_stats(f, strip, row_max_.data(), row_sum_.data()); });
+  for_each(f, f.strips(), [&](int64_t strip) { kernel_merge_loops().row_stats(f, strip, row_max_.data(), row_sum_.data()); });
   f.row_max = row_max_.data();
   f.row_sum = row_sum_.data();
   const auto length = static_cast<size_t>(f.n * value_size());
@@ -147,10 +158,10 @@ void KernelTensors::set_row_stats(const Tensor& row_stats) {
 uint64_t KernelTensors::histogram(int shift, uint64_t prefix, std::vector<int64_t>& counts) const {
   constexpr int64_t bins = int64_t{1} << histogram_bits;
   const int64_t strips = factors_.strips();
-  const int64_t tasks = std::max<int64_t>(1, std::min<int64_t>(strips, torch::stable::get_num_threads()));
+  const int64_t tasks = std::max<int64_t>(1, std::min<int64_t>(strips / 4, torch::stable::get_num_threads()));
   counts.assign(static_cast<size_t>(tasks * bins), 0);
   std::vector<uint64_t> next(static_cast<size_t>(tasks), ~uint64_t{0});
-  torch_parallel()(tasks, [&](int64_t task) {
+  for_each(factors_, tasks, [&](int64_t task) {
     uint64_t& least = next[static_cast<size_t>(task)];
     for (int64_t strip = strips * task / tasks; strip < strips * (task + 1) / tasks; ++strip) {
       least = std::min(least, kernel_merge_loops().histogram(factors_, strip, shift, prefix, counts.data() + task * bins));
@@ -197,7 +208,7 @@ void KernelTensors::tiles(const KernelGradients& gradients, std::vector<double>&
   const auto scratch = static_cast<size_t>(backward_scratch(f) * value_size());
   std::vector<char> scratches(scratch * static_cast<size_t>(side));
   for (int64_t round = 0; round < side; ++round) {
-    torch_parallel()(side, [&](int64_t row) {
+    for_each(f, side, [&](int64_t row) {
       const int64_t column = (row + round) % side;
       const int64_t strip_begin = strips * row / side, strip_end = strips * (row + 1) / side;
       const int64_t j_begin = blocks * column / side * merge_block, j_end = std::min(blocks * (column + 1) / side * merge_block, f.m);
@@ -240,7 +251,7 @@ void KernelTensors::set_threshold(const Tensor& threshold) { factors_.threshold 
 void KernelTensors::merge(Elements base, DType dtype, void* out) const {
   constexpr int64_t piece = 128;
   const int64_t pieces = chunk_count(factors_.m, piece);
-  torch_parallel()(factors_.strips() * pieces, [&](int64_t index) {
+  for_each(factors_, factors_.strips() * pieces, [&](int64_t index) {
     const int64_t strip = index / pieces, begin = index % pieces * piece;
     kernel_merge_loops().merge(factors_, strip, begin, std::min(begin + piece, factors_.m), base, dtype, out);
   });
@@ -258,8 +269,8 @@ KernelTensors::Gradients KernelTensors::backward(Elements gradient) const {
   if (f.kernel == MergeKernel::mixk) {
     row_dot.resize(static_cast<size_t>(padded_rows()) * size);
     std::vector<double> sums(static_cast<size_t>(f.strips()));
-    torch_parallel()(f.strips(),
-                     [&](int64_t strip) { sums[static_cast<size_t>(strip)] = kernel_merge_loops().row_dots(f, g, strip, row_dot.data()); });
+    for_each(f, f.strips(),
+             [&](int64_t strip) { sums[static_cast<size_t>(strip)] = kernel_merge_loops().row_dots(f, g, strip, row_dot.data()); });
     g.row_dot = row_dot.data();
     for (const double sum : sums) totals[static_cast<size_t>(f.chunks) + 2] += sum;
     for (int64_t i = 0; i < f.n; ++i) {

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from taskloom.reference.arithmetic import accumulation_dtype
-from taskloom.triton_kernels.launch import INTERPRETED, flat, launch, programs, table
+from taskloom.triton_kernels.launch import INTERPRETED, flat, launch, programs
 from taskloom.triton_kernels.lowrank.kernel_merge_kernels import (
     kernel_backward_kernel,
     kernel_digits_kernel,
@@ -95,7 +95,9 @@ def _order_statistics(factors: Factors, stats: Tensor, rank: int, with_next: boo
     """The magnitude of a rank from the smallest, 0-based, and the one after it where asked for; NaN where any entry is NaN."""
     n, m, _, _ = factors.sizes
     device, dtype = factors.a.device, factors.a.dtype
-    state = table([[0, n * m - rank]], device)
+    # Filled on the device: a graph that replays these launches then needs nothing of the host.
+    state = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    state[:, 1].fill_(n * m - rank)
     largest = torch.zeros(1, dtype=torch.int64, device=device)
     across = programs(n, _COLUMNS)
     grid = (across, max(1, min(programs(m, _ROWS), _MOST_PROGRAMS // across)))

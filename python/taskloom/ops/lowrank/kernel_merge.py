@@ -97,8 +97,8 @@ def kernel_merge(
         - ``"sigmoid"``: alpha / (1 + exp(-beta a.b)) + gamma;
         - ``"rbf"``: alpha exp(-beta |a - b|^2) + gamma.
     alpha, gamma, beta
-        Numbers, or tensors of one value that may require grad. Default None: mixk 1, 1, 0, sigmoid and rbf 1, 0, 1. Kernels without them take
-        None only.
+        Numbers, or tensors of one value that may require grad. Default None: mixk 1, 1, 0, sigmoid and rbf 1, 0, 1. Kernels without them
+        take None only.
     sparsity
         The quantile of |E| that the gate takes as its threshold tau, 0 to 1. Default 0.
     gate
