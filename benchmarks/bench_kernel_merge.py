@@ -2,7 +2,8 @@
 
 python benchmarks/bench_kernel_merge.py --json benchmarks/results/kernel-merge-NAME.json
 
-Times are taken in one process, form after form in every round. Memory is that of a process of its own for each form: the rise of its
+Times are taken in one process, form after form in every round: wall seconds, and those of the processor beside them, which other programs
+on the machine change less. Memory is that of a process of its own for each form: the rise of its
 peak resident size over what it held before the call, inputs included there.
 """
 
@@ -108,18 +109,22 @@ def measure(m: int, n: int, forms: tuple[str, ...], rounds: int) -> dict[str, An
     found: dict[str, Any] = {"outputs": m, "inputs": n, "quantile": "torch" if m * n <= kernel_forms.QUANTILE_TAKES else "kthvalue"}
     for call in ("forward", "both"):
         taken: dict[str, list[float]] = {form: [] for form in forms}
+        worked: dict[str, list[float]] = {form: [] for form in forms}
         for place in range(rounds + 1):
             for form, run in runs.items():
-                begin = time.perf_counter()
+                begin, processor = time.perf_counter(), time.process_time()
                 getattr(case, call)(run)
                 if place:
                     taken[form].append(time.perf_counter() - begin)
+                    worked[form].append(time.process_time() - processor)
         found[call] = {}
         for form in forms:
             rise = measured_rise(form, m, n, call)
             found[call][form] = {
                 "seconds": summary(taken[form]),
                 "over_ours": summary([theirs / own for theirs, own in zip(taken[form], taken["ours"], strict=True)]),
+                "processor_seconds": summary(worked[form]),
+                "processor_over_ours": summary([theirs / own for theirs, own in zip(worked[form], worked["ours"], strict=True)]),
                 "peak_bytes": rise,
                 "peak_weights": round(rise / (4 * m * n), 2),
             }

@@ -31,7 +31,7 @@ Tensor rows_of(const Tensor& x, ScalarType dtype) {
   int64_t rows = 1;
   for (int64_t dim = 0; dim + 1 < x.dim(); ++dim) rows *= x.size(dim);
   const Tensor matrix = torch::stable::reshape(x, {rows, x.size(x.dim() - 1)});
-  return torch::stable::contiguous(torch::stable::to(matrix, dtype));
+  return aligned_tensor(matrix, dtype);
 }
 
 Elements plain_base(const OptionalTensor& base, const KernelFactors& f, Tensor& kept) {
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> kernel_linear_cpu(const Tensor& x, const Tens
   Tensor y = torch::stable::empty({rows.size(0), f.m}, arithmetic);
   multiply(y, rows, torch::stable::transpose(merged.tensor(), 0, 1), false);
   if (bias.has_value()) {
-    const Tensor plain = torch::stable::contiguous(torch::stable::to(*bias, arithmetic));
+    const Tensor plain = aligned_tensor(*bias, arithmetic);
     if (f.wide) {
       add_bias(static_cast<const double*>(plain.const_data_ptr()), y.size(0), f.m, static_cast<double*>(y.mutable_data_ptr()));
     } else {

@@ -13,6 +13,9 @@ namespace taskloom {
 
 using OptionalTensor = std::optional<Tensor>;
 
+// The tensor, contiguous and in a dtype, at an address that suits it: a tensor of a mapped file may lie at any.
+Tensor aligned_tensor(const Tensor& tensor, ScalarType dtype);
+
 // What follows from factors and scalars alone.
 class KernelTensors {
  public:

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 
 #include "lowrank/kernel_merge_tensors.h"
@@ -24,13 +25,10 @@ MergeGate gate_named(const std::string& name) {
   return MergeGate::hard;
 }
 
-// A contiguous copy in another dtype, or the tensor itself.
-Tensor plain(const Tensor& tensor, ScalarType dtype) { return torch::stable::contiguous(torch::stable::to(tensor, dtype)); }
-
 double number(const OptionalTensor& tensor, const char* name, ScalarType arithmetic) {
   if (!tensor.has_value()) return 0;
   STD_TORCH_CHECK(tensor->numel() == 1, name, ": expected one value, got ", tensor->numel());
-  const Tensor value = plain(*tensor, arithmetic);
+  const Tensor value = aligned_tensor(*tensor, arithmetic);
   return arithmetic == ScalarType::Double ? *static_cast<const double*>(value.const_data_ptr())
                                           : static_cast<double>(*static_cast<const float*>(value.const_data_ptr()));
 }
@@ -93,6 +91,11 @@ void for_each(const KernelFactors& factors, int64_t count, const Body& body) {
 
 }  // namespace
 
+Tensor aligned_tensor(const Tensor& tensor, ScalarType dtype) {
+  const Tensor found = torch::stable::contiguous(torch::stable::to(tensor, dtype));
+  return reinterpret_cast<uintptr_t>(found.const_data_ptr()) % found.element_size() == 0 ? found : torch::stable::clone(found);
+}
+
 KernelTensors::KernelTensors(const Tensor& a, const Tensor& b, const Tensor& coef, const OptionalTensor& alpha, const OptionalTensor& gamma,
                              const OptionalTensor& beta, const Text& kernel, const Text& gate, bool wide_others)
     : factors_{} {
@@ -110,9 +113,9 @@ KernelTensors::KernelTensors(const Tensor& a, const Tensor& b, const Tensor& coe
   f.gamma = number(gamma, "gamma", arithmetic());
   f.beta = number(beta, "beta", arithmetic());
   STD_TORCH_CHECK(f.kernel != MergeKernel::mixk || f.gamma != 0, "gamma: expected a value other than 0 for mixk");
-  a_ = plain(a, arithmetic());
-  b_ = plain(b, arithmetic());
-  coef_ = plain(coef, arithmetic());
+  a_ = aligned_tensor(a, arithmetic());
+  b_ = aligned_tensor(b, arithmetic());
+  coef_ = aligned_tensor(coef, arithmetic());
   strips_.resize(static_cast<size_t>(f.strips() * f.chunks * f.width * strip_rows * value_size()));
   if (f.n > 0) kernel_merge_loops().pack(f.wide, a_.const_data_ptr(), f.chunks, f.n, f.width, strips_.data());
   f.a = strips_.data();
@@ -140,7 +143,7 @@ void KernelTensors::set_row_stats(const Tensor& row_stats) {
   KernelFactors& f = factors_;
   if (f.kernel != MergeKernel::mixk) return;
   STD_TORCH_CHECK(row_stats.dim() == 2 && row_stats.size(0) == 2 && row_stats.size(1) == f.n, "row_stats: expected shape [2, ", f.n, "]");
-  const Tensor stats = plain(row_stats, arithmetic());
+  const Tensor stats = aligned_tensor(row_stats, arithmetic());
   const auto length = static_cast<size_t>(f.n * value_size()), size = static_cast<size_t>(value_size());
   const auto* from = static_cast<const char*>(stats.const_data_ptr());
   row_max_.resize(static_cast<size_t>(padded_rows()) * size);

@@ -229,6 +229,24 @@ def test_a_nan_is_not_hidden(gate: str | None) -> None:
         assert taskloom.kernel_quantile(A, B, coef, kernel="pwl", gate=gate, sparsity=0.5).isnan()
 
 
+@native
+def test_data_at_odd_addresses() -> None:
+    A, B, coef = factors(20, 30)
+    base, x, bias = weights(30, 20), weights(3, 20), weights(30)
+
+    def odd(tensor: Tensor) -> Tensor:
+        held = bytearray(b"\0" + tensor.numpy().tobytes())
+        return torch.frombuffer(held, dtype=tensor.dtype, offset=1).view(tensor.shape)
+
+    plain, moved = ([how(one) for one in (A, B, coef, base, x, bias)] for how in (torch.clone, odd))
+    found = []
+    for a, b, c, w, rows, offset in (plain, moved):
+        found.append(taskloom.kernel_merge(a, b, c, sparsity=0.3, base=w))
+        found.append(taskloom.kernel_linear(rows, a, b, c, sparsity=0.3, base=w, bias=offset))
+    assert_same_bits(found[0], found[2])
+    assert_same_bits(found[1], found[3])
+
+
 class Largest(TorchDispatchMode):
     """The entries of the largest tensor that any op gave."""
 

@@ -36,6 +36,7 @@ constexpr Group groups[] = {
     {"task_mask", task_masks, false},
     {"block_scale_merge", block_scales, false},
     {"weighted_ce", logit_tiles, false},
+    {"kernel_merge", kernel_merges, false},
     {"threshold_loops", magnitude_loops, false},
     {"magnitude_threshold", magnitude_drivers, true},
     {"magnitude_mask", magnitude_masks, true},

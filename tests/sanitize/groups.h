@@ -11,6 +11,7 @@ void masked_compressions();
 void task_masks();
 void block_scales();
 void logit_tiles();
+void kernel_merges();
 void magnitude_loops();
 void magnitude_drivers();
 void magnitude_masks();
