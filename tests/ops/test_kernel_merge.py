@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -373,6 +375,9 @@ def test_forward_mode_takes_the_reference() -> None:
     step = 1e-6
     ahead, behind = (taskloom.kernel_merge(A + sign * step, B, coef, kernel="pwl", gate=None) for sign in (1, -1))
     assert torch.allclose(tangent, (ahead - behind) / (2 * step), atol=1e-7)
+    gammas = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    batch = torch.vmap(lambda gamma: taskloom.kernel_merge(A, B, coef, gamma=gamma, gate=None))(gammas)
+    assert torch.allclose(batch[1], taskloom.kernel_merge(A, B, coef, gamma=2.0, gate=None))
 
 
 @native
@@ -429,6 +434,33 @@ def test_bad_base_input_and_bias() -> None:
         taskloom.kernel_linear(weights(2, 6), A, B, coef, bias=weights(6))
     with pytest.raises(ValueError, match="kernel_quantile: gate: expected magnitude, soft or hard, got None"):
         taskloom.kernel_quantile(A, B, coef, gate=None)  # type: ignore[arg-type]
+
+
+_PEAK = """
+import sys, torch, taskloom
+from pathlib import Path
+def field(name):
+    return 1024 * int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)).split()[1])
+def merged(n, m):
+    A, B = (torch.randn(2, rows, 16, requires_grad=True) for rows in (n, m))
+    return taskloom.kernel_merge(A, B, torch.tensor([0.1, -0.1]), sparsity=0.9)
+merged(64, 64).sum().backward()
+upstream = torch.ones(()).expand(2048, 2048).contiguous()
+Path("/proc/self/clear_refs").write_text("5")
+before = field("VmRSS")
+result = merged(2048, 2048)
+forward = field("VmHWM") - before
+result.backward(upstream)
+print(forward / result.nbytes, (field("VmHWM") - before) / result.nbytes)
+"""
+
+
+@pytest.mark.slow
+def test_memory_peaks_at_one_output() -> None:
+    done = subprocess.run([sys.executable, "-c", _PEAK], check=True, capture_output=True, text=True)
+    forward, both = map(float, done.stdout.split())
+    assert forward < 1.3
+    assert both < 1.5
 
 
 @native

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from taskloom.ops._backends import active_transform
 from taskloom.ops._checks import check_floating
 from taskloom.reference.lowrank.kernel_merge import GATES, KERNELS
 
@@ -73,7 +74,7 @@ def _check_scalar(op: str, name: str, value: float | Tensor | None, neutral: flo
 
 def _check_gamma(op: str, gamma: float | Tensor | None) -> None:
     # The value of a tensor on a GPU would have to be waited for; there a gamma of 0 gives NaN.
-    if torch.compiler.is_compiling() or gamma is None:
+    if torch.compiler.is_compiling() or gamma is None or active_transform() is not None:
         return
     if isinstance(gamma, Tensor):
         zero = gamma.device.type == "cpu" and type(gamma) in (Tensor, torch.nn.Parameter) and not gamma.detach().all()
