@@ -134,6 +134,6 @@ CONTRACTS = (
     Contract("kernel_quantile", taskloom.kernel_quantile, _quantile_cases),
     Contract("kernel_merge", taskloom.kernel_merge, kernel_merge_cases),
     Contract("kernel_merge_backward", kernel_merge_backward, _backward_cases, single=2e-5),
-    Contract("kernel_linear", taskloom.kernel_linear, _linear_cases, products=True),
-    Contract("kernel_linear_backward", kernel_linear_backward, _linear_backward_cases, single=2e-5, products=True),
+    Contract("kernel_linear", taskloom.kernel_linear, _linear_cases, torch_products=True),
+    Contract("kernel_linear_backward", kernel_linear_backward, _linear_backward_cases, single=2e-5, torch_products=True),
 )

@@ -27,7 +27,7 @@ class Case:
 class Contract:
     """One op: its public wrapper, its cases, and which arguments (by position) an in-place op changes.
 
-    ``single`` is the relative error allowed of float32 where sums that cancel leave less than the usual; ``products`` says that torch's
+    ``single`` is the relative error allowed of float32 where sums that cancel leave less than the usual; ``torch_products`` says that torch's
     matrix product is a part of the op, whose last bits depend on the number of threads.
     """
 
@@ -36,7 +36,7 @@ class Contract:
     cases: Callable[[], Iterator[Case]]
     mutates: tuple[int, ...] = ()
     single: float = 1e-6
-    products: bool = False
+    torch_products: bool = False
 
     def run(self, case: Case) -> list[Tensor]:
         """Call the wrapper on copies; every tensor it returned, and every argument that it changed."""

@@ -92,7 +92,7 @@ def test_threads_do_not_change_a_bit(contract: Contract, case: Case) -> None:
             results.append(contract.run(case))
     for other in results[1:]:
         for first, second in zip(results[0], other, strict=True):
-            if contract.products:
+            if contract.torch_products:
                 assert_close(first, second, contract.single)
             else:
                 assert_same_bits(first, second)
