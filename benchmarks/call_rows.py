@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import taskloom
+from taskloom.ops.lowrank import kernel_linear_backward, kernel_merge_backward
 from taskloom.ops.masked import block_scale_merge_backward
 from taskloom.ops.masked.weighted_ce import weighted_ce_backward
 
@@ -79,7 +80,15 @@ def _bare_ops() -> dict[str, Any]:
     def pair(first: Sequence[Tensor], *others: Any) -> tuple[Tensor, Tensor]:
         return torch.empty_like(first[0]), torch.empty_like(first[0])
 
+    def several(count: int) -> Callable[..., tuple[Tensor, ...]]:
+        return lambda first, *others: tuple(torch.empty_like(first) for _ in range(count))
+
     kernels: dict[str, Callable[..., Any]] = {
+        "kernel_merge": several(3),
+        "kernel_linear": several(3),
+        "kernel_quantile": one,
+        "kernel_merge_backward": four,
+        "kernel_linear_backward": several(6),
         "masked_update": one,
         "masked_compress": one,
         "masked_restore": one,
@@ -223,7 +232,9 @@ def _differentiable_rows(tracked: bool) -> list[CallRow]:
     targets, weights, log_sum_exp = torch.tensor([0, 1]), torch.ones(2), torch.ones(2)
     slope: tuple[Any, ...] = (hidden.detach(), head.detach(), targets, weights, log_sum_exp)
     settings: tuple[Any, ...] = ("all", False, [], [], None, None, [], [], [], 0, 0, "none", "none", 1, "none", 0, [], "sum", 1.0)
+    kernel_rows = _kernel_rows(row, tracked)
     return [
+        *kernel_rows,
         row("masked_update", lambda: taskloom.masked_update(base, packed, values, 0.5), base, packed, values, 0.5),
         row("masked_compress", lambda: taskloom.masked_compress(values, packed), values, packed),
         row("masked_restore", lambda: taskloom.masked_restore(compressed, packed, base), compressed, packed, base),
@@ -238,6 +249,27 @@ def _differentiable_rows(tracked: bool) -> list[CallRow]:
         ),
         row("weighted_ce_backward", lambda: weighted_ce_backward(*slope), *slope, True, True),
     ]
+
+
+def _kernel_rows(row: Callable[..., CallRow], tracked: bool) -> list[CallRow]:
+    """The kernel merges; their wrappers give one result of several."""
+    factors = (torch.randn(1, 3, 2, requires_grad=tracked), torch.randn(1, 4, 2, requires_grad=tracked), torch.ones(1))
+    fixed = tuple(one.detach() for one in factors)
+    x, weight, none = torch.randn(2, 3), torch.randn(4, 3), (None, None, None)
+    found = (torch.zeros(()), torch.empty(0))
+    named = {"kernel": "pwl", "sparsity": 0.5}
+    merge = (*factors, *none, None, "pwl", 0.5, "magnitude")
+    linear = (x, *factors, *none, None, None, "pwl", 0.5, "magnitude")
+    slope = (weight, *fixed, *none, *found, "pwl", "magnitude")
+    slopes = (x @ weight.T, x, *fixed, *none, None, *found, "pwl", "magnitude", True, True, True)
+    rows = [
+        row("kernel_merge", lambda: taskloom.kernel_merge(*factors, **named), *merge),
+        row("kernel_linear", lambda: taskloom.kernel_linear(x, *factors, **named), *linear),
+        row("kernel_quantile", lambda: taskloom.kernel_quantile(*fixed, **named), *fixed, *none, "pwl", 0.5, "magnitude"),
+        row("kernel_merge_backward", lambda: kernel_merge_backward(weight, *fixed, *found, kernel="pwl"), *slope),
+        row("kernel_linear_backward", lambda: kernel_linear_backward(x @ weight.T, x, *fixed, *found, kernel="pwl"), *slopes),
+    ]
+    return [replace(one, native=None) for one in rows]
 
 
 _BARE = _bare_ops()

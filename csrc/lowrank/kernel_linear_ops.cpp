@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> kernel_linear_backwar
     for_input = torch::stable::reshape(torch::stable::to(wide, x.scalar_type()), with_last(x, f.n));
   }
   if (for_base || for_factors) {
-    matrix_product_out(torch::stable::transpose(rows, 0, 1), rows_of(x, arithmetic), weight.tensor());
+    multiply(weight.tensor(), torch::stable::transpose(rows, 0, 1), rows_of(x, arithmetic), false);
     if (for_base) {
       for_weight = torch::stable::empty({f.m, f.n}, arithmetic);
       torch::stable::copy_(for_weight, weight.tensor());

@@ -27,8 +27,8 @@ class Case:
 class Contract:
     """One op: its public wrapper, its cases, and which arguments (by position) an in-place op changes.
 
-    ``single`` is the relative error allowed of float32 where sums that cancel leave less than the usual; ``torch_products`` says that torch's
-    matrix product is a part of the op, whose last bits depend on the number of threads.
+    ``single`` is the relative error allowed of float32 where sums that cancel leave less than the usual; ``torch_products`` says that
+    torch's matrix product is a part of the op, whose last bits depend on the number of threads.
     """
 
     op: str

@@ -42,7 +42,15 @@ SLOW = {
     "weighted_ce_backward": {"several tiles"},
 }
 # Sums of many products: programs add them up in another order than threads do.
-SUMS = {"block_scale_merge_backward", "weighted_ce", "weighted_ce_backward"}
+SUMS = {
+    "block_scale_merge_backward",
+    "kernel_linear",
+    "kernel_linear_backward",
+    "kernel_merge",
+    "kernel_merge_backward",
+    "weighted_ce",
+    "weighted_ce_backward",
+}
 # The same of single results, by place.
 SUM_RESULTS = {("sparse_merge_statistics_out", 3)}
 
