@@ -43,4 +43,14 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
       "for_weight) -> (Tensor, Tensor)");
   m.def("block_scale_merge(Tensor[] base, Tensor[] deltas, Tensor coef, Tensor[] partition) -> Tensor[]");
   m.def("block_scale_merge_backward(Tensor[] gradients, Tensor[] deltas, Tensor[] partition, int groups) -> Tensor");
+  // lowrank
+  m.def("lowrank_merge(Tensor base, Tensor[] A, Tensor[] B, Tensor weight, Tensor? row_scale) -> Tensor");
+  m.def("lowrank_merge_(Tensor(a!) target, Tensor? base, Tensor[] A, Tensor[] B, Tensor weight, Tensor? row_scale) -> ()");
+  m.def(
+      "lowrank_merge_backward(Tensor gradient, Tensor? base, Tensor[] A, Tensor[] B, Tensor weight, Tensor? row_scale, bool[] needed) -> "
+      "Tensor[]");
+  m.def("lowrank_merge_tasks(Tensor base, Tensor A, Tensor B, Tensor weight) -> Tensor");
+  m.def("lowrank_norm(Tensor base, Tensor[] A, Tensor[] B, Tensor weight) -> Tensor");
+  m.def("lowrank_apply(Tensor x, Tensor A, Tensor B, Tensor weight, Tensor? task, Tensor? start) -> Tensor");
+  m.def("lowrank_apply_backward(Tensor gradient, Tensor x, Tensor A, Tensor B, Tensor weight, Tensor? task, bool[] needed) -> Tensor[]");
 }

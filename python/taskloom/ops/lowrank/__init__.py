@@ -2,6 +2,29 @@
 
 from __future__ import annotations
 
+from taskloom.ops.lowrank.lowrank_apply import lowrank_apply, lowrank_apply_backward
+from taskloom.ops.lowrank.lowrank_merge import (
+    dora_merge,
+    lowrank_merge,
+    lowrank_merge_,
+    lowrank_merge_backward,
+    lowrank_merge_tasks,
+    lowrank_norm,
+    lowrank_unmerge_,
+)
 from taskloom.reference.lowrank import rmm_fit, rmm_linear, rmm_reconstruct
 
-__all__ = ["rmm_fit", "rmm_linear", "rmm_reconstruct"]
+__all__ = [
+    "dora_merge",
+    "lowrank_apply",
+    "lowrank_apply_backward",
+    "lowrank_merge",
+    "lowrank_merge_",
+    "lowrank_merge_backward",
+    "lowrank_merge_tasks",
+    "lowrank_norm",
+    "lowrank_unmerge_",
+    "rmm_fit",
+    "rmm_linear",
+    "rmm_reconstruct",
+]
