@@ -32,7 +32,8 @@ def apply_cases() -> Iterator[Case]:
     yield Case("bias", (weights(23, 37), *adapters(5, 37, 29, 3), 1.0, task, None, weights(29, seed=6)))
     yield Case("no adapter in any row", (weights(4, 7), *adapters(2, 7, 5, 3), 1.0, torch.full((4,), -1)))
     yield Case("batches", (weights(4, 3, 7), *adapters(2, 7, 5, 3), 1.0, random_tasks(4, tasks=2), weights(5, 7, seed=5)))
-    yield Case("strided", (weights(7, 20).t(), *(one.transpose(0, 1)[::2].transpose(0, 1) for one in adapters(3, 7, 5, 4)[:1]), weights(3, 5, 2)))
+    A, B = adapters(3, 7, 5, 4)
+    yield Case("strided", (weights(7, 20).t(), A[:, ::2], B[..., ::2], weights(3, 5, seed=3)[:, 1]))
     lists = ([weights(rank, 7, seed=rank) for rank in (2, 4, 1)], [weights(5, rank, seed=9 + rank) for rank in (2, 4, 1)])
     yield Case("ranks", (weights(6, 7), *lists, [0.5, 1.0, 2.0], random_tasks(6, tasks=3)))
     yield Case("one rank", (weights(40, 130), *adapters(2, 130, 70, 1), 1.0, random_tasks(40, tasks=2)))
@@ -54,6 +55,6 @@ def backward_cases() -> Iterator[Case]:
 
 
 CONTRACTS = (
-    Contract("lowrank_apply", taskloom.lowrank_apply, apply_cases),
-    Contract("lowrank_apply_backward", lowrank_apply_backward, backward_cases),
+    Contract("lowrank_apply", taskloom.lowrank_apply, apply_cases, torch_products=True),
+    Contract("lowrank_apply_backward", lowrank_apply_backward, backward_cases, torch_products=True),
 )

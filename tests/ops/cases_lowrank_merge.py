@@ -89,7 +89,7 @@ def norm_cases() -> Iterator[Case]:
 CONTRACTS = (
     Contract("lowrank_merge", taskloom.lowrank_merge, differentiable_cases),
     Contract("lowrank_merge_", taskloom.lowrank_merge_, inplace_cases, mutates=(0,)),
-    Contract("lowrank_merge_backward", lowrank_merge_backward, backward_cases),
+    Contract("lowrank_merge_backward", lowrank_merge_backward, backward_cases, torch_products=True),
     Contract("lowrank_merge_tasks", taskloom.lowrank_merge_tasks, tasks_cases),
     Contract("lowrank_norm", taskloom.lowrank_norm, norm_cases),
 )

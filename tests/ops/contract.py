@@ -25,12 +25,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Contract:
-    """One op: its public wrapper, its cases, and which arguments (by position) an in-place op changes."""
+    """One op: its public wrapper, its cases, and which arguments (by position) an in-place op changes.
+
+    ``torch_products`` tells that its sums are torch's own matrix products, whose bits depend on the number of threads.
+    """
 
     op: str
     wrapper: Callable[..., Any]
     cases: Callable[[], Iterator[Case]]
     mutates: tuple[int, ...] = ()
+    torch_products: bool = False
 
     def run(self, case: Case) -> list[Tensor]:
         """Call the wrapper on copies; every tensor it returned, and every argument that it changed."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import taskloom
 from taskloom.ops import _backends
-from taskloom.triton_kernels import masked
+from taskloom.triton_kernels import lowrank, masked
 
 OPS = Path(__file__).parents[2] / "ops"
 POINTERS = {
@@ -80,14 +81,22 @@ def _set_entries(packed: Tensor, numel: int, block: int) -> tuple[Tensor, int]:
     return torch.zeros(1, dtype=torch.int64), int(taskloom.reference.masked.unpack_mask(packed, (numel,)).sum())
 
 
+def kernel_modules() -> list[ModuleType]:
+    """The modules of every family."""
+    return [
+        importlib.import_module(f"{family.__name__}.{found.name}")
+        for family in (masked, lowrank)
+        for found in pkgutil.iter_modules(family.__path__)
+    ]
+
+
 def variants() -> Iterator[Variant]:
     """The variants, in the order of the contracts."""
     launches = _Launches()
     contracts = [contract for path in sorted(OPS.glob("cases_*.py")) for contract in importlib.import_module(path.stem).CONTRACTS]
     cases = [(contract, case) for contract in contracts for case in contract.cases()]
     with ExitStack() as stack:
-        for found in pkgutil.iter_modules(masked.__path__):
-            module = importlib.import_module(f"{masked.__name__}.{found.name}")
+        for module in kernel_modules():
             if hasattr(module, "launch"):
                 stack.enter_context(patch.object(module, "launch", launches))
         compress = importlib.import_module(f"{masked.__name__}.masked_compress")
