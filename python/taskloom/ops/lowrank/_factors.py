@@ -41,22 +41,18 @@ def listed_factors(
     return right, left
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _numbers(op: str, name: str, values: float | Sequence[float], count: int) -> list[float]:
     listed = [values] * count if isinstance(values, (int, float)) else list(values)
     if len(listed) != count:
         raise ValueError(f"{op}: {name}: expected one number or one for each of {count} adapters, got {len(listed)}")
     for value in listed:
-        if isinstance(value, Tensor) or not _is_number(value):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise TypeError(f"{op}: {name}: expected numbers, got {type(value).__name__}; a tensor of them has gradients")
     return listed
 
 
 def adapter_weights(op: str, weight: Numbers, scale: float | Sequence[float], count: int, *tensors: Tensor) -> Tensor:
-    """``weight * scale`` as a tensor, one entry per adapter, in the dtype of the arithmetic; a weight that is a tensor keeps its gradient."""
+    """``weight * scale`` as a tensor, an entry per adapter, in the dtype of the arithmetic; the gradient of a tensor is kept."""
     scales = _numbers(op, "scale", scale, count)
     if not isinstance(weight, Tensor):
         products = [one * other for one, other in zip(_numbers(op, "weight", weight, count), scales, strict=True)]

@@ -30,7 +30,7 @@ def _padded(op: str, name: str, factors: Tensor | Sequence[Tensor], dim: int) ->
         check_floating(op, f"{name}[{place}]", one)
         if one.dim() != 2 or one.shape[1 - dim] != listed[0].shape[1 - dim] or one.dtype != listed[0].dtype:
             raise ValueError(
-                f"{op}: {name}[{place}]: expected {listed[0].dtype} and, but for the rank, the shape of {name}[0] {tuple(listed[0].shape)}, "
+                f"{op}: {name}[{place}]: expected {listed[0].dtype} and the shape of {name}[0] {tuple(listed[0].shape)} but for the rank, "
                 f"got {one.dtype} {tuple(one.shape)}"
             )
     rank = max(one.shape[dim] for one in listed)

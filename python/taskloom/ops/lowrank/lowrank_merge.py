@@ -463,7 +463,8 @@ def _merge_tasks_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Te
         ctx.ops.lowrank_merge_backward.default(gradient[t], None, [A[t]], [B[t]], weight[t : t + 1], None, needed) for t in range(len(A))
     ]
     if not found:
-        return through, *(torch.zeros_like(one) if needs else None for one, needs in zip((A, B, weight), wanted, strict=True))
+        zeros = [torch.zeros_like(one) if needs else None for one, needs in zip((A, B, weight), wanted, strict=True)]
+        return through, zeros[0], zeros[1], zeros[2]
     columns = iter(zip(*found, strict=True))
     first = torch.stack(next(columns)) if wanted[0] else None
     second = torch.stack(next(columns)) if wanted[1] else None

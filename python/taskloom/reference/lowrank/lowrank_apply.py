@@ -45,12 +45,11 @@ def lowrank_apply_backward(
     g, rows, a, b = gradient.to(dtype), x.to(dtype), A.to(dtype), B.to(dtype)
     share = _shares(len(x), weight.to(dtype), task, len(A))
     inner, back = torch.einsum("ni,tri->ntr", rows, a), torch.einsum("no,tor->ntr", g, b)
-    formulas = (
-        lambda: torch.einsum("ntr,tri,nt->ni", back, a, share).to(x.dtype),
-        lambda: torch.einsum("ntr,ni,nt->tri", back, rows, share).to(A.dtype),
-        lambda: torch.einsum("ntr,no,nt->tor", inner, g, share).to(B.dtype),
-        lambda: torch.einsum("ntr,ntr,nt->t", inner, back, _shares(len(x), torch.ones_like(weight).to(dtype), task, len(A))).to(
-            weight.dtype
-        ),
+    products = torch.einsum("ntr,ntr->nt", inner, back) * _shares(len(x), torch.ones_like(weight, dtype=dtype), task, len(A))
+    found = (
+        torch.einsum("ntr,tri,nt->ni", back, a, share).to(x.dtype),
+        torch.einsum("ntr,ni,nt->tri", back, rows, share).to(A.dtype),
+        torch.einsum("ntr,no,nt->tor", inner, g, share).to(B.dtype),
+        products.sum(0).to(weight.dtype),
     )
-    return [formula() for formula, wanted in zip(formulas, needed, strict=True) if wanted]
+    return [one for one, wanted in zip(found, needed, strict=True) if wanted]
