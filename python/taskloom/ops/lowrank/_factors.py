@@ -58,7 +58,7 @@ def adapter_weights(op: str, weight: Numbers, scale: float | Sequence[float], co
         products = [one * other for one, other in zip(_numbers(op, "weight", weight, count), scales, strict=True)]
         return torch.tensor(products, dtype=accumulation_dtype(*tensors), device=tensors[0].device)
     check_floating(op, "weight", weight)
-    if weight.shape not in ((), (count,)):
+    if weight.dim() > 1 or (weight.dim() == 1 and weight.shape[0] != count):
         raise ValueError(f"{op}: weight: expected shape () or ({count},), one for each adapter, got {tuple(weight.shape)}")
     wide = weight.to(accumulation_dtype(weight)).expand(count)
     if all(one == 1 for one in scales):
