@@ -1,0 +1,25 @@
+"""Modules made of the ops: adapters beside linear layers, and their way into a model and onto the disk."""
+
+from __future__ import annotations
+
+from taskloom.nn.adapter_files import adapter_state_dict, load_adapter, save_adapter
+from taskloom.nn.fused_linear import SplitLinear, split_fused
+from taskloom.nn.inject import LayerConfig, inject
+from taskloom.nn.lowrank_config import LowRankConfig
+from taskloom.nn.lowrank_linear import LowRankLinear
+from taskloom.nn.lowrank_parts import BASE
+from taskloom.nn.use_tasks import use_tasks
+
+__all__ = [
+    "BASE",
+    "LayerConfig",
+    "LowRankConfig",
+    "LowRankLinear",
+    "SplitLinear",
+    "adapter_state_dict",
+    "inject",
+    "load_adapter",
+    "save_adapter",
+    "split_fused",
+    "use_tasks",
+]

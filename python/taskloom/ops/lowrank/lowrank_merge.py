@@ -1,11 +1,10 @@
-"""Products of thin factors added to a weight: one adapter or several, out of place, in place, or once per task; and DoRA's rows."""
+"""Products of thin factors added to a weight: one adapter or several, out of place or in place."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, is_grad_enabled
 
 from taskloom.ops._backends import kernel
@@ -187,156 +186,6 @@ def lowrank_unmerge_(
     return lowrank_merge_(target, A, B, negative[0] if isinstance(weight, (int, float)) else negative, scale=scale)
 
 
-def _check_tasks(op: str, base: Tensor, A: Tensor, B: Tensor) -> None:
-    check_matrix(op, "base", base)
-    check_floating(op, "A", A)
-    check_floating(op, "B", B)
-    rows, columns = base.shape
-    if A.dim() != 3 or A.shape[2] != columns:
-        raise ValueError(f"{op}: A: expected shape (T, r, {columns}) for base {tuple(base.shape)}, got {tuple(A.shape)}")
-    check_shape(op, "B", B, (A.shape[0], rows, A.shape[1]), "A and base")
-
-
-def lowrank_merge_tasks(
-    base: Tensor,
-    A: Tensor,
-    B: Tensor,
-    weight: Numbers = 1.0,
-    *,
-    scale: float | Sequence[float] = 1.0,
-    select: int | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Merge each of several adapters into the same weight alone, reading the weight once for all of them.
-
-    Parameters
-    ----------
-    base
-        Shared weight of shape ``[out, in]``; float32, bfloat16, float16 or float64.
-    A, B
-        Factors of T adapters of one rank: ``[T, r, in]`` and ``[T, out, r]``, any of these dtypes.
-    weight, scale
-        As in :func:`lowrank_merge`, one per adapter.
-    select
-        Number of one adapter: only its merge is made, and written to ``out`` (as :func:`lowrank_merge_` does, without gradients).
-    out
-        With ``select``: the weight to write, ``[out, in]``; base itself is allowed only once, as it is then changed.
-
-    Returns
-    -------
-    Tensor
-        ``[T, out, in]`` in base's dtype, contiguous; with ``select`` ``out``. Each is what :func:`lowrank_merge` gives of that adapter.
-
-    Raises
-    ------
-    TypeError
-        If a tensor has another dtype, or ``scale`` is no number.
-    ValueError
-        If shapes or counts do not fit, ``select`` is no adapter's number, or only one of ``select`` and ``out`` is given.
-
-    Notes
-    -----
-    Source: ICM-LoRA, arXiv 2501.17635, whose generator makes an adapter per task; this library. Once differentiable with respect to all
-    tensors; twice with ``taskloom.backend("reference")``.
-    """
-    op = "lowrank_merge_tasks"
-    _check_tasks(op, base, A, B)
-    weights = adapter_weights(op, weight, scale, len(A), base, A, B)
-    if (select is None) != (out is None):
-        raise ValueError(f"{op}: select and out: expected both or neither, as one names the task and the other where its merge goes")
-    if select is not None and out is not None:
-        if not 0 <= select < len(A):
-            raise ValueError(f"{op}: select: expected the number of one of {len(A)} adapters, got {select}")
-        return lowrank_merge_(out, A[select], B[select], weights[select], base=base)
-    run = kernel(op, base, A, B, weights)
-    if run is None:
-        return reference.lowrank_merge_tasks(base, A, B, weights)
-    merged: Tensor = run(base, A, B, weights)
-    return merged
-
-
-def lowrank_norm(base: Tensor, A: Factors, B: Factors, weight: Numbers = 1.0, *, scale: float | Sequence[float] = 1.0) -> Tensor:
-    """The 2-norm of every row of a weight with adapters merged into it, without merging them: DoRA's norm.
-
-    Parameters
-    ----------
-    base, A, B, weight, scale
-        As in :func:`lowrank_merge`.
-
-    Returns
-    -------
-    Tensor
-        float32 of shape ``[out]`` (float64 where a tensor is float64). Rows of the merge are regenerated a tile at a time and their
-        squares summed in float64. That takes the reads and the arithmetic of the identity ``||W||^2 + 2 s <W, B A> + s^2 ||B A||^2``,
-        and none of the cancellation that the identity has where an adapter nearly undoes a row.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As :func:`lowrank_merge`.
-    RuntimeError
-        If a gradient flows into it: the op has none. Call it under ``torch.no_grad()``, as PEFT does.
-
-    Notes
-    -----
-    Source: DoRA, Liu et al., ICML 2024, arXiv 2402.09353, section 4.3, which takes the norm for a constant in the backward pass.
-    """
-    op = "lowrank_norm"
-    check_matrix(op, "base", base)
-    right, left = listed_factors(op, A, B, base, "base")
-    weights = adapter_weights(op, weight, scale, len(right), base, *right, *left)
-    run = kernel(op, base, *right, *left, weights)
-    if run is None:
-        return reference.lowrank_norm(base, right, left, weights)
-    norms: Tensor = run(base, right, left, weights)
-    return norms
-
-
-def dora_merge(base: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, weight: float | Tensor = 1.0, *, scale: float = 1.0) -> Tensor:
-    """Merge a DoRA adapter: rows of ``base + weight * scale * B A``, scaled to the norms that ``magnitude`` holds.
-
-    Parameters
-    ----------
-    base
-        Weight of shape ``[out, in]``; float32, bfloat16, float16 or float64.
-    A, B
-        Factors ``[r, in]`` and ``[out, r]``; any of these dtypes.
-    magnitude
-        Norm of each row of the result, ``[out]``: PEFT's ``lora_magnitude_vector``.
-    weight, scale
-        A number or a tensor of one entry, and a number. Default 1.0.
-
-    Returns
-    -------
-    Tensor
-        ``[out, in]`` in base's dtype, contiguous, rounded once. A row of zeros gives NaN, as a quotient of zeros is.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As :func:`lowrank_merge`.
-
-    Notes
-    -----
-    Source: DoRA, Liu et al., ICML 2024, arXiv 2402.09353, equation 5. The norm of the sum is a constant to autograd, as in section 4.3
-    and in PEFT; gradients flow to base, A, B, ``weight`` and ``magnitude``. Norms are :func:`lowrank_norm`'s, and the merge is
-    :func:`lowrank_merge` with ``row_scale``: two reads of base and one write, nothing else of its size.
-    """
-    op = "dora_merge"
-    check_matrix(op, "base", base)
-    right, left = listed_factors(op, A, B, base, "base")
-    if len(right) != 1:
-        raise ValueError(f"{op}: A: expected the factor of one adapter, got {len(right)}")
-    check_floating(op, "magnitude", magnitude)
-    check_shape(op, "magnitude", magnitude, (len(base),), "one for each row of base")
-    weights = adapter_weights(op, weight, scale, 1, base, magnitude, *right, *left)
-    if kernel("lowrank_merge", base, *right, *left, weights, magnitude) is None:
-        return reference.dora_merge(base, right[0], left[0], weights, magnitude)
-    with torch.no_grad():
-        norms = lowrank_norm(base, right, left, weights)
-    return lowrank_merge(base, right, left, weights, row_scale=magnitude.to(accumulation_dtype(magnitude)) / norms)
-
-
 def lowrank_merge_backward(
     gradient: Tensor,
     base: Tensor | None,
@@ -395,14 +244,6 @@ def _fake_merge_inplace(
     return None
 
 
-def _fake_merge_tasks(base: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
-    return base.new_empty((A.shape[0], *base.shape))
-
-
-def _fake_norm(base: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], weight: Tensor) -> Tensor:
-    return base.new_empty(base.shape[0], dtype=accumulation_dtype(base, weight, *A, *B))
-
-
 def _fake_merge_backward(
     gradient: Tensor,
     base: Tensor | None,
@@ -446,35 +287,7 @@ def _merge_backward(
     return through, first, second, third, fourth
 
 
-def _setup_merge_tasks(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:
-    base, A, B, weight = inputs
-    ctx.save_for_backward(A, B, weight)
-    ctx.base_dtype = base.dtype
-
-
-def _merge_tasks_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    A, B, weight = ctx.saved_tensors
-    for_base, *wanted = ctx.needs_input_grad
-    through = gradient.sum(0, dtype=accumulation_dtype(gradient)).to(ctx.base_dtype) if for_base else None
-    if not any(wanted):
-        return through, None, None, None
-    needed = [*wanted, False]
-    found = [
-        ctx.ops.lowrank_merge_backward.default(gradient[t], None, [A[t]], [B[t]], weight[t : t + 1], None, needed) for t in range(len(A))
-    ]
-    if not found:
-        zeros = [torch.zeros_like(one) if needs else None for one, needs in zip((A, B, weight), wanted, strict=True)]
-        return through, zeros[0], zeros[1], zeros[2]
-    columns = iter(zip(*found, strict=True))
-    first = torch.stack(next(columns)) if wanted[0] else None
-    second = torch.stack(next(columns)) if wanted[1] else None
-    third = torch.cat(next(columns)) if wanted[2] else None
-    return through, first, second, third
-
-
 implement_on_cpu("lowrank_merge_backward", _products.lowrank_merge_backward)
 register("lowrank_merge", fake=_fake_merge, backward=_merge_backward, setup_context=_setup_merge)
 register("lowrank_merge_", fake=_fake_merge_inplace, mutates=True)
-register("lowrank_merge_tasks", fake=_fake_merge_tasks, backward=_merge_tasks_backward, setup_context=_setup_merge_tasks)
-register("lowrank_norm", fake=_fake_norm)
 register("lowrank_merge_backward", fake=_fake_merge_backward)
