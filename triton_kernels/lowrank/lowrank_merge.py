@@ -17,14 +17,14 @@ from taskloom.triton_kernels.masked.entries import load_entries, store_entries
 
 @triton.jit
 def product_tile(left, right, row, column, rows, columns, rank, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile of left^T right, [rank, rows] and [rank, columns], summed in the order of the ranks, each product rounded."""
+    """A tile of left^T right, [rank, rows] and [rank, columns], summed in the order of the ranks by fused multiply-adds, as on a CPU."""
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float64 if WIDE else tl.float32)
     in_rows, in_columns = row < rows, column < columns
     k = 0
     while k < rank:
         factor = tl.load(left + k.to(tl.int64) * rows + row, mask=in_rows, other=0)
         values = tl.load(right + k.to(tl.int64) * columns + column, mask=in_columns, other=0)
-        total += factor[:, None] * values[None, :]
+        total = tl.fma(tl.broadcast_to(factor[:, None], total.shape), tl.broadcast_to(values[None, :], total.shape), total)
         k += 1
     return total
 

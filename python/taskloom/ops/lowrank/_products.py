@@ -40,38 +40,70 @@ def lowrank_merge_backward(
 ) -> list[Tensor]:
     """The gradients of a merge: two thin products of its gradient, for all adapters at once."""
     dtype = accumulation_dtype(gradient, base, weight, row_scale, *A, *B)
-    ranks = [len(a) for a in A]
-    right = torch.cat([a.to(dtype) for a in A]) if A else gradient.new_empty((0, gradient.shape[1]), dtype=dtype)
-    left = torch.cat([b.to(dtype) for b in B], 1) if B else gradient.new_empty((gradient.shape[0], 0), dtype=dtype)
-    shares = weight.to(dtype).repeat_interleave(torch.tensor(ranks, device=weight.device))
-    weighted = left * shares
-    scaled_left = weighted if row_scale is None else weighted * row_scale.to(dtype)[:, None]
     for_a, for_b, for_weight, for_scale = needed
-    inner = torch.empty(left.shape, dtype=dtype, device=gradient.device)
-    a_gradient = torch.zeros(right.shape, dtype=dtype, device=gradient.device)
-    row_products = torch.zeros(len(gradient), dtype=dtype, device=gradient.device)
-    for rows in _tiles(gradient):
-        tile = gradient[rows].to(dtype)
-        if for_b or for_weight or for_scale:
-            torch.mm(tile, right.T, out=inner[rows])
-        if for_a:
-            a_gradient.addmm_(scaled_left[rows].T, tile)
-        if for_scale:
-            assert base is not None
-            row_products[rows] = (tile * base[rows].to(dtype)).sum(1)
+    ranks = [len(a) for a in A]
+    right, left = _joined(A, 0, dtype, gradient), _joined(B, 1, dtype, gradient)
+    shares = weight.to(dtype)
+    if len(ranks) != 1:
+        shares = shares.repeat_interleave(torch.tensor(ranks, device=weight.device))
+    scales = None if row_scale is None else row_scale.to(dtype)[:, None]
+    weighted = left * shares
+    inner, for_right, row_products = _thin_products(
+        gradient,
+        base if for_scale else None,
+        right if for_b or for_weight or for_scale else None,
+        (weighted if scales is None else weighted * scales) if for_a else None,
+        dtype,
+    )
     found: list[Tensor] = []
-    if for_a:
-        found += [_own(one, a.dtype) for one, a in zip(a_gradient.split(ranks), A, strict=True)]
-    scaled_inner = inner if row_scale is None else inner * row_scale.to(dtype)[:, None]
-    if for_b:
-        found += [_own(one, b.dtype) for one, b in zip((scaled_inner * shares).split(ranks, 1), B, strict=True)]
-    if for_weight:
-        products = (scaled_inner.double() * left).split(ranks, 1)
-        found.append(_own(torch.stack([one.sum() for one in products]) if products else weight, weight.dtype))
-    if for_scale:
-        assert row_scale is not None
-        found.append(_own(row_products + (inner * weighted).sum(1), row_scale.dtype))
+    if for_right is not None:
+        found += _parts(for_right, ranks, 0, A)
+    scaled_inner = inner if inner is None or scales is None else inner * scales
+    if for_b and scaled_inner is not None:
+        found += _parts(scaled_inner * shares, ranks, 1, B)
+    if for_weight and scaled_inner is not None:
+        products = [one.sum() for one in (scaled_inner.double() * left).split(ranks, 1)] if ranks else []
+        found.append(torch.stack(products).to(weight.dtype) if products else torch.zeros_like(weight))
+    if inner is not None and row_products is not None and row_scale is not None:
+        found.append((row_products + (inner * weighted).sum(1)).to(row_scale.dtype))
     return found
+
+
+def _joined(factors: Sequence[Tensor], dim: int, dtype: torch.dtype, gradient: Tensor) -> Tensor:
+    """The factors of all adapters as one: ranks along ``dim``."""
+    if not factors:
+        rows, columns = gradient.shape
+        return gradient.new_empty((rows, 0) if dim else (0, columns), dtype=dtype)
+    wide = [one.to(dtype) for one in factors]
+    return wide[0] if len(wide) == 1 else torch.cat(wide, dim)
+
+
+def _parts(joined: Tensor, ranks: list[int], dim: int, likes: Sequence[Tensor]) -> list[Tensor]:
+    """The adapters' own parts of a fresh tensor, which share no memory."""
+    if len(ranks) == 1:
+        return [joined.to(likes[0].dtype)]
+    return [_own(one, like.dtype) for one, like in zip(joined.split(ranks, dim), likes, strict=True)] if ranks else []
+
+
+def _thin_products(
+    gradient: Tensor, base: Tensor | None, right: Tensor | None, left: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``gradient right^T``, ``left^T gradient`` and the inner products of gradient's and base's rows: of each whose other side is given."""
+    if gradient.dtype == dtype and base is None:
+        return None if right is None else gradient @ right.T, None if left is None else left.T @ gradient, None
+    rows, columns = gradient.shape
+    inner = None if right is None else gradient.new_empty((rows, len(right)), dtype=dtype)
+    for_right = None if left is None else gradient.new_zeros((left.shape[1], columns), dtype=dtype)
+    row_products = None if base is None else gradient.new_zeros(rows, dtype=dtype)
+    for tile in _tiles(gradient):
+        values = gradient[tile].to(dtype)
+        if inner is not None and right is not None:
+            torch.mm(values, right.T, out=inner[tile])
+        if for_right is not None and left is not None:
+            for_right.addmm_(left[tile].T, values)
+        if row_products is not None and base is not None:
+            row_products[tile] = (values * base[tile].to(dtype)).sum(1)
+    return inner, for_right, row_products
 
 
 def _groups(task: Tensor, tasks: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
@@ -80,7 +112,7 @@ def _groups(task: Tensor, tasks: int) -> tuple[Tensor, list[tuple[int, int, int]
     order = torch.argsort(keys, stable=True)
     counts = torch.bincount(keys, minlength=tasks + 1).tolist()
     if len(counts) > tasks + 1:
-        raise ValueError(f"task: expected values below {tasks}, the number of adapters, got {len(counts) - 2}")
+        raise ValueError(f"lowrank_apply: task: expected values below {tasks}, the number of adapters, got {len(counts) - 2}")
     groups, begin = [], counts[0]
     for place, count in enumerate(counts[1:]):
         if count:

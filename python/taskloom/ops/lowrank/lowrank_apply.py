@@ -10,7 +10,6 @@ from torch import Tensor
 
 from taskloom.ops._backends import active_transform, kernel
 from taskloom.ops._checks import check_floating, check_shape
-from taskloom.ops._compile import constant_under_compile
 from taskloom.ops._register import implement_on_cpu, register
 from taskloom.ops.lowrank import _products
 from taskloom.ops.lowrank._factors import Numbers, adapter_weights
@@ -60,26 +59,22 @@ def _check_base(op: str, x: Tensor, B: Tensor, base: Tensor | None, bias: Tensor
             raise TypeError(f"{op}: {name}: expected {x.dtype} as x, got {one.dtype}")
 
 
-def _row_tasks(op: str, task: Tensor, x: Tensor, tasks: int) -> Tensor:
-    """The task of every row of x, checked where looking at values costs nothing."""
+def _row_tasks(op: str, task: Tensor, x: Tensor) -> Tensor:
+    """The task of every row of x."""
     if not isinstance(task, Tensor) or task.dtype not in _INTEGERS:
         raise TypeError(f"{op}: task: expected a tensor of integers, got {task.dtype if isinstance(task, Tensor) else type(task).__name__}")
     leading = x.shape[:-1]
     if task.dim() > len(leading) or task.shape != leading[: task.dim()]:
         raise ValueError(f"{op}: task: expected shape {tuple(leading)} or a first part of it, as x has rows, got {tuple(task.shape)}")
-    spread = task.reshape(task.shape + (1,) * (len(leading) - task.dim())).expand(leading)
-    if _readable(task) and task.numel() and int(task.max()) >= tasks:
+    if task.dim() == len(leading) == 1:
+        return task
+    return task.reshape(task.shape + (1,) * (len(leading) - task.dim())).expand(leading).reshape(-1)
+
+
+def _check_values(op: str, task: Tensor, tasks: int) -> None:
+    """What the kernels look at themselves, for the reference; a transform has no values to look at."""
+    if active_transform() is None and task.numel() and int(task.max()) >= tasks:
         raise ValueError(f"{op}: task: expected values below {tasks}, the number of adapters, got {int(task.max())}")
-    return spread.reshape(-1)
-
-
-@constant_under_compile
-def _outside_transforms() -> bool:
-    return active_transform() is None
-
-
-def _readable(task: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and type(task) is Tensor and task.device.type == "cpu" and _outside_transforms()
 
 
 def lowrank_apply(
@@ -124,7 +119,7 @@ def lowrank_apply(
         If a tensor has another dtype.
     ValueError
         If shapes or counts do not fit, or ``task`` has a value from T on (on a GPU that is a device-side assertion, as in torch's own
-        indexing; in compiled code a RuntimeError).
+        indexing).
 
     Notes
     -----
@@ -141,11 +136,13 @@ def lowrank_apply(
     _check_base(op, x, left, base, bias)
     weights = adapter_weights(op, weight, scale, len(right), x, right, left)
     rows = x.reshape(-1, x.shape[-1])
-    tasks = () if task is None else (_row_tasks(op, task, x, len(right)),)
+    tasks = () if task is None else (_row_tasks(op, task, x),)
     beside = [one for one in (base, bias) if one is not None]
     run = kernel(op, rows, right, left, weights, *tasks, *beside)
     chosen = tasks[0] if tasks else None
     if run is None:
+        if chosen is not None:
+            _check_values(op, chosen, len(right))
         y = reference.lowrank_apply(rows, right, left, weights, chosen, base, bias)
     else:
         start = None

@@ -48,7 +48,8 @@ def lowrank_merge(
     -------
     Tensor
         ``[out, in]``, contiguous, in base's dtype. Products are summed in float32 (float64 where a tensor is float64), adapter after
-        adapter and rank after rank, added to base, scaled and rounded once. The bits do not depend on threads, CPU level or device.
+        adapter and rank after rank by fused multiply-adds, added to base, scaled and rounded once. The bits do not depend on the number of
+        threads or the CPU level.
 
     Raises
     ------
