@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from taskloom.nn.inject import inject, matches
@@ -125,6 +124,8 @@ def save_adapter(
     ValueError
         If no layer has an adapter of that name, or its layers differ in what a PEFT file says once for all.
     """
+    from safetensors.torch import save_file
+
     layers = _layers(model, adapter_name)
     config = _described(model, layers, adapter_name, modules_to_save)
     state = {key: tensor.contiguous().cpu() for key, tensor in adapter_state_dict(model, adapter_name, modules_to_save).items()}
@@ -151,6 +152,9 @@ class _Read:
 
 
 def _read(folder: Path, adapter_name: str) -> _Read:
+    # The modules work where torch alone is installed; only files need more.
+    from safetensors.torch import load_file
+
     for name in (_TENSORS, _CONFIG):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: expected a PEFT adapter, {name} is missing")
