@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import rows_kernel_merge
+import rows_lowrank_apply
+import rows_lowrank_merge
 from harness import Row
 
-ROWS = (*rows_kernel_merge.ROWS,)
+ROWS = (*rows_kernel_merge.ROWS, *rows_lowrank_merge.ROWS, *rows_lowrank_apply.ROWS)
 
 
 @pytest.mark.parametrize(

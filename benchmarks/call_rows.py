@@ -1,4 +1,4 @@
-"""What one call of each op of the masked family costs on tensors of a few entries, and what it is held against."""
+"""What one call of each op costs on tensors of a few entries, and what it is held against."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import call_rows_lowrank
 import taskloom
 from taskloom.ops.lowrank import kernel_linear_backward, kernel_merge_backward
 from taskloom.ops.masked import block_scale_merge_backward
@@ -277,4 +278,7 @@ _BARE = _bare_ops()
 
 def rows() -> list[CallRow]:
     """Every op: the plain ones, then the differentiable ones without and with a gradient that is recorded."""
-    return [*_plain_rows(), *_differentiable_rows(False), *_differentiable_rows(True)]
+    lowrank = [
+        CallRow(op, "", ours, peer, name, call_rows_lowrank.LIMIT, native) for op, ours, peer, name, native in call_rows_lowrank.calls()
+    ]
+    return [*_plain_rows(), *_differentiable_rows(False), *_differentiable_rows(True), *lowrank]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import environment
-from harness import SHAPE, Call, Row, gate, large_copy, measure
+from harness import Call, Row, gate, large_copy, measure, memory
 from spread import spread
 
 LINES = pytest.StashKey[list[tuple[str, ...]]]()
@@ -47,14 +47,16 @@ def run_row(benchmark: Any, copy: Call, surroundings: dict[str, Any], request: p
     """Gate, then measure: no speed is measured of an op that fails its gate."""
 
     def run(row: Row, dtype: torch.dtype) -> None:
-        contest = row.make(SHAPE, dtype)
+        contest = row.make(row.shape, dtype)
         gate(contest)
         kind = str(dtype).removeprefix("torch.")
         benchmark.group = row.name
-        benchmark.extra_info.update(surroundings, op=row.op, use=row.use, dtype=kind, sizes={"shape": SHAPE, **contest.sizes})
+        benchmark.extra_info.update(surroundings, op=row.op, use=row.use, dtype=kind, sizes={"shape": row.shape, **contest.sizes})
         found = measure(contest, benchmark, copy)
         if found:
             benchmark.extra_info.update(found)
+            if row.memory:
+                benchmark.extra_info["peak_allocated_bytes"] = memory(contest)
             request.config.stash.setdefault(LINES, []).append(_line(row, kind, found))
 
     return run

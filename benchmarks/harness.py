@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import taskloom
+from allocated import peak_allocated
 from spread import summary
 
 Call: TypeAlias = Callable[[], Any]
@@ -62,12 +63,17 @@ class Contest:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a family's table: one use of an op. Inputs are made when the row runs, and freed after it."""
+    """A line of a family's table: one use of an op. Inputs are made when the row runs, and freed after it.
+
+    ``memory`` says whether the memory that each call takes at most is measured too.
+    """
 
     op: str
     make: Callable[[Shape, torch.dtype], Contest]
     use: str = ""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    shape: Shape = SHAPE
+    memory: bool = False
 
     @property
     def name(self) -> str:
@@ -119,6 +125,12 @@ def seconds_of(call: Call) -> float:
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
+
+
+def memory(contest: Contest) -> dict[str, int]:
+    """Bytes that the op and each peer take at most beside their inputs, by name."""
+    with taskloom.backend("native"):
+        return {name: peak_allocated(call) for name, call in {"ours": contest.ours, **contest.peers}.items()}
 
 
 def measure(contest: Contest, benchmark: Any, copy: Call) -> dict[str, Any]:

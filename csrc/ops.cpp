@@ -61,4 +61,13 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
       "kernel_linear_backward(Tensor gradient, Tensor x, Tensor A, Tensor B, Tensor coef, Tensor? alpha, Tensor? gamma, Tensor? beta, "
       "Tensor? base, Tensor threshold, Tensor row_stats, str kernel, str gate, bool for_x, bool for_base, bool for_factors) -> (Tensor, "
       "Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("lowrank_merge(Tensor base, Tensor[] A, Tensor[] B, Tensor weight, Tensor? row_scale) -> Tensor");
+  m.def("lowrank_merge_(Tensor(a!) target, Tensor? base, Tensor[] A, Tensor[] B, Tensor weight, Tensor? row_scale) -> ()");
+  m.def(
+      "lowrank_merge_backward(Tensor gradient, Tensor? base, Tensor[] A, Tensor[] B, Tensor weight, Tensor? row_scale, bool[] needed) -> "
+      "Tensor[]");
+  m.def("lowrank_merge_tasks(Tensor base, Tensor A, Tensor B, Tensor weight) -> Tensor");
+  m.def("lowrank_norm(Tensor base, Tensor[] A, Tensor[] B, Tensor weight) -> Tensor");
+  m.def("lowrank_apply(Tensor x, Tensor A, Tensor B, Tensor weight, Tensor? task, Tensor? start) -> Tensor");
+  m.def("lowrank_apply_backward(Tensor gradient, Tensor x, Tensor A, Tensor B, Tensor weight, Tensor? task, bool[] needed) -> Tensor[]");
 }

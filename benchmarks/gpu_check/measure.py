@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+import rows_lowrank
 import rows_mask
 import rows_merge
 import rows_train
@@ -29,7 +30,8 @@ from taskloom.ops._backends import OPS
 # What is aimed at comes first, so that it is there where the time runs out.
 ROWS: tuple[Row, ...] = tuple(
     sorted(
-        (*rows_merge.ROWS, *rows_mask.ROWS, *rows_train.ROWS), key=lambda row: (not row.aim, row.op not in ("masked_adamw_", "masked_sgd_"))
+        (*rows_merge.ROWS, *rows_mask.ROWS, *rows_train.ROWS, *rows_lowrank.ROWS),
+        key=lambda row: (not row.aim, row.op not in ("masked_adamw_", "masked_sgd_")),
     )
 )
 BACKENDS = ("native", "triton")

@@ -4,5 +4,26 @@ from __future__ import annotations
 
 from taskloom.triton_kernels.lowrank.kernel_linear import kernel_linear, kernel_linear_backward
 from taskloom.triton_kernels.lowrank.kernel_merge import kernel_merge, kernel_merge_backward, kernel_quantile
+from taskloom.triton_kernels.lowrank.lowrank_apply import lowrank_apply, lowrank_apply_backward
+from taskloom.triton_kernels.lowrank.lowrank_merge import (
+    lowrank_merge,
+    lowrank_merge_,
+    lowrank_merge_backward,
+    lowrank_merge_tasks,
+    lowrank_norm,
+)
 
-__all__ = ["kernel_linear", "kernel_linear_backward", "kernel_merge", "kernel_merge_backward", "kernel_quantile"]
+__all__ = [
+    "kernel_linear",
+    "kernel_linear_backward",
+    "kernel_merge",
+    "kernel_merge_backward",
+    "kernel_quantile",
+    "lowrank_apply",
+    "lowrank_apply_backward",
+    "lowrank_merge",
+    "lowrank_merge_",
+    "lowrank_merge_backward",
+    "lowrank_merge_tasks",
+    "lowrank_norm",
+]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from taskloom.nn.inject import LayerConfig
 from taskloom.ops import kernel_linear, kernel_merge
 from taskloom.ops.lowrank._kernel_arguments import check_gate, check_kernel, check_sparsity
 
@@ -17,8 +18,8 @@ _INITIAL = {"mixk": (1.0, 1.0, 0.0), "sigmoid": (1.0, 0.0, 1.0), "rbf": (1.0, 0.
 _SCALARS = ("alpha", "gamma", "beta")
 
 
-@dataclass(frozen=True)
-class KernelConfig:
+@dataclass(frozen=True, kw_only=True)
+class KernelConfig(LayerConfig):
     """How layers are given kernel updates.
 
     Attributes
@@ -42,9 +43,7 @@ class KernelConfig:
     learn_coef
         Whether the chunks' weights are trained too. Default False.
     target_modules
-        Names of the layers, or their last parts, that an injection replaces.
-    modules_to_save
-        Names of modules that are trained and saved whole, such as a head.
+        As of :class:`LayerConfig`; default ``("q", "k", "v", "proj", "fc1", "fc2")``, the layers of a vision transformer.
     """
 
     r: int = 32
@@ -56,8 +55,7 @@ class KernelConfig:
     dropout: float = 0.0
     drop_path: float = 0.0
     learn_coef: bool = False
-    target_modules: tuple[str, ...] = ("q", "k", "v", "proj", "fc1", "fc2")
-    modules_to_save: tuple[str, ...] = ()
+    target_modules: str | Sequence[str] = ("q", "k", "v", "proj", "fc1", "fc2")
 
     def __post_init__(self) -> None:
         for name in ("r", "chunks"):
@@ -76,6 +74,14 @@ class KernelConfig:
                 raise ValueError(f"KernelConfig: {name}: expected a probability from 0 to below 1, got {getattr(self, name)}")
         if not (math.isfinite(self.scale) and self.scale):
             raise ValueError(f"KernelConfig: scale: expected a finite number other than 0, got {self.scale}")
+
+    def build(self, linear: nn.Linear) -> KernelLinear:
+        """The layer around ``linear``."""
+        return KernelLinear(linear, self)
+
+    def is_adapted(self, layer: nn.Module) -> bool:
+        """Whether the layer is a :class:`KernelLinear`."""
+        return isinstance(layer, KernelLinear)
 
 
 class KernelLinear(nn.Module):

@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from taskloom.ops._backends import Explanation, backend, explain
-from taskloom.ops.lowrank import kernel_linear, kernel_merge, kernel_quantile, rmm_fit, rmm_linear, rmm_reconstruct
+from taskloom.ops.lowrank import (
+    dora_merge,
+    kernel_linear,
+    kernel_merge,
+    kernel_quantile,
+    lowrank_apply,
+    lowrank_merge,
+    lowrank_merge_,
+    lowrank_merge_tasks,
+    lowrank_norm,
+    lowrank_unmerge_,
+    rmm_fit,
+    rmm_linear,
+    rmm_reconstruct,
+)
 from taskloom.ops.masked import (
     MagnitudeThreshold,
     SparseMergeStatistics,
@@ -35,10 +49,17 @@ __all__ = [
     "SparseMergeStatistics",
     "backend",
     "block_scale_merge",
+    "dora_merge",
     "explain",
     "kernel_linear",
     "kernel_merge",
     "kernel_quantile",
+    "lowrank_apply",
+    "lowrank_merge",
+    "lowrank_merge_",
+    "lowrank_merge_tasks",
+    "lowrank_norm",
+    "lowrank_unmerge_",
     "magnitude_histogram",
     "magnitude_mask",
     "magnitude_threshold",

@@ -81,8 +81,8 @@ def _set_entries(packed: Tensor, numel: int, block: int) -> tuple[Tensor, int]:
     return torch.zeros(1, dtype=torch.int64), int(taskloom.reference.masked.unpack_mask(packed, (numel,)).sum())
 
 
-def modules() -> list[ModuleType]:
-    """The modules of the families' kernels."""
+def kernel_modules() -> list[ModuleType]:
+    """The modules of every family."""
     return [
         importlib.import_module(f"{family.__name__}.{found.name}")
         for family in (masked, lowrank)
@@ -96,7 +96,7 @@ def variants() -> Iterator[Variant]:
     contracts = [contract for path in sorted(OPS.glob("cases_*.py")) for contract in importlib.import_module(path.stem).CONTRACTS]
     cases = [(contract, case) for contract in contracts for case in contract.cases()]
     with ExitStack() as stack:
-        for module in modules():
+        for module in kernel_modules():
             if hasattr(module, "launch"):
                 stack.enter_context(patch.object(module, "launch", launches))
         compress = importlib.import_module(f"{masked.__name__}.masked_compress")

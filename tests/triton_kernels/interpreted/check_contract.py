@@ -40,6 +40,9 @@ SLOW = {
     "mask_count": {"130 of 777, k 40", "64 of 5003, k 20", "sequence"},
     "block_scale_merge_backward": {"two chunks in groups"},
     "weighted_ce_backward": {"several tiles"},
+    "lowrank_merge": {"wide rank", "two pieces"},
+    "lowrank_merge_": {"wide rank", "two pieces"},
+    "lowrank_norm": {"wide rank", "two pieces"},
 }
 # Sums of many products: programs add them up in another order than threads do.
 SUMS = {
@@ -50,6 +53,16 @@ SUMS = {
     "kernel_merge_backward",
     "weighted_ce",
     "weighted_ce_backward",
+}
+# Fused multiply-adds, which the interpreter rounds twice, or torch's own products.
+SUMS |= {
+    "lowrank_apply",
+    "lowrank_apply_backward",
+    "lowrank_norm",
+    "lowrank_merge",
+    "lowrank_merge_",
+    "lowrank_merge_backward",
+    "lowrank_merge_tasks",
 }
 # The same of single results, by place.
 SUM_RESULTS = {("sparse_merge_statistics_out", 3)}

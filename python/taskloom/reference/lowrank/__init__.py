@@ -9,8 +9,15 @@ from taskloom.reference.lowrank.kernel_merge import (
     kernel_merge_backward,
     kernel_quantile,
 )
-from taskloom.reference.lowrank.lowrank_apply import lowrank_apply
-from taskloom.reference.lowrank.lowrank_merge import dora_merge, lowrank_merge, lowrank_merge_tasks
+from taskloom.reference.lowrank.lowrank_apply import lowrank_apply, lowrank_apply_backward
+from taskloom.reference.lowrank.lowrank_merge import (
+    dora_merge,
+    lowrank_merge,
+    lowrank_merge_,
+    lowrank_merge_backward,
+    lowrank_merge_tasks,
+    lowrank_norm,
+)
 from taskloom.reference.lowrank.rmm import rmm_fit, rmm_linear, rmm_reconstruct
 
 __all__ = [
@@ -21,8 +28,12 @@ __all__ = [
     "kernel_merge_backward",
     "kernel_quantile",
     "lowrank_apply",
+    "lowrank_apply_backward",
     "lowrank_merge",
+    "lowrank_merge_",
+    "lowrank_merge_backward",
     "lowrank_merge_tasks",
+    "lowrank_norm",
     "rmm_fit",
     "rmm_linear",
     "rmm_reconstruct",

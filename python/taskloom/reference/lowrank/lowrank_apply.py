@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from taskloom.reference.arithmetic import accumulation_dtype
+
+
+def _shares(rows: int, weight: Tensor, task: Tensor | None, tasks: int) -> Tensor:
+    """The factor of each adapter in each row, [N, T]."""
+    share = weight.expand(rows, -1)
+    if task is None:
+        return share
+    return share * torch.nn.functional.one_hot(task.clamp(min=0).long(), tasks) * (task >= 0)[:, None]
 
 
 def lowrank_apply(
@@ -19,12 +29,27 @@ def lowrank_apply(
     dtype = accumulation_dtype(x, A, B, weight, base, bias)
     rows = x.to(dtype)
     inner = torch.einsum("ni,tri->ntr", rows, A.to(dtype))
-    share = weight.to(dtype).expand(len(x), -1)
-    if task is not None:
-        share = share * torch.nn.functional.one_hot(task.clamp(min=0).long(), len(A)) * (task >= 0)[:, None]
-    y = torch.einsum("ntr,tor,nt->no", inner, B.to(dtype), share)
+    y = torch.einsum("ntr,tor,nt->no", inner, B.to(dtype), _shares(len(x), weight.to(dtype), task, len(A)))
     if base is not None:
         y = y + rows @ base.to(dtype).T
     if bias is not None:
         y = y + bias.to(dtype)
     return y.to(x.dtype)
+
+
+def lowrank_apply_backward(
+    gradient: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: Tensor, task: Tensor | None, needed: Sequence[bool]
+) -> list[Tensor]:
+    """Gradients of x (of the adapters' part), A, B and weight, of each where ``needed`` says so."""
+    dtype = accumulation_dtype(gradient, x, A, B, weight)
+    g, rows, a, b = gradient.to(dtype), x.to(dtype), A.to(dtype), B.to(dtype)
+    share = _shares(len(x), weight.to(dtype), task, len(A))
+    inner, back = torch.einsum("ni,tri->ntr", rows, a), torch.einsum("no,tor->ntr", g, b)
+    products = torch.einsum("ntr,ntr->nt", inner, back) * _shares(len(x), torch.ones_like(weight, dtype=dtype), task, len(A))
+    found = (
+        torch.einsum("ntr,tri,nt->ni", back, a, share).to(x.dtype),
+        torch.einsum("ntr,ni,nt->tri", back, rows, share).to(A.dtype),
+        torch.einsum("ntr,no,nt->tor", inner, g, share).to(B.dtype),
+        products.sum(0).to(weight.dtype),
+    )
+    return [one for one, wanted in zip(found, needed, strict=True) if wanted]

@@ -1,0 +1,116 @@
+"""LoRA and DoRA with PEFT's names of what can be set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+from torch import nn
+
+from taskloom.nn.inject import LayerConfig
+from taskloom.nn.lowrank_linear import LowRankLinear
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig(LayerConfig):
+    """A low-rank adapter for each target: :func:`taskloom.nn.inject` makes :class:`LowRankLinear` of the layers.
+
+    Attributes
+    ----------
+    r
+        Rank. Default 8.
+    lora_alpha
+        The product is scaled by ``lora_alpha / r``, or by ``lora_alpha / sqrt(r)`` with ``use_rslora``. Default 8.
+    lora_dropout
+        Probability that an entry of the adapter's input is dropped in training. Default 0.
+    use_rslora, use_dora
+        Rank-stabilised scaling (arXiv 2312.03732); rows scaled to learned norms (arXiv 2402.09353). Default False.
+    rank_pattern, alpha_pattern
+        Other ranks and alphas for some layers: a regular expression for the end of the path, and a number. Default: none.
+    adapter_name
+        Default ``"default"``.
+
+    Raises
+    ------
+    ValueError
+        If a rank is below 1, or the dropout is outside [0, 1).
+    """
+
+    r: int = 8
+    lora_alpha: float = 8.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    adapter_name: str = "default"
+
+    def __post_init__(self) -> None:
+        for name, rank in (("r", self.r), *((f"rank_pattern[{key!r}]", value) for key, value in self.rank_pattern.items())):
+            if rank < 1:
+                raise ValueError(f"{name}: expected a rank of at least 1, got {rank}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout: expected a probability below 1, got {self.lora_dropout}")
+
+    def for_module(self, path: str) -> Self:
+        """The configuration with the rank and the alpha that the patterns give the layer at a path."""
+        rank, alpha = pattern_value(self.rank_pattern, path, self.r), pattern_value(self.alpha_pattern, path, self.lora_alpha)
+        return replace(self, r=int(rank), lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+    def build(self, linear: nn.Linear) -> LowRankLinear:
+        """The layer with one adapter."""
+        layer = LowRankLinear(linear)
+        self.extend(layer)
+        return layer
+
+    def extend(self, layer: nn.Module) -> bool:
+        """Give an adapted layer one more adapter."""
+        if not isinstance(layer, LowRankLinear):
+            return False
+        layer.add_adapter(
+            self.adapter_name, self.r, self.lora_alpha, dropout=self.lora_dropout, use_rslora=self.use_rslora, use_dora=self.use_dora
+        )
+        return True
+
+    def is_adapted(self, layer: nn.Module) -> bool:
+        """Whether the layer is a :class:`LowRankLinear`."""
+        return isinstance(layer, LowRankLinear)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], adapter_name: str = "default") -> LowRankConfig:
+        """The configuration that ``adapter_config.json`` holds.
+
+        Raises
+        ------
+        TypeError
+            If it is another kind of adapter than LoRA.
+        ValueError
+            If it asks for what a :class:`LowRankLinear` does not have: trained biases, a bias of the adapter, ``fan_in_fan_out``,
+            parameters that are no module, tokens to train, or some layers by number.
+        """
+        if config.get("peft_type", "LORA") != "LORA":
+            raise TypeError(f"peft_type: expected LORA, got {config['peft_type']}")
+        if config.get("bias", "none") != "none":
+            raise ValueError(f"bias: expected 'none', got {config['bias']!r}")
+        for name in ("lora_bias", "fan_in_fan_out", "target_parameters", "layers_to_transform", "trainable_token_indices"):
+            if config.get(name):
+                raise ValueError(f"{name}: {config[name]!r} is not supported")
+        target = config.get("target_modules")
+        if not target:
+            raise ValueError("target_modules: expected names or a pattern, got none")
+        listed = ("exclude_modules", "modules_to_save")
+        return cls(
+            target_modules=target,
+            **{name: config[name] for name in listed if config.get(name)},
+            **{name: config[name] for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora") if name in config},
+            rank_pattern=config.get("rank_pattern") or {},
+            alpha_pattern=config.get("alpha_pattern") or {},
+            adapter_name=adapter_name,
+        )
+
+
+def pattern_value(patterns: Mapping[str, float], path: str, default: float) -> float:
+    """The value of the first pattern that matches the end of a path, as PEFT finds it."""
+    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", path)), default)
