@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import rows_kernel_merge
+import rows_rmm
 from harness import Row
 
-ROWS = (*rows_kernel_merge.ROWS,)
+ROWS = (*rows_kernel_merge.ROWS, *rows_rmm.ROWS)
 
 
 @pytest.mark.parametrize(

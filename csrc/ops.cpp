@@ -61,4 +61,9 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
       "kernel_linear_backward(Tensor gradient, Tensor x, Tensor A, Tensor B, Tensor coef, Tensor? alpha, Tensor? gamma, Tensor? beta, "
       "Tensor? base, Tensor threshold, Tensor row_stats, str kernel, str gate, bool for_x, bool for_base, bool for_factors) -> (Tensor, "
       "Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("rmm_fit(Tensor vectors, int rank, bool center) -> (Tensor, Tensor, Tensor)");
+  m.def("rmm_reconstruct(Tensor mean, Tensor basis, Tensor coefficients) -> Tensor");
+  m.def(
+      "rmm_linear(Tensor x, Tensor task, Tensor mean_a, Tensor basis_a, Tensor coef_a, Tensor mean_b, Tensor basis_b, Tensor coef_b) -> "
+      "Tensor");
 }

@@ -10,6 +10,13 @@ import torch
 from taskloom.ops._backends import Transforms, register_op
 from taskloom.ops._triton import define_twin
 
+_library = torch.library.Library("taskloom", "IMPL")
+
+
+def implement_on_cpu(name: str, function: Callable[..., Any]) -> None:
+    """Make a composition of torch's own kernels the native CPU kernel of an op; before :func:`register`."""
+    _library.impl(name, function, "CPU")
+
 
 def _refuse_backward(name: str) -> Callable[..., NoReturn]:
     def backward(ctx: Any, *gradients: Any) -> NoReturn:

@@ -43,6 +43,8 @@ SLOW = {
 }
 # Sums of many products: programs add them up in another order than threads do.
 SUMS = {
+    "rmm_fit",
+    "rmm_linear",
     "block_scale_merge_backward",
     "kernel_linear",
     "kernel_linear_backward",
