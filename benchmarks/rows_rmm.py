@@ -26,7 +26,7 @@ def _by_svd(vectors: Tensor) -> Tensor:
     mean = wide.mean(1, keepdim=True)
     left, values, right = torch.linalg.svd(wide - mean, full_matrices=False)
     restored: Tensor = mean + (left[:, :, :DIRECTIONS] * values[:, None, :DIRECTIONS]) @ right[:, :DIRECTIONS]
-    return restored
+    return restored.float()
 
 
 def _fit(shape: Shape, dtype: torch.dtype) -> Contest:
@@ -35,9 +35,8 @@ def _fit(shape: Shape, dtype: torch.dtype) -> Contest:
 
     def restored(fitted: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         mean, basis, coefficients = (part.double() for part in fitted)
-        return mean[:, None] + coefficients.transpose(0, 1) @ basis
+        return (mean[:, None] + coefficients.transpose(0, 1) @ basis).float()
 
-    # The gate compares values of the ops' own dtype; the peer's are those before rounding.
     ours = partial(taskloom.rmm_fit, vectors, DIRECTIONS)
     return Contest(ours, moved, {"batched svd": partial(_by_svd, vectors)}, shared=restored, sizes=SIZES | {"positions": vectors.shape[1]})
 

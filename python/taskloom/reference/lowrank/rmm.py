@@ -28,9 +28,10 @@ def rmm_fit(vectors: Tensor, rank: int, center: bool = True) -> tuple[Tensor, Te
 
 
 def rounding_floor(wide: Tensor, dtype: torch.dtype) -> Tensor:
-    """What rounding leaves of a direction [P, 1] of vectors [P, n, r] at most: that of float64, or what their own ``dtype`` brings along."""
+    """What rounding leaves of a direction [P, 1] of vectors [P, n, r]: that of float64, or what their own ``dtype`` brings along."""
     computed = torch.finfo(torch.float64).eps * max(wide.shape[1:])
-    return torch.linalg.vector_norm(wide, dim=(1, 2))[:, None] * max(computed, torch.finfo(dtype).eps)
+    length: Tensor = torch.linalg.vector_norm(wide, dim=(1, 2))
+    return length[:, None] * max(computed, torch.finfo(dtype).eps)
 
 
 def rmm_reconstruct(mean: Tensor, basis: Tensor, coefficients: Tensor) -> Tensor:
