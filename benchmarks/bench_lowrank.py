@@ -13,9 +13,10 @@ import torch
 import rows_kernel_merge
 import rows_lowrank_apply
 import rows_lowrank_merge
+import rows_rmm
 from harness import Row
 
-ROWS = (*rows_kernel_merge.ROWS, *rows_lowrank_merge.ROWS, *rows_lowrank_apply.ROWS)
+ROWS = (*rows_kernel_merge.ROWS, *rows_lowrank_merge.ROWS, *rows_lowrank_apply.ROWS, *rows_rmm.ROWS)
 
 
 @pytest.mark.parametrize(

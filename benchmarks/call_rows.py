@@ -75,6 +75,9 @@ def _bare_ops() -> dict[str, Any]:
     def two(first: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         return torch.empty_like(first), torch.empty_like(first)
 
+    def three(first: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(first), torch.empty_like(first), torch.empty_like(first)
+
     def four(first: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return torch.empty_like(first), torch.empty_like(first), torch.empty_like(first), torch.empty_like(first)
 
@@ -100,6 +103,9 @@ def _bare_ops() -> dict[str, Any]:
         "sparse_merge": one,
         "weighted_ce": four,
         "weighted_ce_backward": two,
+        "rmm_fit": three,
+        "rmm_reconstruct": one,
+        "rmm_linear": one,
     }
     return {name: _bare_op(name, kernel) for name, kernel in kernels.items()}
 
@@ -249,6 +255,19 @@ def _differentiable_rows(tracked: bool) -> list[CallRow]:
             row("weighted_ce", lambda: taskloom.weighted_ce(hidden, head, targets, weights), hidden, head, targets, weights), native=None
         ),
         row("weighted_ce_backward", lambda: weighted_ce_backward(*slope), *slope, True, True),
+        *_rmm_rows(row, tracked),
+    ]
+
+
+def _rmm_rows(row: Callable[..., CallRow], tracked: bool) -> list[CallRow]:
+    vectors = torch.randn(3, 2, 2, requires_grad=tracked)
+    mean, basis, coefficients = torch.randn(2, 2), torch.randn(2, 1, 2), torch.randn(3, 2, 1)
+    x, task, parts = torch.randn(2, 2, requires_grad=tracked), torch.tensor([0, 2]), (mean, basis, coefficients)
+    own = (mean.clone().requires_grad_(tracked), basis, coefficients[0])
+    return [
+        row("rmm_fit", lambda: taskloom.rmm_fit(vectors, 1), vectors, 1, True),
+        row("rmm_reconstruct", lambda: taskloom.rmm_reconstruct(*own), *own),
+        row("rmm_linear", lambda: taskloom.rmm_linear(x, task, *parts, *parts), x, task, *parts, *parts),
     ]
 
 

@@ -70,4 +70,9 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
   m.def("lowrank_norm(Tensor base, Tensor[] A, Tensor[] B, Tensor weight) -> Tensor");
   m.def("lowrank_apply(Tensor x, Tensor A, Tensor B, Tensor weight, Tensor? task, Tensor? start) -> Tensor");
   m.def("lowrank_apply_backward(Tensor gradient, Tensor x, Tensor A, Tensor B, Tensor weight, Tensor? task, bool[] needed) -> Tensor[]");
+  m.def("rmm_fit(Tensor vectors, int rank, bool center) -> (Tensor, Tensor, Tensor)");
+  m.def("rmm_reconstruct(Tensor mean, Tensor basis, Tensor coefficients) -> Tensor");
+  m.def(
+      "rmm_linear(Tensor x, Tensor task, Tensor mean_a, Tensor basis_a, Tensor coef_a, Tensor mean_b, Tensor basis_b, Tensor coef_b) -> "
+      "Tensor");
 }

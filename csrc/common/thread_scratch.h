@@ -6,7 +6,7 @@
 namespace taskloom {
 
 // Buffers that a thread may hold at the same time.
-enum class ScratchUse : int { stages, output, magnitudes, sorted_copy, logits, weight, count };
+enum class ScratchUse : int { stages, output, magnitudes, sorted_copy, logits, weight, positions, count };
 
 // What is above this is given back after each use: it must not stay with every thread that once met a long row.
 constexpr int64_t most_kept_scratch = 16 << 20;

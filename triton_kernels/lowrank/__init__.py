@@ -12,6 +12,9 @@ from taskloom.triton_kernels.lowrank.lowrank_merge import (
     lowrank_merge_tasks,
     lowrank_norm,
 )
+from taskloom.triton_kernels.lowrank.rmm_fit import rmm_fit
+from taskloom.triton_kernels.lowrank.rmm_linear import rmm_linear
+from taskloom.triton_kernels.lowrank.rmm_reconstruct import rmm_reconstruct
 
 __all__ = [
     "kernel_linear",
@@ -26,4 +29,7 @@ __all__ = [
     "lowrank_merge_backward",
     "lowrank_merge_tasks",
     "lowrank_norm",
+    "rmm_fit",
+    "rmm_linear",
+    "rmm_reconstruct",
 ]

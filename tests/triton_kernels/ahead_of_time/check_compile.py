@@ -18,7 +18,7 @@ VARIANTS = list(variants())
 SHARED_BYTES = 48 * 1024
 # Kernels of products and exponentials: they contract, and decide nothing. Tiles of products ask for more shared memory, which every GPU
 # from 8.0 on has.
-CONTRACTING = {"see_products_kernel", "see_logits_kernel", "slopes_kernel"}
+CONTRACTING = {"rmm_down_kernel", "rmm_up_kernel", "see_products_kernel", "see_logits_kernel", "slopes_kernel"}
 CONTRACTING |= {"lowrank_apply_kernel", "lowrank_merge_kernel", "lowrank_norm_kernel"}
 MORE_SHARED_BYTES = {"see_products_kernel": 99 * 1024}
 # A 64-bit division is a call, around which a register or two may be saved; spills in a loop would be more.

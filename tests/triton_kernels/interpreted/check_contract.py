@@ -46,6 +46,8 @@ SLOW = {
 }
 # Sums of many products: programs add them up in another order than threads do.
 SUMS = {
+    "rmm_fit",
+    "rmm_linear",
     "block_scale_merge_backward",
     "kernel_linear",
     "kernel_linear_backward",
@@ -56,6 +58,7 @@ SUMS = {
 }
 # Fused multiply-adds, which the interpreter rounds twice, or torch's own products.
 SUMS |= {
+}
     "lowrank_apply",
     "lowrank_apply_backward",
     "lowrank_norm",

@@ -8,7 +8,9 @@ from taskloom.ops.lowrank.kernel_merge import kernel_merge, kernel_merge_backwar
 from taskloom.ops.lowrank.lowrank_apply import lowrank_apply, lowrank_apply_backward
 from taskloom.ops.lowrank.lowrank_merge import lowrank_merge, lowrank_merge_, lowrank_merge_backward, lowrank_unmerge_
 from taskloom.ops.lowrank.lowrank_merge_tasks import lowrank_merge_tasks
-from taskloom.reference.lowrank import rmm_fit, rmm_linear, rmm_reconstruct
+from taskloom.ops.lowrank.rmm_fit import rmm_fit
+from taskloom.ops.lowrank.rmm_linear import rmm_linear
+from taskloom.ops.lowrank.rmm_reconstruct import rmm_reconstruct
 
 __all__ = [
     "dora_merge",

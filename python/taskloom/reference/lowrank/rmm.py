@@ -12,20 +12,26 @@ def rmm_fit(vectors: Tensor, rank: int, center: bool = True) -> tuple[Tensor, Te
     """Mean [P, r], basis [P, p, r] and coefficients [n, P, p] of ``vectors`` [n, P, r], at each position alone; p is ``rank``.
 
     The basis holds the top left singular vectors of the centred vectors, each with its entry of largest magnitude positive; a direction
-    in which they differ by no more than rounding is 0.
+    in which they differ by no more than rounding is 0. Everything is computed in float64.
     """
-    dtype = accumulation_dtype(vectors)
-    wide = vectors.to(dtype).transpose(0, 1)
+    wide = vectors.double().transpose(0, 1)
     mean = wide.mean(1) if center else wide.new_zeros(wide.shape[0], wide.shape[2])
     centred = wide - mean[:, None]
     _, values, directions = torch.linalg.svd(centred, full_matrices=False)
     kept = directions[:, :rank]
     largest = kept.gather(2, kept.abs().argmax(2, keepdim=True))
     # What rounding leaves of vectors that are equal is no direction.
-    floor = torch.linalg.vector_norm(wide, dim=(1, 2))[:, None] * torch.finfo(dtype).eps * max(centred.shape[1:])
-    basis = torch.where((values[:, :rank] > floor)[:, :, None], kept * largest.sign(), 0)
-    coefficients = centred @ basis.mT
-    return mean.to(vectors.dtype), basis.to(vectors.dtype), coefficients.transpose(0, 1).contiguous().to(vectors.dtype)
+    floor = rounding_floor(wide, accumulation_dtype(vectors))
+    basis = torch.where((values[:, :rank] > floor)[:, :, None], kept * largest.sign(), 0).contiguous()
+    coefficients = (centred @ basis.mT).transpose(0, 1).contiguous()
+    return mean.to(vectors.dtype), basis.to(vectors.dtype), coefficients.to(vectors.dtype)
+
+
+def rounding_floor(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """What rounding leaves of a direction [P, 1] of vectors [P, n, r]: that of float64, or what their own ``dtype`` brings along."""
+    computed = torch.finfo(torch.float64).eps * max(wide.shape[1:])
+    length: Tensor = torch.linalg.vector_norm(wide, dim=(1, 2))
+    return length[:, None] * max(computed, torch.finfo(dtype).eps)
 
 
 def rmm_reconstruct(mean: Tensor, basis: Tensor, coefficients: Tensor) -> Tensor:
@@ -51,11 +57,18 @@ def rmm_linear(
     coef_b [n, d, p].
     """
     dtype = accumulation_dtype(x, mean_a, basis_a, coef_a, mean_b, basis_b, coef_b)
-    rows, chosen = x.to(dtype), task.long()
-    inner = rows @ mean_b.to(dtype)
-    for k in range(basis_b.shape[1]):
-        inner = inner + (rows * coef_b.to(dtype)[chosen, :, k]) @ basis_b.to(dtype)[:, k]
+    chosen = task.long()
+    inner = rmm_inner(x, chosen, mean_b, basis_b, coef_b, dtype)
     y = inner @ mean_a.to(dtype).T
     for k in range(basis_a.shape[1]):
-        y = y + (inner @ basis_a.to(dtype)[:, k].T) * coef_a.to(dtype)[chosen, :, k]
+        y = y + (inner @ basis_a[:, k].to(dtype).T) * coef_a[chosen, :, k].to(dtype)
     return y.to(x.dtype)
+
+
+def rmm_inner(x: Tensor, task: Tensor, mean: Tensor, basis: Tensor, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
+    """X V_t per row with its task's vectors V_t [P, r]: [N, r] in ``dtype`` of x [N, P]."""
+    rows = x.to(dtype)
+    inner = rows @ mean.to(dtype)
+    for k in range(basis.shape[1]):
+        inner = inner + (rows * coefficients[task, :, k].to(dtype)) @ basis[:, k].to(dtype)
+    return inner
