@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,17 @@ from taskloom.methods.sparsity.snella.model import inject_kernel_lora, kernel_la
 from taskloom.ops import kernel_merge
 
 Target = tuple[str, int, float]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices of this size only lose by threads, and the same sums on every machine need one number of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _svd_bound(target: Tensor, rank: int) -> float:
@@ -47,6 +59,7 @@ def _fit(target: Tensor, kernel: str, config: Mapping[str, Any], generator: torc
         return float(error())
 
 
+@_one_thread()
 def _measure_fit(trial: Trial) -> Values:
     config = trial.config
     targets: Sequence[Target] = [(f"{name} {size}", size, share) for name, size, share in config["targets"]]
@@ -142,6 +155,7 @@ def _tuned(task: _Task, adapter: KernelLoraConfig, trial: Trial, done: Callable[
     return model
 
 
+@_one_thread()
 def _measure_allocation(trial: Trial) -> Values:
     config = trial.config
     task = _Task(config, trial.generator(), trial.device)
