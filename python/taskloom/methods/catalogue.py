@@ -83,6 +83,17 @@ _add(
     )
 )
 
+_add(
+    Method(
+        name="snella",
+        wing="sparsity",
+        title="Kernelized sparse fine-tuning (SNELL, SNELLA)",
+        paper="Kernelized Sparse Fine-Tuning with Bi-level Parameter Competition for Vision Models, 2025, arXiv 2510.24037",
+        family="lowrank",
+        claim="Kernels of thin factors fit what no product of their rank can; layers that compete for non-zero entries do better.",
+    )
+)
+
 
 def find_method(name: str) -> Method:
     """The method of a name.

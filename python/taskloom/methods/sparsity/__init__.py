@@ -1,0 +1,1 @@
+"""Methods that train a sparse part of a network."""
