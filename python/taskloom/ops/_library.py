@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.resources
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from taskloom import _native
 from taskloom.ops._compile import constant_under_compile
+
+_native: Any = importlib.import_module("taskloom._native")
 
 CPU_LIBRARY = "libtaskloom_cpu.so"
 CUDA_LIBRARY = "libtaskloom_cuda.so"
