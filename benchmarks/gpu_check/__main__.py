@@ -94,12 +94,19 @@ class Check:
             self.outputs.note("no file under tests has a test that is marked gpu")
             return "failed"
         large = [path for path in files if path.endswith("_large.py")]
+        # What lacks a package to be imported must not take the others with it.
+        merges = [path for path in files if "/merge/" in path]
         # Compiling Triton's kernels takes most of the time, and cores can share it; large tensors need the memory for themselves.
         spread = ["-n", str(_WORKERS)] if importlib.util.find_spec("xdist") and not self.rehearsal else []
         clock, output, statuses = Clock(seconds), "", []
-        for given in ([*spread, *(path for path in files if path not in large)], large):
-            command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfEs", "-p", "no:cacheprovider", *given]
-            ended = run(command, clock.left(), self.environment(), ROOT)
+        first = [path for path in files if path not in large and path not in merges]
+        for given, share in (([*spread, *first], 0.7), (merges, 0.6), (large, 1.0)):
+            if len(given) == len(spread) * (given[:1] == ["-n"]):
+                continue
+            options = ["-m", "gpu", "-q", "-rfEs", "--continue-on-collection-errors", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+            # Products of torch's are deterministic with a fixed workspace alone, and a test may ask for that.
+            environment = self.environment(CUBLAS_WORKSPACE_CONFIG=":4096:8")
+            ended = run([sys.executable, "-m", "pytest", *options, *given], share * clock.left(), environment, ROOT)
             output += ended.output
             statuses.append(_status(ended.status))
             self.outputs.write(TESTS, output)

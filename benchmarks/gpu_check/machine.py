@@ -48,7 +48,15 @@ class Tools:
             "sanitizer": "compute-sanitizer is missing: memory errors are not looked for",
             "pybind11": "pybind11 is missing: the ops are built, taskloom._native (checkpoint merges, doctor) is not",
         }
-        return [text for name, text in means.items() if getattr(self, name) is None]
+        packages = {
+            "pytest": "no test is run",
+            "hypothesis": "tests that use it are not run",
+            **dict.fromkeys(
+                ("click", "pydantic", "rich", "safetensors", "xxhash", "yaml"), "merges of checkpoints, and their tests, are not run"
+            ),
+        }
+        lacking = [f"{name} is missing: {meaning}" for name, meaning in packages.items() if importlib.util.find_spec(name) is None]
+        return [*(text for name, text in means.items() if getattr(self, name) is None), *lacking]
 
 
 def _found(name: str, module: str | None = None, attribute: str = "") -> str | None:

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "common/checks.h"
+#include "common/cuda_launch.h"
 #include "common/dtype.h"
 #ifdef TASKLOOM_CUDA_EMULATED
 #include "common/convert.h"
@@ -25,6 +26,7 @@ struct DeviceValues {
 };
 
 inline DeviceValues device_values(const Tensor& contiguous, const char* name) {
+  check_on_device(contiguous);
   void* const data = const_cast<void*>(contiguous.const_data_ptr());
   return {data, dtype_of(contiguous, name), (reinterpret_cast<uintptr_t>(data) & 15) == 0};
 }

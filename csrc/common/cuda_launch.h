@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -40,9 +41,29 @@ constexpr int64_t resident_blocks = 8;
 inline __device__ int64_t grid_index() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 inline __device__ int64_t grid_stride() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
+// Raises where a call of the CUDA runtime failed. The runtime is linked in statically, so nobody else clears its last error: it would be
+// taken for that of the next launch.
+inline void check_cuda(cudaError_t error) {
+#ifdef TASKLOOM_CUDA_EMULATED
+  static_cast<void>(error);
+#else
+  if (error != cudaSuccess) STD_CUDA_CHECK(cudaGetLastError());
+  STD_CUDA_CHECK(error);
+#endif
+}
+
+// A pointer of the host's would end the device's context, where an error can be raised.
+inline void check_on_device(const torch::stable::Tensor& tensor) {
+#ifdef TASKLOOM_CUDA_EMULATED
+  static_cast<void>(tensor);
+#else
+  STD_TORCH_CHECK(tensor.is_cuda(), "expected all tensors on one CUDA device, got one that is on another kind of device");
+#endif
+}
+
 inline int64_t multiprocessor_count(const torch::stable::Tensor& where) {
   int multiprocessors = 1;
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, where.get_device_index());
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, where.get_device_index()));
   return multiprocessors;
 }
 
@@ -89,7 +110,7 @@ inline void clear(const torch::stable::Tensor& tensor) {
   cudaMemsetAsync(tensor.mutable_data_ptr(), 0, bytes, nullptr);
 #else
   const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
-  STD_CUDA_CHECK(cudaMemsetAsync(tensor.mutable_data_ptr(), 0, bytes, current_cuda_stream(tensor.get_device_index())));
+  check_cuda(cudaMemsetAsync(tensor.mutable_data_ptr(), 0, bytes, current_cuda_stream(tensor.get_device_index())));
 #endif
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/checks.h"
+#include "common/cuda_launch.h"
 
 namespace taskloom {
 
@@ -16,6 +17,7 @@ struct DeviceMask {
 };
 
 inline DeviceMask device_mask(const Tensor& contiguous) {
+  check_on_device(contiguous);
   const auto* const data = static_cast<const uint8_t*>(contiguous.const_data_ptr());
   return {data, contiguous.scalar_type() == ScalarType::Byte, (reinterpret_cast<uintptr_t>(data) & 7) == 0};
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -215,6 +216,35 @@ def test_memory_that_runs_out_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     paths = save_models(tmp_path, (torch.float32,) * 3)
     monkeypatch.setattr(executor, "merge_tensors", _Fault(torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 0))
     with pytest.raises(MergeError, match=r"^device cpu: ran out of memory at tensor 'head': CUDA out of memory\. Tried$"):
+        merge_checkpoints(recipe_of(paths, "ties", OPTIONS), tmp_path / "out", device="cuda")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("reason", ["CUDA error: an illegal memory access was encountered", "Triton Error [CUDA]: out of memory"])
+def test_a_device_that_fails_is_named_and_its_second_failure_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    use_host_as_device(monkeypatch)
+    from taskloom.merge.device import executor
+    from taskloom.merge.device.accelerator import HostAccelerator
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: it is still broken")
+
+    paths = save_models(tmp_path, (torch.float32,) * 3)
+    monkeypatch.setattr(executor, "merge_tensors", _Fault(RuntimeError(f"{reason}\nmore"), 0))
+    monkeypatch.setattr(HostAccelerator, "synchronize", fail)
+    message = rf"^device cpu: failed at tensor 'head' or shortly before: {re.escape(reason)}$"
+    with pytest.raises(MergeError, match=message):
+        merge_checkpoints(recipe_of(paths, "ties", OPTIONS), tmp_path / "out", device="cuda")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_defect_of_ours_is_no_failure_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_host_as_device(monkeypatch)
+    from taskloom.merge.device import executor
+
+    paths = save_models(tmp_path, (torch.float32,) * 3)
+    monkeypatch.setattr(executor, "merge_tensors", _Fault(RuntimeError("a shape does not fit"), 0))
+    with pytest.raises(RuntimeError, match=r"^a shape does not fit$"):
         merge_checkpoints(recipe_of(paths, "ties", OPTIONS), tmp_path / "out", device="cuda")
     assert not list(tmp_path.glob("out*"))
 

@@ -195,6 +195,7 @@ def _run(*arguments: str | Path) -> Result:
     [
         (("--device", "gpu"), "device: expected cpu, cuda or cuda:N, got 'gpu'"),
         (("--device", "cuda:x"), "device: expected cpu, cuda or cuda:N, got 'cuda:x'"),
+        (("--device", "cuda:01"), "device: expected cpu, cuda or cuda:N, got 'cuda:01'"),
         (("--max-vram", "1GB"), "max_vram: has no meaning without a device"),
         (("--device", "cpu", "--max-vram", "1GB"), "max_vram: has no meaning without a device"),
         (("--device", "cuda", "--max-ram", "1GB"), "max_ram: cannot be kept to on device cuda"),
@@ -231,7 +232,8 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     assert choice.device_obstacle("cuda") == expected
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert choice.device_obstacle("cuda:2") == "torch sees 2 GPUs, cuda:0 to cuda:1"
+    for beyond in ("cuda:2", "cuda:256", "cuda:9999"):
+        assert choice.device_obstacle(beyond) == "torch sees 2 GPUs, cuda:0 to cuda:1"
     with pytest.raises(MergeError, match=r"^device cuda:2: torch sees 2 GPUs, cuda:0 to cuda:1$"):
         choice.open_device("cuda:2")
 

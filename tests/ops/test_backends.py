@@ -293,3 +293,26 @@ def test_force_cpu_level() -> None:
     assert _library.cpu_level() == _native.build_info()["levels"][0]
     _library.force_cpu_level("")
     assert _library.cpu_level() == _native.detected_cpu_level()
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "served"),
+    [
+        ((9, 0), ["80", "90"], True),
+        ((7, 5), ["80", "90"], False),
+        ((8, 6), ["80", "90"], True),
+        ((12, 0), ["80", "90"], True),
+        ((12, 0), ["90-real"], False),
+        ((8, 0), ["90-real"], False),
+        ((8, 9), ["80-real", "86-real"], True),
+        ((10, 0), ["90-virtual"], True),
+        ((9, 0), ["90a"], True),
+        ((10, 0), ["90a"], False),
+        ((10, 3), ["100a"], False),
+    ],
+)
+def test_the_cuda_library_serves_gpus_that_it_has_code_for(capability: tuple[int, int], architectures: list[str], served: bool) -> None:
+    obstacle = _library.architecture_obstacle(capability, architectures)
+    assert (obstacle is None) == served
+    if obstacle is not None:
+        assert f"this GPU has {capability[0]}.{capability[1]}" in obstacle

@@ -66,6 +66,15 @@ def test_a_build_without_nvcc_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "nvcc was not found" in state.reason
 
 
+def test_a_library_of_a_later_cuda_than_torchs_is_not_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(_library, "find_library", lambda name: tmp_path / name)
+    monkeypatch.setattr(_library._native, "build_info", lambda: {"cuda_compiler": "nvcc 13.0.88"})
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    state = _library._load_cuda()
+    assert not state.loaded
+    assert state.reason == "it was built with CUDA 13, and torch is for CUDA 12.8"
+
+
 def test_a_library_that_does_not_load_is_no_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / _library.CUDA_LIBRARY
     broken.write_bytes(b"not a library")

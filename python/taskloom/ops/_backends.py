@@ -14,7 +14,7 @@ from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
 from taskloom.ops._compile import constant_under_compile
-from taskloom.ops._library import CUDA, native_devices
+from taskloom.ops._library import CUDA, cuda_obstacle, native_devices
 from taskloom.ops._triton import triton_obstacle
 
 Backend = Literal["native", "triton", "reference"]
@@ -136,7 +136,7 @@ def _obstacle(op: Op, candidate: Backend, device: torch.device) -> str | None:
         return triton_obstacle(str(device))
     kind = device.type
     if kind in op.native or kind == "meta":
-        return None
+        return cuda_obstacle(str(device)) if kind == "cuda" else None
     if kind == "cuda" and not CUDA.loaded:
         return f"the CUDA library is not loaded: {CUDA.reason}"
     return f"no native kernel for {kind} tensors"

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.resources
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from taskloom.ops._compile import constant_under_compile
+
+_native: Any = importlib.import_module("taskloom._native")
 
 CPU_LIBRARY = "libtaskloom_cpu.so"
 CUDA_LIBRARY = "libtaskloom_cuda.so"
@@ -45,6 +53,10 @@ def _load_cuda() -> CudaState:
         return CudaState(False, "this build has no CUDA library: nvcc was not found when it was built")
     if torch.version.cuda is None:
         return CudaState(False, "torch is a CPU-only build")
+    built = re.search(r"\d+", str(_native.build_info()["cuda_compiler"]))
+    # Our CUDA runtime is linked in; one of a later major version asks for a later driver than this torch does.
+    if built is not None and int(built.group()) > int(torch.version.cuda.partition(".")[0]):
+        return CudaState(False, f"it was built with CUDA {built.group()}, and torch is for CUDA {torch.version.cuda}")
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -54,6 +66,34 @@ def _load_cuda() -> CudaState:
 
 _load_cpu()
 CUDA = _load_cuda()
+
+
+def architecture_obstacle(capability: tuple[int, int], architectures: Sequence[str]) -> str | None:
+    """Why a library built for ``architectures`` (as ``"80"``, ``"90-real"``, ``"90a"``) has no code for a GPU; None where it has.
+
+    Code for a capability runs on later ones of the same major version; where PTX was kept too, on every later one.
+    """
+    major, minor = capability
+    for name in architectures:
+        parts = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", name)
+        if parts is None:
+            continue
+        own = divmod(int(parts[1]), 10)
+        binary, portable = parts[3] != "-virtual", parts[3] != "-real" and not parts[2]
+        if binary and own[0] == major and (own == capability if parts[2] else own[1] <= minor):
+            return None
+        if portable and own <= capability:
+            return None
+    return f"it was built for compute capability {', '.join(architectures)}, and this GPU has {major}.{minor}"
+
+
+@constant_under_compile
+def cuda_obstacle(device: str) -> str | None:
+    """Why the loaded CUDA library cannot serve a device such as ``"cuda:1"``; None where it can."""
+    index = torch.device(device).index or 0
+    if index >= torch.cuda.device_count():
+        return None
+    return architecture_obstacle(torch.cuda.get_device_capability(index), _native.build_info()["cuda_architectures"])
 
 
 def native_devices(op: str) -> frozenset[str]:

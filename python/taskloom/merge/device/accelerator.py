@@ -14,6 +14,12 @@ Lane = Literal["read", "merge", "write"]
 LANES: tuple[Lane, ...] = ("read", "merge", "write")
 
 
+def of_a_device(error: RuntimeError) -> bool:
+    """Whether a device or its driver failed, and not a call of ours: torch's errors of CUDA, and Triton's."""
+    kind = getattr(torch, "AcceleratorError", None)
+    return (kind is not None and isinstance(error, kind)) or str(error).startswith(("CUDA error", "CUDA driver error", "Triton Error"))
+
+
 class Mark(Protocol):
     """A place in a lane's work."""
 
@@ -155,5 +161,7 @@ class CudaAccelerator(Accelerator):
         torch.cuda.synchronize(self.device)
 
     def free(self) -> int:
+        # What torch keeps for its next tensors is free too.
+        torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
         return free

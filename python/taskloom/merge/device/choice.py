@@ -10,7 +10,7 @@ from taskloom.merge.errors import MergeError, shown
 if TYPE_CHECKING:
     from taskloom.merge.device.accelerator import Accelerator
 
-_NAME = re.compile(r"cuda(:[0-9]{1,4})?")
+_NAME = re.compile(r"cuda(:(0|[1-9][0-9]{0,3}))?")
 # What a merge calls: without kernels for one of them it would run in plain torch, slowly and beyond the memory that was planned.
 _OPS = ("sparse_merge_statistics_out", "magnitude_histogram")
 
@@ -67,7 +67,8 @@ def device_obstacle(name: str) -> str | None:
     if obstacle is not None:
         return obstacle
     count = torch.cuda.device_count()
-    if (torch.device(name).index or 0) >= count:
+    # torch keeps 8 bits of an index, and takes 256 for 0.
+    if int(name.partition(":")[2] or 0) >= count:
         return f"torch sees {count} GPU{'s' if count > 1 else ''}, cuda:0 to cuda:{count - 1}"
     import taskloom
 
@@ -87,12 +88,16 @@ def open_device(name: str) -> Accelerator:
     MergeError
         If it cannot be used; the message says why.
     """
-    obstacle = device_obstacle(name)
-    if obstacle is not None:
-        raise MergeError(f"device {name}: {obstacle}")
-    import torch
+    # A GPU that is busy, full or broken shows only when it is first used.
+    try:
+        obstacle = device_obstacle(name)
+        if obstacle is None:
+            import torch
 
-    from taskloom.merge.device.accelerator import CudaAccelerator
+            from taskloom.merge.device.accelerator import CudaAccelerator
 
-    device = torch.device(name)
-    return CudaAccelerator(torch.device("cuda", torch.cuda.current_device()) if device.index is None else device)
+            device = torch.device(name)
+            return CudaAccelerator(torch.device("cuda", torch.cuda.current_device()) if device.index is None else device)
+    except RuntimeError as error:
+        obstacle = str(error).splitlines()[0]
+    raise MergeError(f"device {name}: {obstacle}")

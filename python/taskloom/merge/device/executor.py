@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from taskloom.merge.device.accelerator import Accelerator
+from taskloom.merge.device.accelerator import Accelerator, of_a_device
 from taskloom.merge.device.account import DeviceBudget
 from taskloom.merge.device.files import InputFiles
 from taskloom.merge.device.findings import Findings
@@ -83,7 +83,7 @@ class DeviceExecutor:
             self._source = source
             self._findings = Findings(plan, source, budget.piece)
             self._open.enter_context(accelerator.limited(budget.needed))
-            self._open.callback(accelerator.synchronize)
+            self._open.callback(self._wait)
             with self._guarded(None):
                 self._taken = Memory(accelerator, budget)
         except BaseException:
@@ -92,8 +92,18 @@ class DeviceExecutor:
 
     def close(self) -> None:
         """Close the inputs and give the device's memory back; nothing can be run afterwards."""
-        self._open.close()
-        self._taken = None
+        try:
+            self._open.close()
+        finally:
+            self._taken = None
+
+    def _wait(self) -> None:
+        """Wait for the device; where a failure is on its way already, a device that fails again must not take its place."""
+        try:
+            self._accelerator.synchronize()
+        except RuntimeError as error:
+            if error.__context__ is None:
+                raise
 
     @property
     def _memory(self) -> Memory:
@@ -112,6 +122,12 @@ class DeviceExecutor:
             raise MergeError(f"device {self._accelerator.device}: ran out of memory{where}: {reason}") from error
         except self._native.MergeFailure as error:
             raise MergeError(str(error)) from error
+        except RuntimeError as error:
+            if not of_a_device(error):
+                raise
+            # Kernels run behind the calls that launched them, so an earlier tensor's may be the one that failed.
+            reason = str(error).splitlines()[0]
+            raise MergeError(f"device {self._accelerator.device}: failed{where} or shortly before: {reason}") from error
 
     def reserve(self, outputs: Sequence[int]) -> None:
         """Create output files with their room on the disk; raises MergeError where that is not to be had."""

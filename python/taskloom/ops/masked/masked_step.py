@@ -135,6 +135,8 @@ def _run(
     if count == 0:
         return
     changed = [*listed, *(tensor for one in states.values() for tensor in one)]
+    if listed[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{op} cannot be captured in a CUDA graph: a replay would repeat the lr and step of the capture")
     call = kernel(op, *changed, *gradients, *entries)
     if call is None:
         _check_sizes(op, listed, entries, states)
