@@ -58,7 +58,6 @@ SUMS = {
 }
 # Fused multiply-adds, which the interpreter rounds twice, or torch's own products.
 SUMS |= {
-}
     "lowrank_apply",
     "lowrank_apply_backward",
     "lowrank_norm",
