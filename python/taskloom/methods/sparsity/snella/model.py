@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from taskloom.methods.sparsity.snella.config import KernelLoraConfig
 from taskloom.nn import KernelLinear
-from taskloom.nn.fused_linear import SplitLinear
+from taskloom.nn.fused_linear import SplitLinear, split_fused
 from taskloom.nn.inject import inject
 
 
@@ -48,17 +48,16 @@ def inject_kernel_lora(model: nn.Module, config: KernelLoraConfig) -> list[str]:
         If ``target_modules``, a name of ``modules_to_save`` or one of ``trainable_parameters`` means nothing in the model; close names of
         layers are told.
     TypeError
-        If a target is no ``nn.Linear``.
+        If a target is no ``nn.Linear``. Nothing is changed in either case, except that ``qkv`` layers may have been taken apart.
     """
-    trained = [
-        parameter
-        for path, parameter in model.named_parameters()
-        if any(path == name or path.endswith(f".{name}") for name in config.trainable_parameters)
-    ]
-    ends = {path for path, _ in model.named_parameters()}
+    if config.split_qkv:
+        split_fused(model)
+    trained: list[nn.Parameter] = []
     for name in config.trainable_parameters:
-        if not any(path == name or path.endswith(f".{name}") for path in ends):
+        named = [one for path, one in model.named_parameters() if path == name or path.endswith(f".{name}")]
+        if not named:
             raise ValueError(f"trainable_parameters: {name!r} names no parameter of {type(model).__name__}")
+        trained += named
     paths = inject(model, config)
     for parameter in trained:
         parameter.requires_grad_(True)
