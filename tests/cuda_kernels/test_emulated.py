@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import taskloom
+from taskloom.ops._backends import OPS
 
 OPS_FOLDER = Path(__file__).parents[1] / "ops"
 CONTRACTS = tuple(contract for path in sorted(OPS_FOLDER.glob("cases_*.py")) for contract in importlib.import_module(path.stem).CONTRACTS)
@@ -21,10 +22,8 @@ CONTRACTS = tuple(contract for path in sorted(OPS_FOLDER.glob("cases_*.py")) for
 SUMS = ("block_scale_merge_backward",)
 # The same by their place in what is returned, where float64 holds sums of parts that were added in float32.
 PARTLY_FLOAT32_SUMS = (("sparse_merge_statistics_out", 2),)
-WITHOUT_KERNEL: tuple[str, ...] = (
-    "weighted_ce",
-    "weighted_ce_backward",
-)
+# Work that is matrix products, or of a family that Triton serves on GPUs.
+WITHOUT_KERNEL = {name for name in OPS if name.startswith(("kernel_", "lowrank_", "rmm_", "weighted_ce"))}
 SAMPLES = [pytest.param(contract, case, id=f"{contract.op}-{case.name}") for contract in CONTRACTS for case in contract.cases()]
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

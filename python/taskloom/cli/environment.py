@@ -21,6 +21,7 @@ EXTRAS = {
     "plot": "figures of a merge (taskloom merge --plot)",
     "hub": "models named by a Hugging Face id that are not in the cache yet",
     "demo": "taskloom demo",
+    "peft": "adapters compared with PEFT's own, in the tests",
     "triton": "Triton kernels on GPUs",
     "transformer": "merges of a small real transformer",
 }
