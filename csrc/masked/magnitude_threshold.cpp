@@ -57,7 +57,8 @@ void small_thresholds(const Delta& delta, int64_t numel, const int64_t* ranks, i
   }
 }
 
-// The digits of a threshold, most significant first, by histograms over all chunks.
+// The digits of a threshold, most significant first, by histograms over all chunks. Values that change between two passes give a wrong
+// threshold, and no digit below 0.
 template <class Histogram>
 Threshold by_histograms(bool wide, int64_t rank, const Histogram& histogram) {
   const PageBuffer memory(histogram_bytes);
@@ -67,7 +68,7 @@ Threshold by_histograms(bool wide, int64_t rank, const Histogram& histogram) {
     std::fill_n(counts, histogram_bins, 0);
     histogram(shift, prefix, counts);
     int64_t digit = histogram_bins - 1;
-    while (above + counts[digit] < rank) above += counts[digit--];
+    while (digit > 0 && above + counts[digit] < rank) above += counts[digit--];
     prefix = (prefix << 16) | digit;
     equal = counts[digit];
   }
