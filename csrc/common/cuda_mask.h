@@ -22,15 +22,6 @@ inline DeviceMask device_mask(const Tensor& contiguous) {
   return {data, contiguous.scalar_type() == ScalarType::Byte, (reinterpret_cast<uintptr_t>(data) & 7) == 0};
 }
 
-inline void check_mask(const Tensor& mask, int64_t numel) {
-  if (mask.scalar_type() == ScalarType::Byte) {
-    check_packed(mask, numel, "mask");
-  } else {
-    check_dtype(mask, ScalarType::Bool, "mask", "bool or packed uint8");
-    check_numel(mask, numel, "mask", "target");
-  }
-}
-
 constexpr uint64_t every_byte = 0x0101010101010101u;
 constexpr uint64_t low_seven_bits = 0x7f * every_byte;
 

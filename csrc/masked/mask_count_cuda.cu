@@ -4,10 +4,9 @@
 #include <tuple>
 #include <vector>
 
-#include "common/checks.h"
 #include "common/cuda_launch.h"
 #include "common/cuda_table.h"
-#include "masked/mask_count.h"
+#include "masked/mask_checks.h"
 
 namespace taskloom {
 namespace {
@@ -132,14 +131,11 @@ __global__ void __launch_bounds__(cuda_threads)
 }
 
 std::tuple<Tensor, Tensor> mask_count_cuda(std::vector<Tensor> packed, int64_t numel, int64_t k) {
+  check_mask_count(packed, numel, k);
   const auto tasks = static_cast<int64_t>(packed.size());
-  STD_TORCH_CHECK(tasks >= 1 && tasks < mask_count_limit, "packed: expected 1 to ", mask_count_limit - 1, " masks, got ", tasks);
-  STD_TORCH_CHECK(numel >= 0, "numel: must not be negative, got ", numel);
-  STD_TORCH_CHECK(k >= 0, "k: must not be negative, got ", k);
   std::vector<Tensor> flat;
   std::vector<CountedMask> masks;
   for (const Tensor& one : packed) {
-    check_packed(one, numel, "packed");
     flat.push_back(contiguous_of(one));
     const auto* const data = static_cast<const uint8_t*>(flat.back().const_data_ptr());
     masks.push_back({data, (reinterpret_cast<uintptr_t>(data) & 3) == 0});

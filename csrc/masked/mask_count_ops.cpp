@@ -5,7 +5,7 @@
 #include <tuple>
 #include <vector>
 
-#include "common/checks.h"
+#include "masked/mask_checks.h"
 #include "masked/mask_count.h"
 
 namespace taskloom {
@@ -14,14 +14,11 @@ namespace {
 constexpr int64_t chunk = 1 << 18;
 
 std::tuple<Tensor, Tensor> mask_count_cpu(std::vector<Tensor> packed, int64_t numel, int64_t k) {
+  check_mask_count(packed, numel, k);
   const auto tasks = static_cast<int64_t>(packed.size());
-  STD_TORCH_CHECK(tasks >= 1 && tasks < mask_count_limit, "packed: expected 1 to ", mask_count_limit - 1, " masks, got ", tasks);
-  STD_TORCH_CHECK(numel >= 0, "numel: must not be negative, got ", numel);
-  STD_TORCH_CHECK(k >= 0, "k: must not be negative, got ", k);
   std::vector<Tensor> flat;
   std::vector<const uint8_t*> masks;
   for (const Tensor& one : packed) {
-    check_packed(one, numel, "packed");
     flat.push_back(contiguous_of(one));
     masks.push_back(static_cast<const uint8_t*>(flat.back().const_data_ptr()));
   }

@@ -1,9 +1,9 @@
 // masked_switch_: CUDA kernel. Bytes moved: both masks in; base, delta and target in and target out for groups of eight entries of which
 // one changes, nothing for the others.
-#include "common/checks.h"
 #include "common/cuda_fetch.h"
 #include "common/cuda_launch.h"
 #include "common/cuda_mask.h"
+#include "masked/mask_checks.h"
 
 namespace taskloom {
 namespace {
@@ -72,13 +72,7 @@ __global__ void __launch_bounds__(cuda_threads) masked_switch_kernel(DeviceValue
 
 void masked_switch_cuda(Tensor target, const Tensor& base, const Tensor& delta, const Tensor& old_packed, const Tensor& new_packed) {
   const int64_t numel = target.numel(), groups = (numel + vector_entries - 1) / vector_entries;
-  check_numel(base, numel, "base", "target");
-  check_numel(delta, numel, "delta", "target");
-  check_packed(old_packed, numel, "old_packed");
-  check_packed(new_packed, numel, "new_packed");
-  for (const Tensor* other : {&base, &delta, &old_packed, &new_packed}) {
-    STD_TORCH_CHECK(!share_memory(target, *other), "target: must not share memory with base, delta or a mask");
-  }
+  check_masked_switch(target, base, delta, old_packed, new_packed);
   const Tensor flat = contiguous_of(target), flat_base = contiguous_of(base);
   const Tensor flat_delta = contiguous_of(delta);
   const Tensor old_mask = contiguous_of(old_packed), new_mask = contiguous_of(new_packed);

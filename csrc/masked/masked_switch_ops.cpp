@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "common/checks.h"
+#include "masked/mask_checks.h"
 #include "masked/masked_switch.h"
 
 namespace taskloom {
@@ -13,13 +13,7 @@ constexpr int64_t chunk = 1 << 18;
 
 void masked_switch_cpu(Tensor target, const Tensor& base, const Tensor& delta, const Tensor& old_packed, const Tensor& new_packed) {
   const int64_t numel = target.numel();
-  check_numel(base, numel, "base", "target");
-  check_numel(delta, numel, "delta", "target");
-  check_packed(old_packed, numel, "old_packed");
-  check_packed(new_packed, numel, "new_packed");
-  for (const Tensor* other : {&base, &delta, &old_packed, &new_packed}) {
-    STD_TORCH_CHECK(!share_memory(target, *other), "target: must not share memory with base, delta or a mask");
-  }
+  check_masked_switch(target, base, delta, old_packed, new_packed);
   const Tensor flat = contiguous_of(target), flat_base = contiguous_of(base);
   const Tensor flat_delta = contiguous_of(delta);
   const Tensor old_mask = contiguous_of(old_packed), new_mask = contiguous_of(new_packed);

@@ -1,9 +1,9 @@
 // masked_update, masked_update_: CUDA kernels. Bytes moved: target, delta and mask in, target out; in place, groups of eight entries of
 // which none is set cost their mask's byte alone.
-#include "common/checks.h"
 #include "common/cuda_entries.h"
 #include "common/cuda_launch.h"
 #include "common/cuda_mask.h"
+#include "masked/mask_checks.h"
 
 namespace taskloom {
 namespace {
@@ -26,13 +26,6 @@ __global__ void __launch_bounds__(cuda_threads)
   }
 }
 
-// A contiguous input that a kernel may read while it writes `out`: a copy, unless it is elsewhere or exactly `out`.
-Tensor beside(const Tensor& input, const Tensor& out) {
-  const Tensor flat = torch::stable::contiguous(input);
-  const bool same = flat.const_data_ptr() == out.const_data_ptr() && flat.scalar_type() == out.scalar_type();
-  return share_memory(flat, out) && !same ? torch::stable::clone(flat) : flat;
-}
-
 void update(const Tensor& target, const Tensor& mask, const Tensor& delta, double scale, const Tensor& out) {
   const Tensor flat_mask = beside(mask, out), flat_delta = beside(delta, out);
   const DeviceValues values = device_values(target, "target"), deltas = device_values(flat_delta, "delta");
@@ -46,22 +39,15 @@ void update(const Tensor& target, const Tensor& mask, const Tensor& delta, doubl
   }
 }
 
-void check(const Tensor& target, const Tensor& mask, const Tensor& delta) {
-  dtype_of(target, "target");
-  dtype_of(delta, "delta");
-  check_numel(delta, target.numel(), "delta", "target");
-  check_mask(mask, target.numel());
-}
-
 Tensor masked_update_cuda(const Tensor& target, const Tensor& mask, const Tensor& delta, double scale) {
-  check(target, mask, delta);
+  check_masked_update(target, mask, delta);
   Tensor out = torch::stable::new_empty(target, target.sizes(), target.scalar_type());
   update(torch::stable::contiguous(target), mask, delta, scale, out);
   return out;
 }
 
 void masked_update_inplace_cuda(Tensor target, const Tensor& mask, const Tensor& delta, double scale) {
-  check(target, mask, delta);
+  check_masked_update(target, mask, delta);
   const Tensor flat = torch::stable::contiguous(target);
   update(flat, mask, delta, scale, flat);
   if (!target.is_contiguous()) torch::stable::copy_(target, flat);

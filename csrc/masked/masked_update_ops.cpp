@@ -3,20 +3,13 @@
 
 #include <algorithm>
 
-#include "common/checks.h"
+#include "masked/mask_checks.h"
 #include "masked/masked_update.h"
 
 namespace taskloom {
 namespace {
 
 constexpr int64_t chunk = 1 << 18;
-
-// A contiguous input that a loop may read while it writes `out`: a copy, unless it is elsewhere or exactly `out`.
-Tensor beside(const Tensor& input, const Tensor& out) {
-  const Tensor flat = contiguous_of(input);
-  const bool same = flat.const_data_ptr() == out.const_data_ptr() && flat.scalar_type() == out.scalar_type();
-  return share_memory(flat, out) && !same ? torch::stable::clone(flat) : flat;
-}
 
 // `target` is contiguous; `out` is contiguous and may be target.
 void update(const Tensor& target, const Tensor& mask, const Tensor& delta, double scale, const Tensor& out) {
@@ -35,27 +28,15 @@ void update(const Tensor& target, const Tensor& mask, const Tensor& delta, doubl
   });
 }
 
-void check(const Tensor& target, const Tensor& mask, const Tensor& delta) {
-  dtype_of(target, "target");
-  dtype_of(delta, "delta");
-  check_numel(delta, target.numel(), "delta", "target");
-  if (mask.scalar_type() == ScalarType::Byte) {
-    check_packed(mask, target.numel(), "mask");
-  } else {
-    check_dtype(mask, ScalarType::Bool, "mask", "bool or packed uint8");
-    check_numel(mask, target.numel(), "mask", "target");
-  }
-}
-
 Tensor masked_update_cpu(const Tensor& target, const Tensor& mask, const Tensor& delta, double scale) {
-  check(target, mask, delta);
+  check_masked_update(target, mask, delta);
   Tensor out = empty_of_shape(target, target.scalar_type());
   update(contiguous_of(target), mask, delta, scale, out);
   return out;
 }
 
 void masked_update_inplace_cpu(Tensor target, const Tensor& mask, const Tensor& delta, double scale) {
-  check(target, mask, delta);
+  check_masked_update(target, mask, delta);
   const Tensor flat = contiguous_of(target);
   update(flat, mask, delta, scale, flat);
   if (!target.is_contiguous()) torch::stable::copy_(target, flat);

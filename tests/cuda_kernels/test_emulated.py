@@ -9,7 +9,7 @@ from typing import Any
 import emulated
 import pytest
 import torch
-from contract import Case, Contract, Recorder, assert_close, assert_same_bits, copied
+from contract import REORDERED_SUMS, Case, Contract, Recorder, assert_close, assert_same_bits, assert_within_an_ulp, copied
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -18,31 +18,11 @@ from taskloom.ops._backends import OPS
 
 OPS_FOLDER = Path(__file__).parents[1] / "ops"
 CONTRACTS = tuple(contract for path in sorted(OPS_FOLDER.glob("cases_*.py")) for contract in importlib.import_module(path.stem).CONTRACTS)
-# Sums over a whole tensor, which no device adds in another's order.
-SUMS = ("block_scale_merge_backward",)
 # The same by their place in what is returned, where float64 holds sums of parts that were added in float32.
 PARTLY_FLOAT32_SUMS = (("sparse_merge_statistics_out", 2),)
 # Work that is matrix products, or of a family that Triton serves on GPUs.
 WITHOUT_KERNEL = {name for name in OPS if name.startswith(("kernel_", "lowrank_", "rmm_", "weighted_ce"))}
 SAMPLES = [pytest.param(contract, case, id=f"{contract.op}-{case.name}") for contract in CONTRACTS for case in contract.cases()]
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _in_order(values: Tensor) -> Tensor:
-    """Integers in the order of the floating-point values, neighbours one apart."""
-    bits = values.contiguous().view(_INTEGERS[values.element_size()]).long()
-    least = torch.iinfo(_INTEGERS[values.element_size()]).min
-    return torch.where(bits < 0, least - bits, bits)
-
-
-def assert_within_one_ulp(got: Tensor, expected: Tensor) -> None:
-    assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
-    if not got.is_floating_point():
-        assert torch.equal(got, expected)
-        return
-    assert torch.equal(got.isnan(), expected.isnan())
-    numbers = ~got.isnan()
-    assert (_in_order(got[numbers]) - _in_order(expected[numbers])).abs().max().item() <= 1 if numbers.any() else True
 
 
 def _results(op: Any, args: Any, kwargs: Any) -> list[Tensor]:
@@ -67,7 +47,7 @@ def test_kernels_match_the_cpu(contract: Contract, case: Case, order: str) -> No
             if (name, place) in PARTLY_FLOAT32_SUMS:
                 assert_close(ours.float(), theirs.float())
             else:
-                (assert_close if name in SUMS else assert_within_one_ulp)(ours, theirs)
+                (assert_close if name in REORDERED_SUMS else assert_within_an_ulp)(ours, theirs)
         for once, twice in zip(got, _results(twin, args, kwargs), strict=True):
             assert_same_bits(once, twice)
 

@@ -21,12 +21,8 @@ def gpu(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(gpu: None) -> Iterator[None]:
-    """Fresh tensors hold NaN (integers their largest value), also those that the kernels allocate, so unwritten elements show."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+def _poisoned(gpu: None, poisoned_memory: None) -> None:
+    """Every test here, once it is known that it runs."""
 
 
 @pytest.fixture(params=["native", "triton"])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract import copied
-from on_gpu import assert_within_an_ulp, tensors_of, to_device, ulps_apart
+from contract import assert_within_an_ulp, copied, ulps_apart
+from on_gpu import tensors_of, to_device
 from test_gpu_contract import CONTRACTS
 
 import taskloom

@@ -129,3 +129,10 @@ class Allocations(TorchDispatchMode):
                 self.alive.setdefault(storage.data_ptr(), (StorageWeakRef(storage), storage.nbytes()))
         self.peak = max(self.peak, self.now())
         return result
+
+
+def require_gpu() -> None:
+    """Skip where no GPU can merge, with the reason that the command would give."""
+    obstacle = choice.device_obstacle("cuda")
+    if obstacle is not None:
+        pytest.skip(obstacle)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from device_runs import check_same_figures, recipe_of, run_both, save_models, tensors_in, units_apart, use_host_as_device
+from device_runs import check_same_figures, recipe_of, require_gpu, run_both, save_models, tensors_in, units_apart, use_host_as_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from taskloom.merge import merge_checkpoints, merge_state_dicts, state_dicts
-from taskloom.merge.device import account, choice
+from taskloom.merge.device import account
 from taskloom.merge.errors import CheckpointError, MergeError
 from taskloom.merge.stages import METHODS
 
@@ -244,9 +244,7 @@ def test_state_dicts_lie_on_one_device() -> None:
 
 @pytest.mark.gpu
 def test_state_dicts_on_a_gpu() -> None:
-    obstacle = choice.device_obstacle("cuda")
-    if obstacle is not None:
-        pytest.skip(obstacle)
+    require_gpu()
     for device in ("cpu", "cuda"):
         base, *tuned = _state_dicts(DTYPES["bfloat16"], device)
         merged = merge_state_dicts(base, tuned, "ties", weight=1.0, density=0.4)
@@ -259,9 +257,7 @@ def test_state_dicts_on_a_gpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("merge", "dtypes"), _merges())
 def test_methods_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge: Merge, dtypes: tuple[torch.dtype, ...]) -> None:
-    obstacle = choice.device_obstacle("cuda")
-    if obstacle is not None:
-        pytest.skip(obstacle)
+    require_gpu()
     monkeypatch.setattr(account, "_PIECE", 4096)
     paths = save_models(tmp_path, dtypes)
     cpu, device = run_both(tmp_path, recipe_of(paths, merge.method, merge.own, parameters=merge.shared), seed=2**63 + 5, shard_size="20kB")

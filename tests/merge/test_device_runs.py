@@ -15,7 +15,7 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 from crash_points import content
-from device_runs import recipe_of, save_models, use_host_as_device
+from device_runs import recipe_of, require_gpu, save_models, use_host_as_device
 
 from taskloom.cli.main import taskloom
 from taskloom.merge import MergeError, OutputError, merge_checkpoints
@@ -270,9 +270,7 @@ def test_the_dry_run_shows_the_device_s_memory(job: Path, tmp_path: Path) -> Non
 
 @pytest.mark.gpu
 def test_memory_on_a_gpu_stays_within_the_ceiling(tmp_path: Path) -> None:
-    obstacle = choice.device_obstacle("cuda")
-    if obstacle is not None:
-        pytest.skip(obstacle)
+    require_gpu()
     from taskloom.merge.device.account import device_budget
 
     paths = save_models(tmp_path, (torch.bfloat16,) * 4, {f"layers.{layer}.w": (4096, 1024) for layer in range(6)})

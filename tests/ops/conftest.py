@@ -9,13 +9,8 @@ from taskloom.ops import _library
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Fresh tensors hold NaN (integers their largest value), also those that the kernels allocate, so unwritten elements show."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before)
+def _poisoned(poisoned_memory: None) -> None:
+    """Every test here."""
 
 
 @pytest.fixture

@@ -11,6 +11,30 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+# Sums of many products, which a GPU, or a program of one, adds up in another order than the CPU, or by fused multiply-adds.
+REORDERED_SUMS = frozenset(
+    {
+        "block_scale_merge_backward",
+        "kernel_linear",
+        "kernel_linear_backward",
+        "kernel_merge",
+        "kernel_merge_backward",
+        "lowrank_apply",
+        "lowrank_apply_backward",
+        "lowrank_merge",
+        "lowrank_merge_",
+        "lowrank_merge_backward",
+        "lowrank_merge_tasks",
+        "lowrank_norm",
+        "rmm_fit",
+        "rmm_linear",
+        "weighted_ce",
+        "weighted_ce_backward",
+    }
+)
+# The same of single results of an op's wrapper, by place.
+REORDERED_RESULTS = frozenset({("sparse_merge_statistics_out", 3)})
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
 
@@ -90,3 +114,28 @@ def assert_close(got: Tensor, expected: Tensor, single: float = 1e-6) -> None:
 def assert_same_bits(got: Tensor, expected: Tensor) -> None:
     assert got.shape == expected.shape
     assert got.contiguous().view(-1).view(torch.uint8).equal(expected.contiguous().view(-1).view(torch.uint8))
+
+
+def ulps_apart(got: Tensor, expected: Tensor) -> int:
+    """The largest distance of two tensors, counted in values of their dtype that lie between; both zeros are one value."""
+    integer = _INTEGERS[got.dtype]
+    lowest = torch.iinfo(integer).min
+
+    def ordered(values: Tensor) -> Tensor:
+        bits = values.contiguous().view(integer).long()
+        return torch.where(bits < 0, lowest - bits, bits)
+
+    return int((ordered(got) - ordered(expected)).abs().max()) if got.numel() else 0
+
+
+def assert_within_an_ulp(got: Tensor, expected: Tensor) -> None:
+    """Discrete values to the bit; others within one unit in the last place of their dtype, NaN and infinities in the same places."""
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
+    if not got.is_floating_point():
+        assert torch.equal(got, expected)
+        return
+    finite = expected.isfinite()
+    assert torch.equal(got[~finite].nan_to_num(1.5, 2.5, -2.5), expected[~finite].nan_to_num(1.5, 2.5, -2.5))
+    assert bool(got[finite].isfinite().all())
+    assert ulps_apart(got[finite], expected[finite]) <= 1

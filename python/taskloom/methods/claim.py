@@ -33,6 +33,10 @@ class Trial:
     device: torch.device
     progress: Progress
 
+    def part(self, place: int, parts: int) -> Progress:
+        """What the ``place``-th of so many equal parts of the trial calls with its own share."""
+        return lambda share: self.progress((place + share) / parts)
+
     def generator(self, salt: int = 0) -> torch.Generator:
         """A generator on the CPU: the same numbers for the same seed and salt, whatever the device."""
         return torch.Generator().manual_seed(1_000_003 * self.seed + salt)

@@ -19,9 +19,9 @@ from taskloom.nn.inject import inject, matches
 from taskloom.nn.lowrank_config import LowRankConfig
 from taskloom.nn.lowrank_linear import LowRankLinear
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _TENSORS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, LowRankLinear]:
@@ -59,12 +59,12 @@ def adapter_state_dict(model: nn.Module, adapter_name: str = "default", modules_
         If no layer has an adapter of that name.
     """
     state = {
-        f"{_PREFIX}{path}.{part}": tensor
+        f"{PREFIX}{path}.{part}": tensor
         for path, layer in _layers(model, adapter_name).items()
         for part, tensor in layer.adapter_state_dict(adapter_name).items()
     }
     for path, module in _saved_modules(model, modules_to_save).items():
-        state |= {f"{_PREFIX}{path}.{name}": tensor.detach() for name, tensor in module.state_dict().items()}
+        state |= {f"{PREFIX}{path}.{name}": tensor.detach() for name, tensor in module.state_dict().items()}
     return state
 
 
@@ -124,22 +124,38 @@ def save_adapter(
     ValueError
         If no layer has an adapter of that name, or its layers differ in what a PEFT file says once for all.
     """
+    config = _described(model, _layers(model, adapter_name), adapter_name, modules_to_save)
+    write_adapter(adapter_state_dict(model, adapter_name, modules_to_save), config, folder)
+
+
+def write_adapter(state: Mapping[str, Tensor], config: Mapping[str, Any], folder: str | PathLike[str]) -> None:
+    """Write tensors and a configuration as PEFT's two files; each takes its name only when it is whole."""
     from safetensors.torch import save_file
 
-    layers = _layers(model, adapter_name)
-    config = _described(model, layers, adapter_name, modules_to_save)
-    state = {key: tensor.contiguous().cpu() for key, tensor in adapter_state_dict(model, adapter_name, modules_to_save).items()}
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     tensors, described = target / f".{_TENSORS}.part", target / f".{_CONFIG}.part"
     try:
-        save_file(state, tensors, metadata={"format": "pt"})
+        save_file({key: tensor.contiguous().cpu() for key, tensor in state.items()}, tensors, metadata={"format": "pt"})
         described.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         os.replace(tensors, target / _TENSORS)
         os.replace(described, target / _CONFIG)
     finally:
         for part in (tensors, described):
             part.unlink(missing_ok=True)
+
+
+def part_of(key: str) -> tuple[str, str] | None:
+    """The layer and the part (``lora_A.weight``, ``lora_B.weight``, ``lora_magnitude_vector``) that a name in a PEFT file means.
+
+    None where it means neither. Older files have the adapter's name ``default``, or ``weight``, in places where newer ones have not.
+    """
+    path = key.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".default")
+    for part in PARTS:
+        layer, found, rest = path.rpartition(f".{part.removesuffix('.weight')}")
+        if found and not rest:
+            return layer, part
+    return None
 
 
 @dataclass(frozen=True)
@@ -165,13 +181,11 @@ def _read(folder: Path, adapter_name: str) -> _Read:
     layers: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in load_file(folder / _TENSORS).items():
-        path = key.removeprefix(_PREFIX)
-        part = next((one for one in _PARTS if path.removesuffix(".weight").endswith(f".{one.removesuffix('.weight')}")), None)
-        if part is None:
-            others[path] = tensor
+        found = part_of(key)
+        if found is None:
+            others[key.removeprefix(PREFIX)] = tensor
         else:
-            layer = path.removesuffix(".weight").removesuffix(f".{part.removesuffix('.weight')}")
-            layers.setdefault(layer, {})[part] = tensor
+            layers.setdefault(found[0], {})[found[1]] = tensor
     return _Read(config, layers, others)
 
 

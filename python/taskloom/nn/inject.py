@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,7 +15,7 @@ from taskloom.nn.fused_linear import split_fused
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerConfig:
+class LayerConfig(ABC):
     """Which layers of a model are adapted, with PEFT's names; a subclass says into what.
 
     Attributes
@@ -39,9 +40,9 @@ class LayerConfig:
         """The configuration of the layer at a path; here the same for all."""
         return self
 
+    @abstractmethod
     def build(self, linear: nn.Linear) -> nn.Module:
         """The adapted layer that takes the place of ``linear``."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what is built")
 
     def extend(self, layer: nn.Module) -> bool:
         """Whether ``layer`` is adapted already and has taken this configuration too."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from taskloom.methods.merging.rmm import RMMLinear, RMMSpace, fit_rmm, from_checkpoints, from_peft, merge_products, merge_separate
 from taskloom.methods.merging.rmm.fit import Factors
 from taskloom.methods.merging.rmm.space import product_error
+from taskloom.nn import LowRankConfig, inject, save_adapter
 
 Adapters = dict[str, dict[str, Factors]]
 SIZES = {"up": (7, 5), "down": (5, 9)}
@@ -169,6 +170,17 @@ def test_scaling_is_folded_in(config: dict[str, object], factor: float) -> None:
     torch.testing.assert_close(read["w"][0], factor * a)
 
 
+def test_ranks_and_alphas_by_pattern_are_read(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 5))
+    inject(model, LowRankConfig(target_modules=["0", "1"], r=2, lora_alpha=2, alpha_pattern={"1": 6.0}, rank_pattern={"1": 3}))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    save_adapter(model, tmp_path)
+    (read,) = from_peft([tmp_path]).values()
+    for layer in ("0", "1"):
+        torch.testing.assert_close(read[layer][0] @ read[layer][1], model.get_submodule(layer).delta_weight("default"))
+
+
 @pytest.mark.filterwarnings("ignore:fit_rmm")
 def test_a_task_can_be_added_by_projection() -> None:
     adapters = _adapters(5, 4)
@@ -284,7 +296,7 @@ def test_a_space_that_saves_nothing_is_warned_of() -> None:
 @pytest.mark.parametrize(
     ("state", "config", "error", "message"),
     [
-        ({"base_model.model.w.lora_A.weight": torch.ones(2, 3)}, {}, ValueError, "layer 'w' has lora_A alone"),
+        ({"base_model.model.w.lora_A.weight": torch.ones(2, 3)}, {}, ValueError, "layer 'w' has lora_A.weight alone"),
         ({"base_model.model.w.lora_magnitude_vector": torch.ones(2)}, {}, ValueError, "belongs to DoRA, which is refused"),
         ({"base_model.model.w.hada_w1_a": torch.ones(2)}, {}, TypeError, "expected only LoRA factors"),
     ],

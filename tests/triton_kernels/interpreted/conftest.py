@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 import taskloom
 
@@ -13,12 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "ops"))
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Fresh tensors hold NaN (integers their largest value), so unwritten elements show."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
+def _poisoned(poisoned_memory: None) -> None:
+    """Every test here."""
 
 
 @pytest.fixture

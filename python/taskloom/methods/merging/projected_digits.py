@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+
+from taskloom.methods.threads import one_thread
 
 SplitName = Literal["train", "val", "test"]
 State = dict[str, Tensor]
@@ -70,21 +71,6 @@ class Encoder(nn.Module):
         for layer in self.layers:
             inputs = layer(inputs)
         return inputs
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep torch to one CPU thread.
-
-    The matrix products are too small to share: more threads gain little on an idle machine, wait for each other on a busy one (twenty
-    times slower was seen), and may change the order of the sums.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -24,7 +24,8 @@ from taskloom.methods.merging.demo.folder import DemoFolder
 from taskloom.methods.merging.demo.recipes import ALPHAS, METHODS, DemoMethod
 from taskloom.methods.merging.demo.results import DemoResults, Row, make_row
 from taskloom.methods.merging.demo.tall import TallCompression, compress, load_restored
-from taskloom.methods.merging.projected_digits import ProjectedDigits, build, one_thread
+from taskloom.methods.merging.projected_digits import ProjectedDigits, build
+from taskloom.methods.threads import one_thread
 
 _WEIGHTS = "model.safetensors"
 

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from taskloom.methods.merging.rmm.space import Factors
+from taskloom.nn.adapter_files import part_of
+from taskloom.nn.lowrank_config import pattern_value
 
 State = Mapping[str, Tensor]
 
-_PREFIX = "base_model.model."
 _REFUSED = {"lora_magnitude_vector": "DoRA", "lora_embedding_A": "LoRA of an embedding", "bias": "a LoRA with biases"}
 
 
@@ -38,16 +39,8 @@ def _check_config(source: str, config: Mapping[str, Any]) -> None:
         raise ValueError(f"{source}: adapters that carry biases are refused, this one has bias={config.get('bias')!r}")
 
 
-def _pattern(config: Mapping[str, Any], name: str, layer: str, default: float) -> float:
-    """A number of PEFT's for a layer: the pattern that is the layer's name or its end, or the general one."""
-    for pattern, value in (config.get(name) or {}).items():
-        if layer == pattern or layer.endswith(f".{pattern}"):
-            return float(value)
-    return default
-
-
 def _scaling(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    alpha = _pattern(config, "alpha_pattern", layer, float(config.get("lora_alpha", rank)))
+    alpha = pattern_value(config.get("alpha_pattern") or {}, layer, float(config.get("lora_alpha", rank)))
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
@@ -64,23 +57,18 @@ def adapter_of_state(state: State, config: Mapping[str, Any], source: str = "ada
     _check_config(source, config)
     factors: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        short = name.removeprefix(_PREFIX)
         for part, kind in _REFUSED.items():
-            if part in short.split("."):
+            if part in name.split("."):
                 raise ValueError(f"{source}: {name!r} belongs to {kind}, which is refused")
-        layer, marker, rest = short.rpartition(".lora_A")
-        side = "lora_A"
-        if not marker:
-            layer, marker, rest = short.rpartition(".lora_B")
-            side = "lora_B"
-        if not marker or rest not in (".weight", ".default.weight"):
+        place = part_of(name)
+        if place is None:
             raise TypeError(f"{source}: expected only LoRA factors (lora_A.weight, lora_B.weight), got {name!r}")
-        factors.setdefault(layer, {})[side] = tensor
+        factors.setdefault(place[0], {})[place[1]] = tensor
     adapter = {}
     for layer, found in factors.items():
         if len(found) != 2:
             raise ValueError(f"{source}: layer {layer!r} has {next(iter(found))} alone")
-        down, up = found["lora_A"], found["lora_B"]
+        down, up = found["lora_A.weight"], found["lora_B.weight"]
         adapter[layer] = (up * _scaling(config, layer, down.shape[0]), down)
     return adapter
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from taskloom.nn.adapter_files import PREFIX, write_adapter
 from taskloom.ops import rmm_reconstruct
 
 Factors = tuple[Tensor, Tensor]
@@ -144,26 +145,23 @@ class RMMSpace:
         state = {}
         for name, layer in self.layers.items():
             a, b = layer.factors(place)
-            state[f"base_model.model.{name}.lora_A.weight"] = b
-            state[f"base_model.model.{name}.lora_B.weight"] = a.contiguous()
+            state[f"{PREFIX}{name}.lora_A.weight"] = b
+            state[f"{PREFIX}{name}.lora_B.weight"] = a.contiguous()
         return state
 
     def save_adapter(self, task: str, folder: str | PathLike[str]) -> None:
         """Write a task's adapter as PEFT reads it: ``adapter_model.safetensors`` and ``adapter_config.json``."""
-        state, where = self.adapter(task), Path(folder)
-        where.mkdir(parents=True, exist_ok=True)
-        ranks = {name: layer.rank for name, layer in self.layers.items()}
+        other_ranks = {re.escape(name): layer.rank for name, layer in self.layers.items() if layer.rank != self.rank}
         config = {
             "peft_type": "LORA",
             "r": self.rank,
             "lora_alpha": self.rank,
-            "rank_pattern": {name: rank for name, rank in ranks.items() if rank != self.rank},
-            "alpha_pattern": {name: rank for name, rank in ranks.items() if rank != self.rank},
+            "rank_pattern": other_ranks,
+            "alpha_pattern": other_ranks,
             "target_modules": sorted(self.layers),
             "bias": "none",
         }
-        save_file(state, where / "adapter_model.safetensors", metadata={"format": "pt"})
-        (where / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_adapter(self.adapter(task), config, folder)
 
     def reconstruction_error(self, task: str | None = None) -> dict[str, float]:
         """Relative Frobenius error of A B by layer: a task's, or the root mean square over the tasks.

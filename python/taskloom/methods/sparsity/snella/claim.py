@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,20 +14,10 @@ from taskloom.methods.claim import Claim, Inequality, Trial, Values
 from taskloom.methods.sparsity.snella.allocator import SparsityAllocator
 from taskloom.methods.sparsity.snella.config import KernelLoraConfig
 from taskloom.methods.sparsity.snella.model import inject_kernel_lora, kernel_layers
+from taskloom.methods.threads import one_thread
 from taskloom.ops import kernel_merge
 
 Target = tuple[str, int, float]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Matrices of this size only lose by threads, and the same sums on every machine need one number of them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _svd_bound(target: Tensor, rank: int) -> float:
@@ -59,7 +48,7 @@ def _fit(target: Tensor, kernel: str, config: Mapping[str, Any], generator: torc
         return float(error())
 
 
-@_one_thread()
+@one_thread()
 def _measure_fit(trial: Trial) -> Values:
     config = trial.config
     targets: Sequence[Target] = [(f"{name} {size}", size, share) for name, size, share in config["targets"]]
@@ -155,7 +144,7 @@ def _tuned(task: _Task, adapter: KernelLoraConfig, trial: Trial, done: Callable[
     return model
 
 
-@_one_thread()
+@one_thread()
 def _measure_allocation(trial: Trial) -> Values:
     config = trial.config
     task = _Task(config, trial.generator(), trial.device)
@@ -168,7 +157,7 @@ def _measure_allocation(trial: Trial) -> Values:
     ]
     values = {"not adapted": task.error(task.student())}
     for place, (name, adapter, allocated) in enumerate(arms):
-        model = _tuned(task, adapter, trial, lambda share, place=place: trial.progress((place + share) / len(arms)), allocated)  # type: ignore[misc]
+        model = _tuned(task, adapter, trial, trial.part(place, len(arms)), allocated)
         values[name] = task.error(model)
     return values
 
