@@ -16,9 +16,13 @@ from taskloom.reference.masked.philox import philox_blocks
 _SECOND_STREAM = 0x9E3779B97F4A7C15
 
 
-def _words(seed: int, key: int, entries: Tensor) -> Tensor:
-    blocks = philox_blocks(seed, key, entries // 4)
-    return blocks.gather(1, (entries % 4)[:, None]).squeeze(1).double()
+def _words(seed: int, key: int, first: Tensor, width: int) -> Tensor:
+    """The words of ``width`` entries from each of ``first`` on, as float64 of shape ``[len(first), width]``."""
+    # A block serves four entries; where a row does not begin with one, its words reach into one block more.
+    steps = torch.arange(-(-width // 4) + 1, device=first.device)
+    blocks = (first // 4)[:, None] + steps
+    words = philox_blocks(seed, key, blocks.reshape(-1)).view(len(first), 4 * len(steps))
+    return words.gather(1, (first % 4)[:, None] + torch.arange(width, device=first.device)).double()
 
 
 def _checked_rows(op: str, rows: Tensor, count: int) -> Tensor:
@@ -85,9 +89,9 @@ def forget_rows_(weight: Tensor, rows: Tensor, *, std: float, seed: int, key: in
         raise ValueError(f"{op}: std: expected a number that is not negative, got {std}")
     chosen = _checked_rows(op, rows.to(weight.device) if isinstance(rows, Tensor) else rows, weight.shape[0])
     width = weight[0].numel() if weight.shape[0] else 0
-    entries = (chosen[:, None] * width + torch.arange(width, device=weight.device)).reshape(-1)
-    radius = (-2 * ((_words(seed, key, entries) + 0.5) / 2**32).log()).sqrt()
-    angle = _words(seed, (key + _SECOND_STREAM) % (1 << 64), entries) * (2 * math.pi / 2**32)
+    first = chosen * width
+    radius = (-2 * ((_words(seed, key, first, width) + 0.5) / 2**32).log()).sqrt()
+    angle = _words(seed, (key + _SECOND_STREAM) % (1 << 64), first, width) * (2 * math.pi / 2**32)
     fresh = (std * radius * angle.cos()).to(weight.dtype).view(chosen.numel(), *weight.shape[1:])
     weight[chosen] = fresh
     for state in states:
