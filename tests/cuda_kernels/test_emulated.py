@@ -21,7 +21,8 @@ CONTRACTS = tuple(contract for path in sorted(OPS_FOLDER.glob("cases_*.py")) for
 # The same by their place in what is returned, where float64 holds sums of parts that were added in float32.
 PARTLY_FLOAT32_SUMS = (("sparse_merge_statistics_out", 2),)
 # Work that is matrix products, or of a family that Triton serves on GPUs.
-WITHOUT_KERNEL = {name for name in OPS if name.startswith(("kernel_", "lowrank_", "rmm_", "weighted_ce"))}
+WITHOUT_KERNEL_PREFIXES = ("channel_scale", "kernel_", "lowrank_", "prefix_", "ragged_prefix_", "rmm_", "weighted_ce", "window_")
+WITHOUT_KERNEL = {name for name in OPS if name.startswith(WITHOUT_KERNEL_PREFIXES)}
 SAMPLES = [pytest.param(contract, case, id=f"{contract.op}-{case.name}") for contract in CONTRACTS for case in contract.cases()]
 
 

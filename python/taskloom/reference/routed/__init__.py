@@ -1,0 +1,1 @@
+"""The routed family in plain torch."""
