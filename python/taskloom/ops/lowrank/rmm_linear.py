@@ -81,7 +81,8 @@ def rmm_linear(
     TypeError
         If a tensor has another dtype.
     ValueError
-        If shapes or devices do not fit, or a row's task is none of the n (in compiled code: RuntimeError).
+        If shapes or devices do not fit, or a row's task is none of the n (in compiled code RuntimeError; on a GPU that is a device-side
+        assertion, as in torch's own indexing).
 
     Notes
     -----
@@ -111,7 +112,7 @@ def rmm_linear(
 
 
 def check_task_range(task: Tensor, tasks: int) -> None:
-    """Raise RuntimeError unless every task is one of ``tasks``; waits for the device."""
+    """Raise RuntimeError unless every task is one of ``tasks``."""
     if task.numel() and not bool(((task >= 0) & (task < tasks)).all()):
         raise RuntimeError(f"task: expected 0 to {tasks - 1} at every row")
 
