@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+import rows_bases
+import rows_kernel
 import rows_lowrank
 import rows_mask
 import rows_merge
@@ -30,7 +32,7 @@ from taskloom.ops._backends import OPS
 # What is aimed at comes first, so that it is there where the time runs out.
 ROWS: tuple[Row, ...] = tuple(
     sorted(
-        (*rows_merge.ROWS, *rows_mask.ROWS, *rows_train.ROWS, *rows_lowrank.ROWS),
+        (*rows_merge.ROWS, *rows_mask.ROWS, *rows_train.ROWS, *rows_lowrank.ROWS, *rows_kernel.ROWS, *rows_bases.ROWS),
         key=lambda row: (not row.aim, row.op not in ("masked_adamw_", "masked_sgd_")),
     )
 )
