@@ -18,6 +18,8 @@ namespace {
 constexpr double fit_epsilon = 0x1p-52, fit_single_epsilon = 0x1p-23;
 // Below this share of the trace an entry of the Gram matrix is far under what rounding has left in it.
 constexpr double fit_negligible = 0x1p-64;
+// A trace below this has lost its digits.
+constexpr double fit_least_trace = 0x1p-1000;
 // Cyclic Jacobi converges quadratically: fewer than ten sweeps for any matrix seen.
 constexpr int fit_most_sweeps = 40;
 
@@ -108,7 +110,8 @@ class PositionFit {
     Real trace = {}, floor;
     for (Index a = 0; a < plan.size; ++a) trace += matrix[a * plan.matrix_stride + a];
     find_floor(&trace, &floor);
-    diagonalize(&trace);
+    divide(&trace);
+    diagonalize();
     sort_directions();
     if (plan.by_task) sum_directions(&floor);
     fix_signs();
@@ -160,8 +163,19 @@ class PositionFit {
     *floor *= plan.floor_share;
   }
 
+  // Divides the matrix by its trace: the squares of its entries are then in the range of a double for all vectors whose own squares are.
+  TASKLOOM_FIT void divide(const Real* trace) const {
+    const Real none = {};
+    const Flag some = *trace > fit_least_trace;
+    const Real factor = some ? 1.0 / *trace : none;
+    for (Index a = 0; a < plan.size; ++a) {
+      team.each(plan.size, [&](Index b) { matrix[a * plan.matrix_stride + b] *= factor; });
+    }
+    team.sync();
+  }
+
   // One rotation that makes entry (a, b) of the matrix 0; false where no position needs it.
-  TASKLOOM_FIT bool rotate(Index a, Index b, const Real* trace) const {
+  TASKLOOM_FIT bool rotate(Index a, Index b) const {
     const Index stride = plan.matrix_stride;
     Real* const row_a = matrix + a * stride;
     Real* const row_b = matrix + b * stride;
@@ -169,7 +183,7 @@ class PositionFit {
     Real magnitude, product = low * high;
     absolute(&off, &magnitude);
     absolute(&product, &product);
-    const Flag needed = (off * off > fit_epsilon * fit_epsilon * product) & (magnitude > fit_negligible * *trace);
+    const Flag needed = (off * off > fit_epsilon * fit_epsilon * product) & (magnitude > fit_negligible);
     if (!team.any(&needed)) return false;
     // The smaller root of t^2 + t gap / off = 1.
     const Real gap = high - low, twice = off + off, none = {};
@@ -202,7 +216,7 @@ class PositionFit {
   }
 
   // Cyclic Jacobi: the eigenvalues end on the matrix's diagonal, the eigenvectors in the rows of `directions`.
-  TASKLOOM_FIT void diagonalize(const Real* trace) const {
+  TASKLOOM_FIT void diagonalize() const {
     for (Index a = 0; a < plan.size; ++a) {
       team.each(plan.size, [&](Index b) { directions[a * plan.matrix_stride + b] = Real{} + (a == b ? 1.0 : 0.0); });
     }
@@ -211,7 +225,7 @@ class PositionFit {
     for (int sweep = 0; sweep < fit_most_sweeps && rotated; ++sweep) {
       rotated = false;
       for (Index a = 0; a < plan.size; ++a) {
-        for (Index b = a + 1; b < plan.size; ++b) rotated |= rotate(a, b, trace);
+        for (Index b = a + 1; b < plan.size; ++b) rotated |= rotate(a, b);
       }
     }
   }

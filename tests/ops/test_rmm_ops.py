@@ -41,6 +41,19 @@ def test_exact_where_directions_are_of_very_different_lengths(tasks: int, width:
     assert float((basis @ basis.mT - identity).abs().max()) <= 1e-12
 
 
+@pytest.mark.parametrize("length", [1e-140, 1e-100, 1e100, 1e140])
+@pytest.mark.parametrize(("tasks", "width"), [(5, 9), (9, 5)])
+def test_exact_at_any_length(tasks: int, width: int, length: float) -> None:
+    vectors = normal(tasks, 9, width, dtype=torch.float64)
+    mean, basis, coefficients = taskloom.rmm_fit(length * vectors, min(width, tasks - 1))
+    restored = mean[:, None] + coefficients.transpose(0, 1) @ basis
+    # The length is divided out: its square is near the ends of the range.
+    assert _error(restored.transpose(0, 1) / length, vectors) <= 1e-12
+    rank = 2
+    _, basis, _ = taskloom.rmm_fit(length * vectors, rank)
+    assert _error(basis.abs(), taskloom.rmm_fit(vectors, rank)[1].abs()) <= 1e-10
+
+
 @pytest.mark.parametrize(("tasks", "width"), [(8, 16), (9, 5), (6, 6)])
 def test_squared_error_is_that_of_the_singular_values_left_out(tasks: int, width: int) -> None:
     vectors = normal(tasks, 30, width)
