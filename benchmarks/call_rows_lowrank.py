@@ -30,7 +30,7 @@ def calls() -> list[tuple[str, Call, Call, str, Call | None]]:
             lambda: taskloom.kernel_merge(rows, columns, one, kernel="pwl", gate=None, base=base, out=target),
             lambda: torch.add(base, torch.cdist(columns, rows)[0], out=target),
             "cdist and add",
-            lambda: ops.kernel_merge_out.default(rows, columns, one, None, None, None, base, "pwl", 0.0, "none", target),
+            None,
         ),
         (
             "lowrank_merge",
