@@ -84,8 +84,9 @@ def merge_into(out: Tensor, A: Tensor, B: Tensor, coef: Tensor, **named: Any) ->
 
 
 def _merge_into_cases() -> Iterator[Case]:
+    chosen = ("mixk magnitude", "rbf None", "base torch.bfloat16", "factors torch.float16", "float64", "0 by 3", "3 by 0", "strided")
     for case in kernel_merge_cases():
-        if case.name == "gradient":
+        if case.name not in chosen:
             continue
         A, B, _ = case.args
         out = torch.full((B.shape[1], A.shape[1]), torch.nan, dtype=case.kwargs.get("base", A).dtype)
