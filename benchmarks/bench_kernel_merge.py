@@ -28,7 +28,7 @@ import taskloom
 from inputs import weights
 from spread import summary
 
-SIZES = ((768, 768), (3072, 768), (4096, 1024), (4096, 4096))
+SIZES = ((768, 768), (3072, 768), (1024, 4096), (4096, 1024), (4096, 4096))
 FORMS = ("ours", "eager", "checkpoint", "compiled")
 CHUNKS, WIDTH, SPARSITY = 2, 16, 0.9
 

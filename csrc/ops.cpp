@@ -52,6 +52,9 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
       "kernel_merge(Tensor A, Tensor B, Tensor coef, Tensor? alpha, Tensor? gamma, Tensor? beta, Tensor? base, str kernel, float sparsity, "
       "str gate) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "kernel_merge_out(Tensor A, Tensor B, Tensor coef, Tensor? alpha, Tensor? gamma, Tensor? beta, Tensor? base, str kernel, float "
+      "sparsity, str gate, Tensor(a!) out) -> ()");
+  m.def(
       "kernel_merge_backward(Tensor gradient, Tensor A, Tensor B, Tensor coef, Tensor? alpha, Tensor? gamma, Tensor? beta, Tensor "
       "threshold, Tensor row_stats, str kernel, str gate) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(

@@ -20,6 +20,7 @@ REORDERED_SUMS = frozenset(
         "kernel_linear_backward",
         "kernel_merge",
         "kernel_merge_backward",
+        "kernel_merge_out",
         "lowrank_apply",
         "lowrank_apply_backward",
         "lowrank_merge",

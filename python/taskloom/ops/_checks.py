@@ -130,7 +130,12 @@ def _memory(tensor: Tensor) -> tuple[int, int]:
     return begin, begin + (last + 1) * tensor.element_size()
 
 
-def check_apart(op: str, target: Tensor, **others: Tensor) -> None:
+def is_same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same elements of the same memory, or nothing can be told of it."""
+    return one is other or (_memory(one) == _memory(other) and one.dtype == other.dtype and one.stride() == other.stride())
+
+
+def check_apart(op: str, target: Tensor, *, called: str = "target", **others: Tensor) -> None:
     """Raise ValueError where memory of ``target`` lies between the first and the last element of another argument."""
     if is_compiling():
         return
@@ -138,4 +143,4 @@ def check_apart(op: str, target: Tensor, **others: Tensor) -> None:
     for name, other in others.items():
         other_begin, other_end = _memory(other)
         if begin < other_end and other_begin < end:
-            raise ValueError(f"{op}: target: must not share memory with {name}")
+            raise ValueError(f"{op}: {called}: must not share memory with {name}")

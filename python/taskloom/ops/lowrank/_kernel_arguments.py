@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from taskloom.ops._backends import active_transform
-from taskloom.ops._checks import check_floating
+from taskloom.ops._checks import check_apart, check_dtype, check_floating, is_same_memory
 from taskloom.reference.lowrank.kernel_merge import GATES, KERNELS
 
 # alpha, gamma and beta where none are given: a kernel that is neither scaled nor moved.
@@ -142,3 +142,20 @@ def check_base(op: str, base: Tensor | None, m: int, n: int) -> None:
     check_floating(op, "base", base)
     if base.shape != (m, n):
         raise ValueError(f"{op}: base: expected shape ({m}, {n}), (rows of B, rows of A), got {tuple(base.shape)}")
+
+
+def check_out(op: str, out: Tensor, given: KernelArguments, base: Tensor | None) -> None:
+    """Raise unless ``out`` is a matrix that the merge can be written to: base itself, or apart from everything that is read."""
+    check_dtype(op, "out", out, given.A.dtype if base is None else base.dtype)
+    shape = (given.B.shape[1], given.A.shape[1])
+    if out.shape != shape:
+        raise ValueError(f"{op}: out: expected shape {shape}, (rows of B, rows of A), got {tuple(out.shape)}")
+    if not out.is_contiguous():
+        raise ValueError(f"{op}: out: expected a contiguous tensor, got strides {out.stride()}")
+    named = dict(zip(("A", "B", "coef", "alpha", "gamma", "beta"), given.tensors, strict=True)) | {"base": base}
+    others = {name: one for name, one in named.items() if one is not None}
+    if torch.is_grad_enabled() and any(one.requires_grad for one in (out, *others.values())):
+        raise RuntimeError(f"{op}: out: writing into a tensor has no gradient; call it under torch.no_grad() or on detached tensors")
+    if base is not None and is_same_memory(out, base):
+        del others["base"]
+    check_apart(op, out, called="out", **others)
