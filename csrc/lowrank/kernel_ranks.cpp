@@ -141,7 +141,8 @@ Ordered ordered_by_digits(const KernelFactors& factors, int64_t rank, const Para
   size_t bin = 0;
   for (int shift = first; shift >= 0; shift -= static_cast<int>(histogram_bits)) {
     least_above = histogram(factors, shift, prefix, parallel, threads, counts);
-    for (bin = 0; rank >= counts[bin]; ++bin) rank -= counts[bin];
+    // The last bin ends the search even where another thread changed the factors between two passes.
+    for (bin = 0; bin + 1 < counts.size() && rank >= counts[bin]; ++bin) rank -= counts[bin];
     prefix = (prefix << histogram_bits) | bin;
   }
   if (rank + 1 < counts[bin]) return {prefix, prefix};
