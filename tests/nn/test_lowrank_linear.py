@@ -155,6 +155,20 @@ def test_dropout_acts_in_training_only() -> None:
     assert layer(X, [BASE] * 5).equal(layer.base_layer(X))
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_under_autocast_it_is_a_linear_layer(dora: bool, dropout: float) -> None:
+    layer = _layer(dora=dora, dropout=dropout).train()
+    for x in (X, X.bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.manual_seed(1)
+            y = layer(x)
+            assert y.dtype == layer.base_layer(x).dtype == torch.bfloat16
+        y.float().sum().backward()
+        torch.manual_seed(1)
+        torch.testing.assert_close(y.float(), layer(x.float()), rtol=3e-2, atol=3e-2)
+
+
 def test_adapters_of_half_precision_layers_are_float32() -> None:
     layer = _layer(torch.bfloat16)
     assert {one.dtype for name, one in layer.named_parameters() if "lora" in name} == {torch.float32}

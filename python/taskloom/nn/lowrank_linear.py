@@ -356,9 +356,10 @@ class LowRankLinear(nn.Module):
         weight, scaling = self.base_layer.weight, self.settings[name].scaling
         with torch.no_grad():
             norms = lowrank_norm(weight, A, B, scaling)
-        ratio = (magnitude / norms).to(x.dtype)
         dropped = self._dropped(x, name)
-        return (ratio - 1) * nn.functional.linear(dropped, weight) + ratio * lowrank_apply(dropped, A[None], B[None], scaling)
+        plain = nn.functional.linear(dropped, weight)
+        ratio = (magnitude / norms).to(plain.dtype)
+        return (ratio - 1) * plain + ratio * lowrank_apply(dropped, A[None], B[None], scaling)
 
     def _numbers(self, tasks: Tasks, x: Tensor) -> Tensor:
         if isinstance(tasks, Tensor):
