@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from taskloom.nn.base_layers import check_base_layer
 from taskloom.nn.inject import LayerConfig
 from taskloom.nn.lowrank_linear import LowRankLinear
 
@@ -34,8 +36,10 @@ class LowRankConfig(LayerConfig):
 
     Raises
     ------
+    TypeError
+        If a rank is no integer.
     ValueError
-        If a rank is below 1, or the dropout is outside [0, 1).
+        If a rank is below 1, an alpha is not finite, or the dropout is outside [0, 1).
     """
 
     r: int = 8
@@ -49,8 +53,14 @@ class LowRankConfig(LayerConfig):
 
     def __post_init__(self) -> None:
         for name, rank in (("r", self.r), *((f"rank_pattern[{key!r}]", value) for key, value in self.rank_pattern.items())):
+            if isinstance(rank, bool) or not isinstance(rank, int):
+                raise TypeError(f"{name}: expected a rank, an integer, got {type(rank).__name__}")
             if rank < 1:
                 raise ValueError(f"{name}: expected a rank of at least 1, got {rank}")
+        by_pattern = ((f"alpha_pattern[{key!r}]", value) for key, value in self.alpha_pattern.items())
+        for name, alpha in (("lora_alpha", self.lora_alpha), *by_pattern):
+            if not math.isfinite(alpha):
+                raise ValueError(f"{name}: expected a finite number, got {alpha}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout: expected a probability below 1, got {self.lora_dropout}")
 
@@ -58,6 +68,14 @@ class LowRankConfig(LayerConfig):
         """The configuration with the rank and the alpha that the patterns give the layer at a path."""
         rank, alpha = pattern_value(self.rank_pattern, path, self.r), pattern_value(self.alpha_pattern, path, self.lora_alpha)
         return replace(self, r=int(rank), lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+    def check(self, layer: nn.Module) -> None:
+        """Raise where the layer cannot take the adapter: TypeError or ValueError, RuntimeError where another one is merged."""
+        if isinstance(layer, LowRankLinear):
+            layer.check_new(self.adapter_name)
+        else:
+            super().check(layer)
+            check_base_layer("base_layer", layer)
 
     def build(self, linear: nn.Linear) -> LowRankLinear:
         """The layer with one adapter."""
