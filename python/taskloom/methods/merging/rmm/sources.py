@@ -139,19 +139,19 @@ def from_checkpoints(
 
     Raises
     ------
+    TypeError
+        If the rank is no integer.
     ValueError
-        If a weight is missing, of another shape, or smaller than the rank.
+        If a weight is missing, of another shape, or smaller than the rank, or its change is not finite.
     """
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank: expected an integer, got {type(rank).__name__}")
     if rank < 1:
         raise ValueError(f"rank: expected 1 or more, got {rank}")
     origin = base if isinstance(base, Mapping) else load_file(base)
     states = {task: one if isinstance(one, Mapping) else load_file(one) for task, one in tuned.items()}
     if names is None:
         matrices = [name for name, value in origin.items() if value.dim() == 2 and value.is_floating_point()]
-
-        def changed(name: str) -> bool:
-            return any(name in state and not torch.equal(state[name], origin[name]) for state in states.values())
-
         names = [
             name for name in matrices if any(name in state and not torch.equal(state[name], origin[name]) for state in states.values())
         ]
@@ -163,6 +163,9 @@ def from_checkpoints(
             if rank > min(origin[name].shape):
                 raise ValueError(f"rank: expected at most {min(origin[name].shape)}, the smaller side of {name!r}, got {rank}")
             dtype = torch.promote_types(origin[name].dtype, torch.float32)
-            a, b = truncated_svd(state[name].to(dtype) - origin[name].to(dtype), rank)
+            delta = state[name].to(dtype) - origin[name].to(dtype)
+            if not torch.isfinite(delta).all():
+                raise ValueError(f"tuned: task {task!r}: {name!r} differs from the base by values that are not finite")
+            a, b = truncated_svd(delta, rank)
             adapters[task][name.removesuffix(".weight")] = (a.to(origin[name].dtype), b.to(origin[name].dtype))
     return adapters
