@@ -106,14 +106,15 @@ class LowRankConfig(LayerConfig):
             If it is another kind of adapter than LoRA.
         ValueError
             If it asks for what a :class:`LowRankLinear` does not have: trained biases, a bias of the adapter, ``fan_in_fan_out``,
-            parameters that are no module, tokens to train, or some layers by number.
+            parameters that are no module, tokens to train, or some layers by number; or as :func:`check_plain_lora` does.
         """
         if config.get("peft_type", "LORA") != "LORA":
             raise TypeError(f"peft_type: expected LORA, got {config['peft_type']}")
         if config.get("bias", "none") != "none":
             raise ValueError(f"bias: expected 'none', got {config['bias']!r}")
+        check_plain_lora(config)
         for name in ("lora_bias", "fan_in_fan_out", "target_parameters", "layers_to_transform", "trainable_token_indices"):
-            if config.get(name):
+            if _is_set(config, name):
                 raise ValueError(f"{name}: {config[name]!r} is not supported")
         target = config.get("target_modules")
         if not target:
@@ -127,6 +128,40 @@ class LowRankConfig(LayerConfig):
             alpha_pattern=config.get("alpha_pattern") or {},
             adapter_name=adapter_name,
         )
+
+
+# What PEFT computes otherwise than by adding the factors' product to a linear layer.
+_VARIANTS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+)
+# Initialisations that change the base's weight too; its adapters are to the changed one.
+_CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
+
+
+def _is_set(config: Mapping[str, Any], name: str) -> bool:
+    # A layer by its number may be 0.
+    value = config.get(name)
+    return value is not None and value is not False and value not in ([], {})
+
+
+def check_plain_lora(config: Mapping[str, Any]) -> None:
+    """Raise ValueError where factors that PEFT wrote are not all there is to add to the base's weight.
+
+    That is so for variants of LoRA with a computation of their own, and after initialisations such as PiSSA's, which take the first product
+    of the factors off the base: PEFT does so again when it loads the file, unless it was converted on saving.
+    """
+    for name in _VARIANTS:
+        if _is_set(config, name):
+            raise ValueError(f"{name}: {config[name]!r} is not supported")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise ValueError(f"init_lora_weights: {start!r} changes the base; save the adapter converted to a plain one, as PEFT describes")
 
 
 def pattern_value(patterns: Mapping[str, float], path: str, default: float) -> float:

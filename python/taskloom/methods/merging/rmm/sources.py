@@ -14,7 +14,7 @@ from torch import Tensor
 
 from taskloom.methods.merging.rmm.space import Factors
 from taskloom.nn.adapter_files import part_of
-from taskloom.nn.lowrank_config import pattern_value
+from taskloom.nn.lowrank_config import check_plain_lora, pattern_value
 
 State = Mapping[str, Tensor]
 
@@ -35,6 +35,10 @@ def _check_config(source: str, config: Mapping[str, Any]) -> None:
         raise TypeError(f"{source}: expected a LoRA adapter, got {kind}")
     if config.get("use_dora"):
         raise ValueError(f"{source}: DoRA adapters are not low-rank changes of a weight")
+    try:
+        check_plain_lora(config)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         raise ValueError(f"{source}: adapters that carry biases are refused, this one has bias={config.get('bias')!r}")
 
