@@ -70,7 +70,7 @@ def kernel_linear(
     Differentiable once with respect to x, A, B, coef, alpha, gamma, beta, base and bias.
     """
     op = "kernel_linear"
-    given = kernel_arguments(op, A, B, coef, kernel, alpha, gamma, beta, sparsity, gate)
+    given = kernel_arguments(op, A, B, coef, kernel, alpha, gamma, beta, sparsity, gate, x, base, bias)
     _check_input(op, x, A.shape[1])
     check_base(op, base, B.shape[1], A.shape[1])
     if bias is not None:
@@ -128,7 +128,7 @@ def kernel_linear_backward(
     Source: this library. Not differentiable.
     """
     op = "kernel_linear_backward"
-    given = kernel_arguments(op, A, B, coef, kernel, alpha, gamma, beta, 0.0, gate)
+    given = kernel_arguments(op, A, B, coef, kernel, alpha, gamma, beta, 0.0, gate, threshold)
     _check_input(op, x, A.shape[1])
     check_base(op, base, B.shape[1], A.shape[1])
     check_floating(op, "gradient", gradient)

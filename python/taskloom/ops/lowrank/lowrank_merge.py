@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, is_grad_enabled
@@ -180,8 +180,11 @@ def lowrank_unmerge_(
         check_matrix(op, "base", base)
         check_shape(op, "base", base, target.shape, "target")
         listed_factors(op, A, B, target, "target")
+        check_writable(op, "target", target)
         check_untracked(op, None, target=target)
         return target.copy_(base)
+    if isinstance(weight, Tensor) or not isinstance(weight, (int, float, Iterable)):
+        raise TypeError(f"{op}: weight: expected a number or a sequence of numbers, got {type(weight).__name__}")
     weights = [weight] if isinstance(weight, (int, float)) else list(weight)
     negative = [-plain_number(op, "weight", one) for one in weights]
     return lowrank_merge_(target, A, B, negative[0] if isinstance(weight, (int, float)) else negative, scale=scale)
