@@ -30,7 +30,7 @@ def without_autocast(function: Callable[Concatenate[Tensor, Arguments], Result])
     """Let torch's own products, from which ``function`` is composed, compute in the dtypes that they are given."""
 
     @wraps(function)
-    def composed(first: Tensor, *arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+    def composed(first: Tensor, /, *arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
         if autocast_dtype(first) is None:
             return function(first, *arguments, **named)
         with torch.autocast(first.device.type, enabled=False):
