@@ -44,9 +44,14 @@ def listed_factors(
     return right, left
 
 
-def _numbers(op: str, name: str, values: float | Sequence[float], count: int) -> list[float]:
+def check_numbers(op: str, name: str, values: object) -> None:
+    """Raise TypeError unless these are a number or several; a tensor is neither."""
     if isinstance(values, Tensor) or not isinstance(values, (int, float, Iterable)):
         raise TypeError(f"{op}: {name}: expected a number or a sequence of numbers, got {type(values).__name__}")
+
+
+def _numbers(op: str, name: str, values: float | Sequence[float], count: int) -> list[float]:
+    check_numbers(op, name, values)
     listed = [values] * count if isinstance(values, (int, float)) else list(values)
     if len(listed) != count:
         raise ValueError(f"{op}: {name}: expected one number or one for each of {count} adapters, got {len(listed)}")

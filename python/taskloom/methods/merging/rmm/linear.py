@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -65,9 +66,10 @@ class RMMLinear(nn.Module):
         mean, basis, coefficients = (self.get_buffer(f"{factor}_{part}") for part in _PARTS)
         return mean, basis, coefficients
 
-    def _apply(self, *arguments: Any, **named: Any) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._cached = None
-        return super()._apply(*arguments, **named)
+        module: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return module
 
     def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
         self._cached = None

@@ -234,12 +234,12 @@ class RMMSpace:
                 for part in ("mean", "basis", "coefficients"):
                     tensors[f"{name}.{factor}.{part}"] = getattr(positions, part).contiguous()
         facts = {"format": _FORMAT, "tasks": json.dumps(self.tasks), "errors": json.dumps(self._errors)}
-        part = Path(path).with_name(f".{Path(path).name}.part")
+        unfinished = Path(path).with_name(f".{Path(path).name}.part")
         try:
-            save_file(tensors, part, metadata=facts)
-            part.replace(path)
+            save_file(tensors, unfinished, metadata=facts)
+            unfinished.replace(path)
         finally:
-            part.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RMMSpace:
