@@ -164,6 +164,8 @@ def test_a_task_that_is_none_is_named(backend: str, wrong: int) -> None:
         ((torch.ones(3, 4, 5, dtype=torch.int64), 1), TypeError, r"vectors: expected float32, .*, got torch\.int64"),
         ((torch.ones(3, 4, 5), 0), ValueError, r"rank: expected 1 to 2, .* 5 entries and one less than the tasks \(3\), got 0"),
         ((torch.ones(3, 4, 5), 3), ValueError, "rank: expected 1 to 2, .*, got 3"),
+        ((torch.ones(3, 4, 5), 1.0), TypeError, "rank: expected an integer, got float"),
+        ((torch.ones(3, 4, 5), True), TypeError, "rank: expected an integer, got bool"),
         ((torch.ones(3, 4, 5), 4, False), ValueError, r"rank: expected 1 to 3, .* and the tasks \(3\), got 4"),
     ],
 )

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
+from taskloom.reference.arithmetic import autocast_dtype
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -18,6 +20,12 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
     raise TypeError(f"{op}: {name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def cast_for_autocast(x: Tensor) -> Tensor:
+    """The input as autocast would give it to a torch.nn.Linear."""
+    dtype = autocast_dtype(x)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
 def check_floating_like(op: str, name: str, tensor: Tensor, like: Tensor, of: str) -> None:

@@ -137,7 +137,7 @@ def kernel_merge(
     number of threads.
     """
     op = "kernel_merge"
-    given = kernel_arguments(op, A, B, coef, kernel, alpha, gamma, beta, sparsity, gate)
+    given = kernel_arguments(op, A, B, coef, kernel, alpha, gamma, beta, sparsity, gate, base)
     check_base(op, base, B.shape[1], A.shape[1])
     start = () if base is None else (base,)
     if out is not None:
@@ -199,7 +199,7 @@ def kernel_merge_backward(
     Source: this library. Not differentiable.
     """
     op = "kernel_merge_backward"
-    given = kernel_arguments(op, A, B, coef, kernel, alpha, gamma, beta, 0.0, gate)
+    given = kernel_arguments(op, A, B, coef, kernel, alpha, gamma, beta, 0.0, gate, threshold)
     check_floating(op, "gradient", gradient)
     if gradient.shape != (B.shape[1], A.shape[1]):
         raise ValueError(f"{op}: gradient: expected shape {(B.shape[1], A.shape[1])}, got {tuple(gradient.shape)}")
