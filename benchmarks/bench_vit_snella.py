@@ -24,7 +24,7 @@ import environment
 from optional import obstacle
 from peaks import allocated_rise, resident_rise
 from spread import spread, summary
-from vit_arms import ARMS, SAME, Setting, Training, adapted, arm_obstacle, vision_transformer
+from vit_arms import ARMS, CLASSES, SAME, Setting, Training, adapted, arm_obstacle, vision_transformer
 
 # Of the loss, and of every parameter's gradient: relative. An entry within rounding of the threshold may fall on its other side.
 TOLERANCES = (1e-5, 1e-2)
@@ -40,7 +40,7 @@ def training(arm: str, model: nn.Module, options: argparse.Namespace) -> Trainin
     """An arm's model on a batch that is the same for all arms."""
     generator = torch.Generator().manual_seed(2)
     images = torch.randn(options.batch, 3, options.pixels, options.pixels, generator=generator).to(options.device)
-    labels = torch.randint(100, (options.batch,), generator=generator).to(options.device)
+    labels = torch.randint(CLASSES, (options.batch,), generator=generator).to(options.device)
     own = adapted(arm, model, Setting(options.rank, options.sparsity)).to(options.device)
     return Training(own, images, labels, torch.bfloat16 if options.device == "cuda" else None)
 

@@ -18,6 +18,7 @@ from taskloom.nn import KernelLinear, LowRankConfig, inject
 from taskloom.nn.fused_linear import split_fused
 
 HEAD = "head"
+CLASSES = 5
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def vision_transformer(name: str, pixels: int, depth: int | None = None) -> nn.M
     timm = optional("timm")
     assert timm is not None
     torch.manual_seed(0)
-    model: nn.Module = timm.create_model(name, num_classes=100, img_size=pixels, **({} if depth is None else {"depth": depth}))
+    model: nn.Module = timm.create_model(name, num_classes=CLASSES, img_size=pixels, **({} if depth is None else {"depth": depth}))
     split_fused(model)
     return model
 

@@ -95,7 +95,7 @@ def test_a_step_changes_what_is_trained_and_nothing_else(make: Make) -> None:
 
 
 def test_training_lowers_the_loss_and_folds_into_plain_layers(make: Make) -> None:
-    model, plain = _injected(make, gate="hard", scale=1.0, sparsity=0.25), make()
+    model, plain = _injected(make, gate="hard", sparsity=0.25), make()
     losses = _trained(model, steps=12)
     assert losses[-1] < 0.8 * losses[0]
     y = model.eval()(IMAGES)
