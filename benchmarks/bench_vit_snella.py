@@ -92,6 +92,8 @@ def measure(arms: list[str], options: argparse.Namespace, model: nn.Module) -> d
             run.step()
             if place:
                 taken[arm].append((time.perf_counter() - begin, time.process_time() - processor))
+    for arm, errors in found["errors"].items():
+        print(f"{arm}: relative errors of loss {errors['loss']:.1e}, of gradients at most {errors['gradient']:.1e}", flush=True)
     for arm in arms:
         walls, works = zip(*taken[arm], strict=True)
         over = [[theirs[which] / own[which] for theirs, own in zip(taken[arm], taken["ours"], strict=True)] for which in (0, 1)]
@@ -107,9 +109,7 @@ def measure(arms: list[str], options: argparse.Namespace, model: nn.Module) -> d
 
 
 def report(found: dict[str, Any]) -> None:
-    """Print the errors and a line for each arm."""
-    for arm, errors in found["errors"].items():
-        print(f"{arm}: relative errors of loss {errors['loss']:.1e}, of gradients at most {errors['gradient']:.1e}")
+    """Print a line for each arm."""
     lora = found["arms"].get("lora")
     columns = {"step, s": 22, "arm / ours": 20, "processor time": 20, "rise, MB": 11, "/ LoRA's": 10, "with model": 12, "/ LoRA's ": 10}
     print(f"{'arm':12}{''.join(name.rjust(width) for name, width in columns.items())}")
