@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +23,7 @@ from torch import nn
 import environment
 import taskloom
 from inputs import weights
-from optional import obstacle, optional
+from optional import obstacle, optional, optional_versions
 from peaks import resident_rise
 from spread import spread, summary
 
@@ -180,7 +179,7 @@ def main() -> None:
     if options.json:
         surroundings = {
             "device": environment.device(),
-            "versions": environment.versions() | ({} if missing else {"peft": version("peft")}),
+            "versions": environment.versions() | optional_versions("peft"),
             "threads": torch.get_num_threads(),
             **environment.commit(),
             **{name: getattr(options, name) for name in ("size", "rank", "adapters")},

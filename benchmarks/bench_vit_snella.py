@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import environment
-from optional import obstacle
+from optional import obstacle, optional_versions
 from peaks import allocated_rise, resident_rise
 from spread import spread, summary
 from vit_arms import ARMS, CLASSES, SAME, Setting, Training, adapted, arm_obstacle, vision_transformer
@@ -158,7 +158,7 @@ def main() -> int:
         surroundings = {
             "device": environment.device(),
             "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
-            "versions": environment.versions(),
+            "versions": environment.versions() | optional_versions("timm", "peft"),
             "threads": torch.get_num_threads(),
             **environment.commit(),
             **{name: getattr(options, name) for name in names},

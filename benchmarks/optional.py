@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -47,3 +48,8 @@ def optional(name: str) -> ModuleType | None:
 def obstacle(name: str) -> str | None:
     """Why a package cannot be used: it is not installed. None where it can."""
     return None if importlib.util.find_spec(name) else f"{name} is not installed"
+
+
+def optional_versions(*names: str) -> dict[str, str]:
+    """The versions of those that are installed, for a benchmark's JSON."""
+    return {name: version(name) for name in names if obstacle(name) is None}
