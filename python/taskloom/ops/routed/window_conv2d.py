@@ -12,7 +12,7 @@ from taskloom.ops._backends import describe_path, kernel
 from taskloom.ops._checks import check_floating
 from taskloom.ops._register import implement_on_cpu, register
 from taskloom.ops.routed import _conv_products
-from taskloom.ops.routed._windows import check_values, groups, out_window_of, window_of, window_tensors
+from taskloom.ops.routed._windows import cast_for_autocast, check_values, groups, out_window_of, window_of, window_tensors
 from taskloom.ops.routed.window_linear import check_weight, fake_backward
 from taskloom.reference import routed as reference
 
@@ -70,7 +70,7 @@ def window_conv2d(
     Parameters
     ----------
     x
-        ``[N, C, H, W]``; float32, bfloat16, float16 or float64.
+        ``[N, C, H, W]``; float32, bfloat16, float16 or float64. Under autocast the tensors are cast as for torch's own layer.
     weight, bias
         ``[O, C, kh, kw]`` and ``[O]`` in x's dtype; bias may be None, the default.
     start
@@ -109,6 +109,7 @@ def window_conv2d(
     """
     op = "window_conv2d"
     _check_x(op, x)
+    x, weight, bias = cast_for_autocast(x, weight, bias)
     check_weight(op, x, weight, bias, 1, 4)
     geometry = conv_geometry(op, x, weight, stride, padding, dilation)
     window = window_of(op, len(x), x.shape[1], start, width, x)

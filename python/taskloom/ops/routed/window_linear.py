@@ -11,7 +11,7 @@ from taskloom.ops._backends import describe_path, kernel
 from taskloom.ops._checks import check_dtype, check_floating, check_shape
 from taskloom.ops._register import implement_on_cpu, register
 from taskloom.ops.routed import _linear_products
-from taskloom.ops.routed._windows import Window, check_values, groups, out_window_of, window_of, window_tensors
+from taskloom.ops.routed._windows import Window, cast_for_autocast, check_values, groups, out_window_of, window_of, window_tensors
 from taskloom.reference import routed as reference
 
 
@@ -55,7 +55,7 @@ def window_linear(
     Parameters
     ----------
     x
-        ``[N, ..., C]``; float32, bfloat16, float16 or float64.
+        ``[N, ..., C]``; float32, bfloat16, float16 or float64. Under autocast the tensors are cast as for torch's own layer.
     weight, bias
         ``[O, C]`` and ``[O]`` in x's dtype; bias may be None, the default.
     start
@@ -91,6 +91,7 @@ def window_linear(
     """
     op = "window_linear"
     _check_x(op, x)
+    x, weight, bias = cast_for_autocast(x, weight, bias)
     check_weight(op, x, weight, bias, -1, 2)
     window = window_of(op, len(x), x.shape[-1], start, width, x)
     out_window = out_window_of(op, len(x), weight.shape[0], out_start, out_width, x)
