@@ -127,14 +127,14 @@ class Scaled(nn.Module):
 
 def branches() -> list[tuple[nn.Module, nn.Module, tuple[Tensor, ...]]]:
     """A branch, the same of a masked input, and what else they take."""
-    first, second, scaled = WindowLinear(10, 12).double(), nn.Linear(12, 10).double(), Scaled()
+    first, second, scaled, gelu = WindowLinear(10, 12).double(), nn.Linear(12, 10).double(), Scaled(), nn.GELU()
     plain = nn.Linear(10, 12).double()
     plain.load_state_dict(first.state_dict())
     alone = WindowLinear(10, 10).double()
     alone_plain = nn.Linear(10, 10).double()
     alone_plain.load_state_dict(alone.state_dict())
     return [
-        (nn.Sequential(first, nn.GELU(), second), nn.Sequential(plain, nn.GELU(), second), ()),
+        (nn.Sequential(first, gelu, second, gelu), nn.Sequential(plain, gelu, second, gelu), ()),
         (alone, alone_plain, ()),
         (scaled, scaled, (torch.tensor(0.5),)),
     ]

@@ -140,9 +140,8 @@ class RoutedResidual(nn.Module):
             What else the branch takes.
         """
         start, width = self.window(task)
-        first, rest = self.branch, []
-        if isinstance(self.branch, nn.Sequential) and len(self.branch):
-            first, *rest = self.branch.children()
+        # Not children(), which leaves out a module that comes again.
+        first, *rest = self.branch if isinstance(self.branch, nn.Sequential) and len(self.branch) else (self.branch,)
         if not getattr(first, "takes_window", False):
             return x + cast(Tensor, self.branch(masked(x, start, width, self.channel_dim), *args))
         made = first(x, start, width, *args)
