@@ -63,7 +63,7 @@ def backward_cases() -> Iterator[Case]:
         for name, rows in (("sequences", 33), ("masked rows", 1)):
             given = (weights(5, rows, 29, seed=7, dtype=dtype), weights(5, rows, 37, dtype=dtype), layer(29, 37, dtype=dtype)[0])
             yield Case(f"{dtype}, {name}", (*given, starts(5, 18), 19))
-            for place in range(3 if dtype == F32 else 0):
+            for place in range(3 if dtype == F32 and rows > 1 else 0):
                 needed = [one == place for one in range(3)]
                 yield Case(f"{name}, only {place}", (*given, starts(5, 18), 19, None, None, 0, None, needed))
     given = (weights(8, 3, 29, seed=7), weights(8, 3, 37), layer(29, 37)[0])

@@ -124,12 +124,12 @@ def test_one_window_of_all_samples(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["rows", "conv"])
 def test_derivatives(kind: str) -> None:
-    shape = {"rows": (3, 2, 4), "conv": (3, 4, 3, 3)}[kind]
-    given = [weights(*shape, dtype=F64), *layer(3, 4, *((2, 2) if kind == "conv" else ()), dtype=F64)]
+    shape = {"rows": (3, 2, 3), "conv": (2, 3, 3, 2)}[kind]
+    given = [weights(*shape, dtype=F64), *layer(2, 3, *((2, 2) if kind == "conv" else ()), dtype=F64)]
     leaves = [one.requires_grad_() for one in given]
 
     def whole(*leaves: Tensor) -> Tensor:
-        return run(*leaves, torch.tensor([0, 2, 1]), 2)
+        return run(*leaves, torch.tensor([0, 1, 1])[: shape[0]], 2)
 
     with taskloom.backend("native"):
         assert torch.autograd.gradcheck(whole, leaves)
@@ -155,7 +155,7 @@ def test_transforms(kind: str) -> None:
     torch.testing.assert_close(tangent, expected.sum())
 
 
-@kinds
+@pytest.mark.parametrize("kind", ["rows", "conv"])
 def test_compiled(kind: str) -> None:
     def loss(x: Tensor, weight: Tensor, bias: Tensor, start: Tensor) -> Tensor:
         return run(x, weight, bias, start, 7).square().sum()

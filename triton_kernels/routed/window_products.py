@@ -31,11 +31,10 @@ def _factors(tensor: Tensor) -> Tensor:
     return raw(tensor) if INTERPRETED else tensor
 
 
-def _check_reach(op: str, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        if last > MOST_ENTRIES:
-            raise ValueError(f"{op}: {name}: expected at most {MOST_ENTRIES} entries in a sample or a weight, got {last + 1}")
+def _check_reach(op: str, name: str, tensor: Tensor) -> None:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if last > MOST_ENTRIES:
+        raise ValueError(f"{op}: {name}: expected at most {MOST_ENTRIES} entries in a sample or a weight, got {last + 1}")
 
 
 class _Call:
@@ -44,8 +43,9 @@ class _Call:
     def __init__(self, op: str, x: Tensor, weight: Tensor, window: Window, out_window: OutWindow, geometry: Geometry) -> None:
         assert_values(op, x.shape[1], window)
         assert_values(op, len(weight), out_window, ("out_start", "out_width"))
-        _check_reach(op, x=x[:1], weight=weight)
-        self.x, self.weight, self.geometry = x, weight.contiguous(), geometry
+        _check_reach(op, "x", x[:1])
+        _check_reach(op, "weight", weight)
+        self.op, self.x, self.weight, self.geometry = op, x, weight.contiguous(), geometry
         dtype = accumulation_dtype(x)
         self.exact = INTERPRETED or x.dtype == dtype
         start, width, widths = window
@@ -73,6 +73,7 @@ class _Call:
 
     def forward(self, bias: Tensor | None, y: Tensor) -> None:
         """Write y [N, O, H', W'], whose positions are one stride apart."""
+        _check_reach(self.op, "the output", y[:1])
         positions, (_, across) = self.geometry.outputs, self.geometry.out
         blocks = _blocks(self.exact, ("BLOCK_O", "BLOCK_P", "BLOCK_K"), (y.shape[1], positions, self.weight[0].numel()))
         tiles = triton.cdiv(positions, blocks["BLOCK_P"])
@@ -112,21 +113,29 @@ def _by_position(values: Tensor) -> Tensor:
     return values.contiguous() if apart else values
 
 
-def _gradients(call: _Call, gradient: Tensor, made: Tensor, out_window: OutWindow, needed: Sequence[bool]) -> list[Tensor]:
-    """The gradients that are needed; x's is written to ``made``."""
+def _gradients(
+    call: _Call, gradient: Tensor, for_x: Tensor | None, for_weight: Tensor | None, out_window: OutWindow, for_bias: bool
+) -> list[Tensor]:
+    """Write the gradients of x and the weight where there is something to write to; that of the bias, if it is wanted."""
     gradient = _by_position(gradient)
-    found: list[Tensor] = []
-    if needed[0]:
-        call.for_x(gradient, made)
-        found.append(made)
-    if needed[1]:
-        found.append(torch.empty(call.weight.shape, dtype=call.weight.dtype, device=gradient.device))
-        call.for_weight(gradient, found[-1])
-    if needed[2]:
-        each = gradient.sum((2, 3), dtype=accumulation_dtype(gradient))
-        each = each.masked_fill(~out_mask(len(each), each.shape[1], *out_window, gradient), 0)
-        found.append(each.sum(0).to(gradient.dtype))
-    return found
+    _check_reach(call.op, "gradient", gradient[:1])
+    if for_x is not None:
+        call.for_x(gradient, for_x)
+    if for_weight is not None:
+        call.for_weight(gradient, for_weight)
+    if not for_bias:
+        return []
+    each = gradient.sum((2, 3), dtype=accumulation_dtype(gradient))
+    each = each.masked_fill(~out_mask(len(each), each.shape[1], *out_window, gradient), 0)
+    return [each.sum(0).to(gradient.dtype)]
+
+
+def _targets(x: Tensor, weight: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
+    """Memory for the gradients of x and the weight, of each that is needed."""
+    return [
+        torch.empty(one.shape, dtype=one.dtype, device=one.device) if wanted else None
+        for one, wanted in zip((x, weight), needed[:2], strict=True)
+    ]
 
 
 def _as_image(rows: Tensor) -> Tensor:
@@ -171,11 +180,9 @@ def window_linear_backward(
     geometry = geometry_of(image, kernel, (1, 1), (0, 0), (1, 1))
     out_window = (out_start, out_width, out_widths)
     call = _Call("window_linear", image, kernel, (start, width, widths), out_window, geometry)
-    made = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _gradients(call, _as_image(gradient), _as_image(made), out_window, (needed[0], False, False))
-    found = _gradients(call, _as_image(gradient), made, out_window, (False, *needed[1:]))
-    found = [one.view(weight.shape) if one.dim() == 4 else one for one in found]
-    return [made, *found] if needed[0] else found
+    for_x, for_weight = _targets(x, weight, needed)
+    bias = _gradients(call, _as_image(gradient), None if for_x is None else _as_image(for_x), for_weight, out_window, needed[2])
+    return [*(one for one in (for_x, for_weight) if one is not None), *bias]
 
 
 def window_conv2d(
@@ -219,5 +226,6 @@ def window_conv2d_backward(
     geometry = geometry_of(x, weight, stride, padding, dilation)
     out_window = (out_start, out_width, out_widths)
     call = _Call("window_conv2d", x, weight, (start, width, widths), out_window, geometry)
-    made = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return _gradients(call, gradient, made, out_window, needed)
+    for_x, for_weight = _targets(x, weight, needed)
+    bias = _gradients(call, gradient, for_x, for_weight, out_window, needed[2])
+    return [*(one for one in (for_x, for_weight) if one is not None), *bias]
