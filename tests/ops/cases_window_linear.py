@@ -50,7 +50,7 @@ def linear_cases() -> Iterator[Case]:
     values = weights(5, 33, 37)
     values[:, :, :9], values[:, :, 30:] = torch.nan, torch.inf
     yield Case("NaN outside", (values, *layer(29, 37)), {"start": torch.tensor([9, 10, 11, 12, 9]), "width": 18})
-    yield Case("NaN outside, masked", (values[:, 0], *layer(29, 37)), {"start": torch.tensor([9, 10, 11, 12, 9]), "width": 18})
+    yield Case("NaN outside, masked rows", (values.view(-1, 37)[:24], *layer(29, 37)), {"start": 9 + starts(24, 3), "width": 18})
     yield Case("no samples", (weights(0, 3, 37), *layer(29, 37)), {"start": starts(0, 18), "width": 19})
     yield Case("no rows", (weights(3, 0, 37), *layer(29, 37)), {"start": starts(3, 18), "width": 19})
     yield Case("no width", (weights(3, 2, 37), *layer(29, 37)), {"start": starts(3, 37), "width": 0})
@@ -60,12 +60,16 @@ def linear_cases() -> Iterator[Case]:
 
 def backward_cases() -> Iterator[Case]:
     for dtype in (F32, BF16, F64):
-        for name, rows in (("sequences", 33), ("masked rows", 1)):
-            given = (weights(5, rows, 29, seed=7, dtype=dtype), weights(5, rows, 37, dtype=dtype), layer(29, 37, dtype=dtype)[0])
-            yield Case(f"{dtype}, {name}", (*given, starts(5, 18), 19))
+        for name, samples, rows in (("sequences", 5, 33), ("masked rows", 24, 1)):
+            given = (
+                weights(samples, rows, 29, seed=7, dtype=dtype),
+                weights(samples, rows, 37, dtype=dtype),
+                layer(29, 37, dtype=dtype)[0],
+            )
+            yield Case(f"{dtype}, {name}", (*given, starts(samples, 18), 19))
             for place in range(3 if dtype == F32 and rows > 1 else 0):
                 needed = [one == place for one in range(3)]
-                yield Case(f"{name}, only {place}", (*given, starts(5, 18), 19, None, None, 0, None, needed))
+                yield Case(f"{name}, only {place}", (*given, starts(samples, 18), 19, None, None, 0, None, needed))
     given = (weights(8, 3, 29, seed=7), weights(8, 3, 37), layer(29, 37)[0])
     yield Case("gathered rows", (*given, torch.tensor([2, 9, 2, 9, 2, 9, 2, 9]), 6))
     out = (torch.tensor([0, 4, 20, 4, 9, 9, 9, 9]), 9, None)

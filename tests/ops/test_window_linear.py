@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases_window_linear import layer, starts
+from cases_window_conv2d import conv_cases
+from cases_window_linear import layer, linear_cases, starts
 from compiled import compiled
 from contract import assert_same_bits
 from samples import weights
@@ -225,6 +226,16 @@ def test_dense_where_it_is_faster_and_explained() -> None:
         assert taskloom.explain("window_linear", x, weight, start=5, width=64).path is None
     with pytest.raises(TypeError, match="pack_mask has one way only on each backend, so that start would change nothing"):
         taskloom.explain("pack_mask", x, start=start)
+
+
+def test_cases_of_the_contracts_take_the_ways_that_they_are_named_after() -> None:
+    for op, cases in (("window_linear", linear_cases()), ("window_conv2d", conv_cases())):
+        for case in cases:
+            path = str(taskloom.explain(op, *case.args, **case.kwargs).path)
+            if any(name in case.name for name in ("masked rows", "nearly all")):
+                assert not path.startswith("products of windows"), case.name
+            if any(name in case.name for name in ("sequences", "gathered", "float32", "stride")):
+                assert path.startswith("products of windows") != ("masked rows" in case.name), case.name
 
 
 def test_planner_groups_samples() -> None:

@@ -16,8 +16,9 @@ from taskloom.reference.routed.windows import window_mask
 
 # Entries of the columns that are made at a time.
 COLUMNS = 1 << 20
-# From this share of the channels on, torch's own convolution of a masked input is the faster one: measured, docs/routed.md.
-DENSE_FROM = 0.85
+# From this share of the channels on, torch's own convolution of a masked input is the faster one: what
+# benchmarks/bench_window_crossover.py showed.
+DENSE_FROM = 0.75
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ GATHERED_BELOW = 32
 
 
 def _rows_paid(rows: int) -> int:
-    """Rows of a large product that take as long as a product of so few: measured with float32 and 1024 channels, docs/routed.md."""
-    return min(4 * rows, rows + 12, max(rows, 32))
+    """Rows of a large product that take as long as a product of so few: what benchmarks/bench_window_crossover.py showed."""
+    return min(5 * rows, rows + 14, max(rows, 32))
 
 
 def _is_gathered(group: Group, positions: int) -> bool:
