@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from taskloom.ops.routed._linear_products import for_bias, shifted, summed_parts, within
-from taskloom.ops.routed._products import add_product, product, tiles
+from taskloom.ops.routed._products import add_product, product, product_dtype, tiles
 from taskloom.ops.routed._windows import Group, Window, groups
 from taskloom.reference.arithmetic import accumulation_dtype
 from taskloom.reference.routed.windows import window_mask
@@ -188,7 +188,7 @@ def window_conv2d(
         for part, _, masked in _masked_parts(x, window):
             y[part] = torch.nn.functional.conv2d(masked, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
         return y
-    columns = _Columns(geometry, _widest(planned), accumulation_dtype(x))
+    columns = _Columns(geometry, _widest(planned), product_dtype(x.dtype))
     flat = y.view(len(x), len(weight), geometry.outputs)
     for group in planned:
         left = _view(weight, group, group.made, geometry.taps)

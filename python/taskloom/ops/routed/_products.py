@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
-
-from taskloom.reference.arithmetic import accumulation_dtype
 
 # Entries of a tile that is converted, masked or gathered: a few megabytes.
 TILE = 1 << 20
@@ -21,10 +20,26 @@ def tiles(count: int, size: int) -> Iterator[slice]:
         yield slice(begin, min(begin + step, count))
 
 
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor has products of bfloat16 that are summed in float32: elsewhere torch's are slower than those of float32."""
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that factors are multiplied in whose product is rounded to ``dtype`` once: their own, or that of the arithmetic."""
+    if dtype == torch.float16 or (dtype == torch.bfloat16 and not _multiplies_bfloat16()):
+        return torch.float32
+    return dtype
+
+
 def product(left: Tensor, right: Tensor, out: Tensor, start: Tensor | None = None) -> None:
-    """Write ``left right``, plus ``start`` which is spread to out's shape; 16-bit factors are multiplied as float32, a tile at a time."""
-    dtype = accumulation_dtype(left, right)
-    if left.dtype == right.dtype == out.dtype == dtype:
+    """Write ``left right``, plus ``start`` which is spread to out's shape; 16-bit factors are taken a tile at a time.
+
+    Torch copies a view of them that is not contiguous, or they are multiplied as float32: :func:`product_dtype`.
+    """
+    dtype = product_dtype(out.dtype)
+    if left.dtype == right.dtype == out.dtype == dtype != torch.bfloat16:
         if start is None:
             torch.mm(left, right, out=out)
         else:

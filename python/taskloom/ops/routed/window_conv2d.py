@@ -104,8 +104,8 @@ def window_conv2d(
     alone. On a CPU each sample's window is padded, its columns (im2col) are made 4 MB at a time, and multiplied with a view of the
     contiguous weight; with a kernel of 1 and stride 1 the input itself is multiplied. Where the windows have nearly all channels torch's
     convolution is faster and is taken, on samples masked 4 MB, or one, at a time:
-    ``taskloom.explain("window_conv2d", x, weight, start=start, width=width)`` says so. 16-bit tensors are multiplied as float32 and rounded
-    once. On a GPU one Triton kernel reads each sample's window, without columns.
+    ``taskloom.explain("window_conv2d", x, weight, start=start, width=width)`` says so. Products of 16-bit tensors are summed in float32
+    and rounded once. On a GPU one Triton kernel reads each sample's window, without columns.
     """
     op = "window_conv2d"
     _check_x(op, x)
