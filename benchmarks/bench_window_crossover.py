@@ -28,7 +28,7 @@ from taskloom.ops.routed import _conv_products, _linear_products
 
 SHARES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9)
 IMAGES = ((64, 56), (256, 28), (512, 14))
-ROWS = ((64, 1), (64, 4), (64, 16), (32, 64), (8, 256))
+SEQUENCES = ((64, 1), (64, 4), (64, 16), (32, 64), (8, 256))
 CHANNELS = 1024
 SAMPLES = 8
 
@@ -57,7 +57,7 @@ def layers() -> Iterator[tuple[str, float, Callable[..., Tensor], Tensor, Tensor
             named = {"start": _starts(SAMPLES, channels - width), "width": width, "padding": 1}
             yield f"conv2d, {channels} channels, {side} by {side}", share, _bound(taskloom.window_conv2d, named), x, weight
     weight = torch.randn(CHANNELS, CHANNELS)
-    for samples, rows in ROWS:
+    for samples, rows in SEQUENCES:
         x = torch.randn(samples, rows, CHANNELS)
         for share in SHARES:
             width = int(share * CHANNELS)

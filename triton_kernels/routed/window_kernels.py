@@ -9,7 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from taskloom.triton_kernels.launch import INTERPRETED
 from taskloom.triton_kernels.masked.entries import load_entries, store_entries, widened
+
+# A counted loop, whose loads the compiler starts ahead of the products; the interpreter cannot count to what it has loaded.
+COUNTED = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit
@@ -42,6 +46,25 @@ def input_places(
 
 
 @triton.jit
+def forward_step(
+    total, inner, begin, end, x, weight, output, position, made, channels, positions, across_out, down_in, across_in, x_channel, x_row,
+    x_column, down, across, top, left, dilated_down, dilated_across,
+    TAPS: tl.constexpr, ACROSS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The sum with a tile of the window's entries added, those from ``inner`` on."""
+    entry = inner + tl.arange(0, BLOCK_K)
+    seen = (entry >= begin * TAPS) & (entry < end * TAPS)
+    left_factors = factors(weight, output[:, None] * (channels * TAPS) + entry[None, :], made[:, None] & seen[None, :], EXACT, WIDE)
+    places, inside = input_places(
+        entry[:, None], position[None, :], across_out, down_in, across_in, x_channel, x_row, x_column, down, across, top, left,
+        dilated_down, dilated_across, TAPS, ACROSS,
+    )  # fmt: skip
+    inside = inside & seen[:, None] & (position < positions)[None, :]
+    right_factors = factors(x, places, inside, EXACT, WIDE)
+    return tl.dot(left_factors, right_factors, total, input_precision="ieee", out_dtype=total.dtype)
+
+
+@triton.jit
 def window_forward_kernel(
     x, weight, bias, y, start, widths, out_start, out_widths, width, out_width, start_step, widths_step, out_step, out_widths_step,
     channels, outputs, positions, across_out, down_in, across_in, x_sample, x_channel, x_row, x_column, y_sample, y_channel, y_position,
@@ -61,24 +84,42 @@ def window_forward_kernel(
     if (tl.program_id(1) * BLOCK_O >= last_out) | ((tl.program_id(1) + 1) * BLOCK_O <= first_out):
         end = begin
     total = tl.zeros((BLOCK_O, BLOCK_P), dtype=tl.float64 if WIDE else tl.float32)
-    inner = begin * TAPS // BLOCK_K * BLOCK_K
-    while inner < end * TAPS:
-        entry = inner + tl.arange(0, BLOCK_K)
-        seen = (entry >= begin * TAPS) & (entry < end * TAPS)
-        left_factors = factors(weight, output[:, None] * (channels * TAPS) + entry[None, :], made[:, None] & seen[None, :], EXACT, WIDE)
-        places, inside = input_places(
-            entry[:, None], position[None, :], across_out, down_in, across_in, x_channel, x_row, x_column, down, across, top, left,
-            dilated_down, dilated_across, TAPS, ACROSS,
-        )  # fmt: skip
-        inside = inside & seen[:, None] & (position < positions)[None, :]
-        right_factors = factors(x + sample * x_sample, places, inside, EXACT, WIDE)
-        total = tl.dot(left_factors, right_factors, total, input_precision="ieee", out_dtype=total.dtype)
-        inner += BLOCK_K
+    first = begin * TAPS // BLOCK_K * BLOCK_K
+    if COUNTED:
+        for inner in range(first, end * TAPS, BLOCK_K):
+            total = forward_step(
+                total, inner, begin, end, x + sample * x_sample, weight, output, position, made, channels, positions, across_out, down_in,
+                across_in, x_channel, x_row, x_column, down, across, top, left, dilated_down, dilated_across, TAPS, ACROSS, EXACT, WIDE,
+                BLOCK_K,
+            )  # fmt: skip
+    else:
+        while first < end * TAPS:
+            total = forward_step(
+                total, first, begin, end, x + sample * x_sample, weight, output, position, made, channels, positions, across_out, down_in,
+                across_in, x_channel, x_row, x_column, down, across, top, left, dilated_down, dilated_across, TAPS, ACROSS, EXACT, WIDE,
+                BLOCK_K,
+            )  # fmt: skip
+            first += BLOCK_K
     if BIAS:
         total += load_entries(bias, output, made, WIDE)[:, None]
     total = tl.where(made[:, None], total, 0.0)
     to = output[:, None] * y_channel + position[None, :] * y_position
     store_entries(y + sample * y_sample, to, total, (output < outputs)[:, None] & (position < positions)[None, :])
+
+
+@triton.jit
+def input_step(
+    total, inner, last_out, tap, back, weight, channel, places, seen, met, channels, back_channel,
+    TAPS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The sum with the products of one tap and a tile of outputs added, those from ``inner`` on."""
+    output = inner + tl.arange(0, BLOCK_K)
+    given = output < last_out
+    left_places = (output[None, :] * channels + channel[:, None]) * TAPS + tap
+    left_factors = factors(weight, left_places, seen[:, None] & given[None, :], EXACT, WIDE)
+    right_places = output[:, None] * back_channel + places[None, :]
+    right_factors = factors(back, right_places, given[:, None] & met[None, :], EXACT, WIDE)
+    return tl.dot(left_factors, right_factors, total, input_precision="ieee", out_dtype=total.dtype)
 
 
 @triton.jit
@@ -108,19 +149,43 @@ def window_input_kernel(
         met = (position < positions) & (row >= 0) & (row % down == 0) & (row // down < down_out)
         met = met & (column >= 0) & (column % across == 0) & (column // across < across_out)
         places = (row // down) * back_row + (column // across) * back_column
-        inner = first_out
-        while inner < last_out:
-            output = inner + tl.arange(0, BLOCK_K)
-            given = output < last_out
-            left_places = (output[None, :] * channels + channel[:, None]) * TAPS + tap
-            left_factors = factors(weight, left_places, seen[:, None] & given[None, :], EXACT, WIDE)
-            right_places = output[:, None] * back_channel + places[None, :]
-            right_factors = factors(back + sample * back_sample, right_places, given[:, None] & met[None, :], EXACT, WIDE)
-            total = tl.dot(left_factors, right_factors, total, input_precision="ieee", out_dtype=total.dtype)
-            inner += BLOCK_K
+        if COUNTED:
+            for inner in range(first_out, last_out, BLOCK_K):
+                total = input_step(
+                    total, inner, last_out, tap, back + sample * back_sample, weight, channel, places, seen, met, channels, back_channel,
+                    TAPS, EXACT, WIDE, BLOCK_K,
+                )  # fmt: skip
+        else:
+            inner = first_out
+            while inner < last_out:
+                total = input_step(
+                    total, inner, last_out, tap, back + sample * back_sample, weight, channel, places, seen, met, channels, back_channel,
+                    TAPS, EXACT, WIDE, BLOCK_K,
+                )  # fmt: skip
+                inner += BLOCK_K
         tap += 1
     to = channel[:, None] * made_channel + position[None, :] * made_position
     store_entries(made + sample * made_sample, to, total, (channel < channels)[:, None] & (position < positions)[None, :])
+
+
+@triton.jit
+def weight_step(
+    total, inner, back, x, output, entry, given, seen, positions, across_out, down_in, across_in, back_channel, back_position, x_channel,
+    x_row, x_column, down, across, top, left, dilated_down, dilated_across,
+    TAPS: tl.constexpr, ACROSS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The sum with the products of a tile of one sample's positions added, those from ``inner`` on."""
+    position = inner + tl.arange(0, BLOCK_K)
+    within = position < positions
+    left_places = output[:, None] * back_channel + position[None, :] * back_position
+    left_factors = factors(back, left_places, given[:, None] & within[None, :], EXACT, WIDE)
+    places, inside = input_places(
+        entry[None, :], position[:, None], across_out, down_in, across_in, x_channel, x_row, x_column, down, across, top, left,
+        dilated_down, dilated_across, TAPS, ACROSS,
+    )  # fmt: skip
+    inside = inside & seen[None, :] & within[:, None]
+    right_factors = factors(x, places, inside, EXACT, WIDE)
+    return tl.dot(left_factors, right_factors, total, input_precision="ieee", out_dtype=total.dtype)
 
 
 @triton.jit
@@ -144,20 +209,22 @@ def window_weight_kernel(
         seen, given = (entry >= begin * TAPS) & (entry < end * TAPS), (output >= first_out) & (output < last_out)
         met = (tl.program_id(1) * BLOCK_C < end * TAPS) & ((tl.program_id(1) + 1) * BLOCK_C > begin * TAPS)
         met = met & (tl.program_id(0) * BLOCK_O < last_out) & ((tl.program_id(0) + 1) * BLOCK_O > first_out)
-        inner = tl.where(met, 0, positions)
-        while inner < positions:
-            position = inner + tl.arange(0, BLOCK_K)
-            within = position < positions
-            left_places = output[:, None] * back_channel + position[None, :] * back_position
-            left_factors = factors(back + sample * back_sample, left_places, given[:, None] & within[None, :], EXACT, WIDE)
-            places, inside = input_places(
-                entry[None, :], position[:, None], across_out, down_in, across_in, x_channel, x_row, x_column, down, across, top, left,
-                dilated_down, dilated_across, TAPS, ACROSS,
-            )  # fmt: skip
-            inside = inside & seen[None, :] & within[:, None]
-            right_factors = factors(x + sample * x_sample, places, inside, EXACT, WIDE)
-            total = tl.dot(left_factors, right_factors, total, input_precision="ieee", out_dtype=total.dtype)
-            inner += BLOCK_K
+        first = tl.where(met, 0, positions)
+        if COUNTED:
+            for inner in range(first, positions, BLOCK_K):
+                total = weight_step(
+                    total, inner, back + sample * back_sample, x + sample * x_sample, output, entry, given, seen, positions, across_out,
+                    down_in, across_in, back_channel, back_position, x_channel, x_row, x_column, down, across, top, left, dilated_down,
+                    dilated_across, TAPS, ACROSS, EXACT, WIDE, BLOCK_K,
+                )  # fmt: skip
+        else:
+            while first < positions:
+                total = weight_step(
+                    total, first, back + sample * back_sample, x + sample * x_sample, output, entry, given, seen, positions, across_out,
+                    down_in, across_in, back_channel, back_position, x_channel, x_row, x_column, down, across, top, left, dilated_down,
+                    dilated_across, TAPS, ACROSS, EXACT, WIDE, BLOCK_K,
+                )  # fmt: skip
+                first += BLOCK_K
         sample += 1
     to = output[:, None] * (channels * TAPS) + entry[None, :]
     store_entries(made, to, total, (output < outputs)[:, None] & (entry < channels * TAPS)[None, :])
