@@ -12,7 +12,7 @@ import taskloom
 from taskloom.ops.routed import window_conv2d_backward, window_linear_backward
 
 # A call reads the windows and sorts the samples by them before it multiplies: it is held against a mask and a layer.
-LIMIT = 8.0
+LIMIT = 10.0
 
 Call = Callable[[], Any]
 Calls = list[tuple[str, Call, Call, str, Call | None]]

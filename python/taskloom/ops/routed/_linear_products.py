@@ -25,16 +25,12 @@ def _is_gathered(group: Group, positions: int) -> bool:
     return positions < GATHERED_BELOW and len(group.runs()) > 1
 
 
-def _products_of(group: Group, positions: int) -> list[int]:
-    """The rows of each product that a group takes."""
-    if _is_gathered(group, positions):
-        return [len(group.samples) * positions]
-    return [(end - begin) * positions for begin, end in group.runs()]
-
-
 def window_costs(planned: Sequence[Group], samples: int, positions: int, channels: int) -> tuple[int, int]:
-    """What the products of the windows cost, and what one dense product on masked rows does, in the same unit."""
-    own = sum(group.width * _rows_paid(rows) for group in planned for rows in _products_of(group, positions))
+    """What the products of the windows cost, and what one dense product on masked rows does, in the same unit.
+
+    A group is one product; or it is several of so many rows that each row counts as one.
+    """
+    own = sum(group.width * _rows_paid(len(group.samples) * positions) for group in planned)
     return own, channels * _rows_paid(samples * positions)
 
 

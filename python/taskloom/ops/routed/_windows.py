@@ -91,17 +91,14 @@ def _outside(op: str, names: tuple[str, str], start: int, width: int, channels: 
     return ValueError(f"{op}: {names[0]}: expected windows within {channels} channels, got {start} to {start + width - 1}{place}")
 
 
-def _numbers(value: Tensor | int, samples: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    array = value.numpy(force=True) if isinstance(value, Tensor) else np.asarray(value)
-    return np.broadcast_to(array.astype(np.int64), (samples,))
-
-
 def _checked(op: str, names: tuple[str, str], window: Window, samples: int, channels: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The start and width of each sample, [N, 2]; raise where one leaves the channels."""
     start, width, widths = window
-    keys = np.stack([_numbers(start, samples), _numbers(width if widths is None else widths, samples)], 1)
-    wrong = (keys[:, 0] < 0) | (keys[:, 1] < 0) | (keys.sum(1) > channels)
-    if wrong.any():
+    keys = np.empty((samples, 2), np.int64)
+    keys[:, 0] = start.numpy(force=True)
+    keys[:, 1] = width if widths is None else widths.numpy(force=True)
+    if samples and (keys.min() < 0 or keys.sum(1).max() > channels):
+        wrong = (keys < 0).any(1) | (keys.sum(1) > channels)
         sample = int(wrong.argmax())
         begin, wide = keys[sample].tolist()
         raise _outside(op, names, begin, wide, channels, f" for sample {sample}")
