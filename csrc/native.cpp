@@ -1,9 +1,9 @@
 // The pybind11 module taskloom._native: build facts, the CPU level and its override, the planner of windows,
 // and the streaming merge executor.
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -34,19 +34,22 @@ py::dict build_info() {
   return info;
 }
 
-using Integers = py::array_t<int64_t, py::array::c_style>;
-
-// The vector's numbers without a copy; the array keeps them alive.
-Integers array_of(std::vector<int64_t>&& values) {
-  auto* kept = new std::vector<int64_t>(std::move(values));
-  const py::capsule owner(kept, [](void* held) { delete static_cast<std::vector<int64_t>*>(held); });
-  return Integers(static_cast<py::ssize_t>(kept->size()), kept->data(), owner);
+// A NumPy array of these numbers. Through the buffer protocol: pybind11/numpy.h would leave a symbol of its own for others to see.
+py::object array_of(const std::vector<int64_t>& values) {
+  py::object made = py::module_::import("numpy").attr("empty")(values.size(), "int64");
+  std::copy(values.begin(), values.end(), static_cast<int64_t*>(py::buffer(made).request(true).ptr));
+  return made;
 }
 
-py::tuple plan_windows(const Integers& keys) {
-  if (keys.ndim() != 2) throw py::value_error("plan_windows: keys: expected 2 dimensions, got " + std::to_string(keys.ndim()));
-  taskloom::WindowPlan plan = taskloom::plan_windows(keys.data(), keys.shape(0), keys.shape(1));
-  return py::make_tuple(array_of(std::move(plan.order)), array_of(std::move(plan.bounds)));
+py::tuple plan_windows(const py::buffer& keys) {
+  const py::buffer_info given = keys.request();
+  if (given.ndim != 2) throw py::value_error("plan_windows: keys: expected 2 dimensions, got " + std::to_string(given.ndim));
+  if (!given.item_type_is_equivalent_to<int64_t>()) throw py::type_error("plan_windows: keys: expected int64, got format " + given.format);
+  if (given.strides[1] != given.itemsize || given.strides[0] != given.shape[1] * given.itemsize) {
+    throw py::value_error("plan_windows: keys: expected a contiguous array");
+  }
+  const taskloom::WindowPlan plan = taskloom::plan_windows(static_cast<const int64_t*>(given.ptr), given.shape[0], given.shape[1]);
+  return py::make_tuple(array_of(plan.order), array_of(plan.bounds));
 }
 
 }  // namespace

@@ -253,6 +253,10 @@ def test_planner_groups_samples() -> None:
     assert (order.tolist(), bounds.tolist()) == ([], [0])
     with pytest.raises(ValueError, match="plan_windows: keys: expected 2 dimensions, got 1"):
         _native.plan_windows(np.zeros(3, np.int64))
+    with pytest.raises(TypeError, match="plan_windows: keys: expected int64, got format i"):
+        _native.plan_windows(np.zeros((3, 2), np.int32))
+    with pytest.raises(ValueError, match="plan_windows: keys: expected a contiguous array"):
+        _native.plan_windows(np.zeros((2, 3), np.int64).T)
 
 
 X, W, IMAGE, KERNEL = torch.zeros(3, 2, 5), torch.zeros(4, 5), torch.zeros(3, 5, 6, 6), torch.zeros(4, 5, 3, 3)
