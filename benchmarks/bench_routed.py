@@ -10,9 +10,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import rows_window
 from harness import Row
 
-ROWS: tuple[Row, ...] = ()
+ROWS: tuple[Row, ...] = (*rows_window.ROWS,)
 
 
 @pytest.mark.parametrize(

@@ -78,4 +78,18 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
   m.def(
       "rmm_linear(Tensor x, Tensor task, Tensor mean_a, Tensor basis_a, Tensor coef_a, Tensor mean_b, Tensor basis_b, Tensor coef_b) -> "
       "Tensor");
+
+  // routed
+  m.def(
+      "window_linear(Tensor x, Tensor weight, Tensor? bias, Tensor start, SymInt width, Tensor? widths, Tensor? out_start, SymInt "
+      "out_width, Tensor? out_widths) -> Tensor");
+  m.def(
+      "window_linear_backward(Tensor gradient, Tensor x, Tensor weight, Tensor start, SymInt width, Tensor? widths, Tensor? out_start, "
+      "SymInt out_width, Tensor? out_widths, bool[] needed) -> Tensor[]");
+  m.def(
+      "window_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor start, SymInt width, Tensor? widths, Tensor? out_start, SymInt "
+      "out_width, Tensor? out_widths, SymInt[] stride, SymInt[] padding, SymInt[] dilation) -> Tensor");
+  m.def(
+      "window_conv2d_backward(Tensor gradient, Tensor x, Tensor weight, Tensor start, SymInt width, Tensor? widths, Tensor? out_start, "
+      "SymInt out_width, Tensor? out_widths, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool[] needed) -> Tensor[]");
 }

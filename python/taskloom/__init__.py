@@ -51,6 +51,8 @@ if TYPE_CHECKING:
         threshold_from_histograms,
         unpack_mask,
         weighted_ce,
+        window_conv2d,
+        window_linear,
     )
 
 _SUBPACKAGES = ("archive", "merge", "methods", "nn", "ops", "optim", "reference", "triton_kernels")
@@ -94,6 +96,8 @@ __all__ = [
     "threshold_from_histograms",
     "unpack_mask",
     "weighted_ce",
+    "window_conv2d",
+    "window_linear",
 ]
 
 

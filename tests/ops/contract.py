@@ -32,6 +32,10 @@ REORDERED_SUMS = frozenset(
         "rmm_linear",
         "weighted_ce",
         "weighted_ce_backward",
+        "window_conv2d",
+        "window_conv2d_backward",
+        "window_linear",
+        "window_linear_backward",
     }
 )
 # The same of single results of an op's wrapper, by place.

@@ -42,6 +42,10 @@ from taskloom.ops.masked import (
     unpack_mask,
     weighted_ce,
 )
+from taskloom.ops.routed import (
+    window_conv2d,
+    window_linear,
+)
 
 __all__ = [
     "Explanation",
@@ -82,4 +86,6 @@ __all__ = [
     "threshold_from_histograms",
     "unpack_mask",
     "weighted_ce",
+    "window_conv2d",
+    "window_linear",
 ]
