@@ -1,4 +1,4 @@
-"""Modules made of the ops: adapters beside linear layers, and their way into a model and onto the disk."""
+"""Modules made of the ops: adapters beside linear layers, their way into a model and onto the disk; layers of changing width."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from taskloom.nn.kernel_linear import KernelConfig, KernelLinear
 from taskloom.nn.lowrank_config import LowRankConfig
 from taskloom.nn.lowrank_linear import LowRankLinear
 from taskloom.nn.lowrank_parts import BASE
+from taskloom.nn.slim_calibrate import calibrate
+from taskloom.nn.slim_export import export
+from taskloom.nn.slim_layers import SlimConv2d, SlimLinear
+from taskloom.nn.slim_norm2d import SlimNorm2d
+from taskloom.nn.slim_widths import Width, Widths, make_divisible, use_width
 from taskloom.nn.use_tasks import use_tasks
 
 __all__ = [
@@ -18,11 +23,20 @@ __all__ = [
     "LayerConfig",
     "LowRankConfig",
     "LowRankLinear",
+    "SlimConv2d",
+    "SlimLinear",
+    "SlimNorm2d",
     "SplitLinear",
+    "Width",
+    "Widths",
     "adapter_state_dict",
+    "calibrate",
+    "export",
     "inject",
     "load_adapter",
+    "make_divisible",
     "save_adapter",
     "split_fused",
     "use_tasks",
+    "use_width",
 ]

@@ -42,6 +42,7 @@ from taskloom.ops.masked import (
     unpack_mask,
     weighted_ce,
 )
+from taskloom.ops.routed import prefix_conv2d, prefix_linear, prefix_norm, ragged_prefix_conv2d
 
 __all__ = [
     "Explanation",
@@ -73,6 +74,10 @@ __all__ = [
     "masked_update_",
     "multi_task_vector",
     "pack_mask",
+    "prefix_conv2d",
+    "prefix_linear",
+    "prefix_norm",
+    "ragged_prefix_conv2d",
     "rmm_fit",
     "rmm_linear",
     "rmm_reconstruct",

@@ -1,1 +1,19 @@
-"""The routed family: linears and convolutions on a part of their channels, chosen by task or by sample."""
+"""The routed family: layers that compute a part of their channels and skip the rest."""
+
+from __future__ import annotations
+
+from taskloom.ops.routed.prefix_conv2d import prefix_conv2d, prefix_conv2d_backward
+from taskloom.ops.routed.prefix_linear import prefix_linear, prefix_linear_backward
+from taskloom.ops.routed.prefix_norm import prefix_norm, prefix_norm_backward
+from taskloom.ops.routed.ragged_prefix_conv2d import ragged_prefix_conv2d, ragged_prefix_conv2d_backward
+
+__all__ = [
+    "prefix_conv2d",
+    "prefix_conv2d_backward",
+    "prefix_linear",
+    "prefix_linear_backward",
+    "prefix_norm",
+    "prefix_norm_backward",
+    "ragged_prefix_conv2d",
+    "ragged_prefix_conv2d_backward",
+]
