@@ -2,7 +2,7 @@
 
 Three ways lead to a convolution; docs/routed.md has the measurement behind the choice:
 
-- 1x1 with stride 1 is a matrix product for each sample, whose arguments are views;
+- 1x1 with stride 1 is a matrix product for each sample, whose arguments are views, unless channels come last;
 - other convolutions are oneDNN's, called below ``torch.conv2d``, which would first copy a sliced weight: oneDNN reads it by stride, once,
   into the layout that its own loops want;
 - what oneDNN does not take (float64, float16) is a product with the unfolded samples, one at a time in one buffer.
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from taskloom.ops.routed._prefix_checks import empty_result, output_size
+from taskloom.ops.routed._prefix_checks import empty_result, is_channels_last, output_size
 from taskloom.reference.arithmetic import accumulation_dtype
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -56,7 +56,7 @@ def _whole(part: Tensor, like: Tensor) -> Tensor:
     return whole
 
 
-def _bias_gradient(gradient: Tensor, bias: Tensor, dims: Sequence[int]) -> Tensor:
+def _bias_gradient(gradient: Tensor, bias: Tensor, dims: tuple[int, ...]) -> Tensor:
     return _whole(gradient.sum(dims, dtype=accumulation_dtype(gradient)), bias)
 
 
@@ -92,15 +92,10 @@ def _pixels(x: Tensor) -> Tensor:
 
 
 def _by_product(x: Tensor, part: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """A 1x1 convolution, a product for each sample."""
+    """A 1x1 convolution, a product for each sample: a batched one sums in another order for a batch of one."""
     matrix = part[:, :, 0, 0]
-    if out.is_contiguous():
-        pixels, result = _pixels(x), out.view(*out.shape[:2], -1)
-        torch.bmm(matrix.expand(len(x), -1, -1), pixels, out=result)
-    else:
-        pixels, result = _pixels(x).mT, out.permute(0, 2, 3, 1).view(len(x), -1, out.shape[1])
-        for one, target in zip(pixels.unbind(), result.unbind(), strict=True):
-            torch.mm(one, matrix.T, out=target)
+    for sample, target in zip(_pixels(x).unbind(), _pixels(out).unbind(), strict=True):
+        torch.mm(matrix, sample, out=target)
     if bias is not None:
         out.add_(bias[:, None, None])
 
@@ -144,11 +139,11 @@ def convolve(x: Tensor, part: Tensor, bias: Tensor | None, steps: Steps, groups:
     out = empty_result(x, sizes)
     if out.numel() == 0:
         return out
-    if _is_product(part, steps, groups):
+    if _is_product(part, steps, groups) and not is_channels_last(x):
         _by_product(x, part, bias, out)
         return out
     stride, padding, dilation = steps
-    if x.dtype in _onednn_dtypes():
+    if x.is_cpu and x.dtype in _onednn_dtypes():
         found = torch.mkldnn_convolution(x, part, bias, padding, stride, dilation, groups)
     elif groups > 1:
         # The prefix of a grouped weight is contiguous, and torch's convolution copies nothing.
@@ -184,8 +179,10 @@ def _product_gradients(gradient: Tensor, x: Tensor, part: Tensor, needed: Sequen
             target.addmm_(one, sample.T)
     if not needed[0]:
         return None
-    matrix = part[:, :, 0, 0].T
-    return torch.bmm(matrix.expand(len(x), -1, -1), back).view(x.shape)
+    matrix, found = part[:, :, 0, 0].T, torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for one, target in zip(back.unbind(), _pixels(found).unbind(), strict=True):
+        torch.mm(matrix, one, out=target)
+    return found
 
 
 def gradients(
