@@ -74,5 +74,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 def empty_result(x: Tensor, shape: Sequence[int]) -> Tensor:
     """An empty tensor of x's dtype, channels last where x's channels lie so, else contiguous."""
-    memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    if not is_channels_last(x):
+        return torch.empty(shape, dtype=x.dtype, device=x.device)
+    samples, channels, height, width = shape
+    return torch.empty((samples, height, width, channels), dtype=x.dtype, device=x.device).permute(0, 3, 1, 2)
