@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import rows_lowrank
 import rows_mask
 import rows_merge
+import rows_routed
 import rows_train
 import torch
 from attempt import Attempt
@@ -30,7 +31,7 @@ from taskloom.ops._backends import OPS
 # What is aimed at comes first, so that it is there where the time runs out.
 ROWS: tuple[Row, ...] = tuple(
     sorted(
-        (*rows_merge.ROWS, *rows_mask.ROWS, *rows_train.ROWS, *rows_lowrank.ROWS),
+        (*rows_merge.ROWS, *rows_mask.ROWS, *rows_train.ROWS, *rows_lowrank.ROWS, *rows_routed.ROWS),
         key=lambda row: (not row.aim, row.op not in ("masked_adamw_", "masked_sgd_")),
     )
 )
