@@ -10,10 +10,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import rows_prefix
 import rows_window
 from harness import Row
 
-ROWS: tuple[Row, ...] = (*rows_window.ROWS,)
+ROWS: tuple[Row, ...] = (*rows_window.ROWS, *rows_prefix.ROWS)
 
 
 @pytest.mark.parametrize(

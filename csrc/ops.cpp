@@ -92,4 +92,24 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
   m.def(
       "window_conv2d_backward(Tensor gradient, Tensor x, Tensor weight, Tensor start, SymInt width, Tensor? widths, Tensor? out_start, "
       "SymInt out_width, Tensor? out_widths, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool[] needed) -> Tensor[]");
+  m.def("prefix_linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features) -> Tensor");
+  m.def("prefix_linear_backward(Tensor gradient, Tensor x, Tensor weight, Tensor? bias, bool[] needed) -> Tensor[]");
+  m.def(
+      "prefix_conv2d(Tensor x, Tensor weight, Tensor? bias, SymInt out_channels, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+      "SymInt groups) -> Tensor");
+  m.def(
+      "prefix_conv2d_backward(Tensor gradient, Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] "
+      "dilation, SymInt groups, bool[] needed) -> Tensor[]");
+  m.def(
+      "ragged_prefix_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor in_channels, Tensor out_channels, SymInt[] stride, SymInt[] "
+      "padding, SymInt[] dilation, bool zero_tail) -> Tensor");
+  m.def(
+      "ragged_prefix_conv2d_backward(Tensor gradient, Tensor x, Tensor weight, Tensor? bias, Tensor in_channels, Tensor out_channels, "
+      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool[] needed) -> Tensor[]");
+  m.def(
+      "prefix_norm(Tensor x, Tensor? weight, Tensor? bias, str kind, SymInt groups, Tensor? running_mean, Tensor? running_var, float eps, "
+      "bool relu) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "prefix_norm_backward(Tensor gradient, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, str kind, bool running, "
+      "float eps, bool relu, bool[] needed) -> Tensor[]");
 }

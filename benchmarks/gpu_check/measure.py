@@ -19,8 +19,9 @@ import rows_kernel
 import rows_lowrank
 import rows_mask
 import rows_merge
-import rows_routed
+import rows_prefix_layers
 import rows_train
+import rows_windows
 import torch
 from attempt import Attempt
 from contest import Contest, Row, gate
@@ -40,7 +41,8 @@ ROWS: tuple[Row, ...] = tuple(
             *rows_lowrank.ROWS,
             *rows_kernel.ROWS,
             *rows_bases.ROWS,
-            *rows_routed.ROWS,
+            *rows_prefix_layers.ROWS,
+            *rows_windows.ROWS,
         ),
         key=lambda row: (not row.aim, row.op not in ("masked_adamw_", "masked_sgd_")),
     )

@@ -43,6 +43,10 @@ from taskloom.ops.masked import (
     weighted_ce,
 )
 from taskloom.ops.routed import (
+    prefix_conv2d,
+    prefix_linear,
+    prefix_norm,
+    ragged_prefix_conv2d,
     window_conv2d,
     window_linear,
 )
@@ -77,6 +81,10 @@ __all__ = [
     "masked_update_",
     "multi_task_vector",
     "pack_mask",
+    "prefix_conv2d",
+    "prefix_linear",
+    "prefix_norm",
+    "ragged_prefix_conv2d",
     "rmm_fit",
     "rmm_linear",
     "rmm_reconstruct",

@@ -1,11 +1,23 @@
-"""The routed family: layers that see a part of their channels."""
+"""The routed family: layers that compute a part of their channels and skip the rest."""
 
 from __future__ import annotations
 
+from taskloom.ops.routed.prefix_conv2d import prefix_conv2d, prefix_conv2d_backward
+from taskloom.ops.routed.prefix_linear import prefix_linear, prefix_linear_backward
+from taskloom.ops.routed.prefix_norm import prefix_norm, prefix_norm_backward
+from taskloom.ops.routed.ragged_prefix_conv2d import ragged_prefix_conv2d, ragged_prefix_conv2d_backward
 from taskloom.ops.routed.window_conv2d import window_conv2d, window_conv2d_backward
 from taskloom.ops.routed.window_linear import window_linear, window_linear_backward
 
 __all__ = [
+    "prefix_conv2d",
+    "prefix_conv2d_backward",
+    "prefix_linear",
+    "prefix_linear_backward",
+    "prefix_norm",
+    "prefix_norm_backward",
+    "ragged_prefix_conv2d",
+    "ragged_prefix_conv2d_backward",
     "window_conv2d",
     "window_conv2d_backward",
     "window_linear",
