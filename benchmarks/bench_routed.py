@@ -10,9 +10,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import rows_window_norms
 from harness import Row
 
-ROWS: tuple[Row, ...] = ()
+ROWS: tuple[Row, ...] = rows_window_norms.ROWS
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import call_rows_lowrank
+import call_rows_routed
 import taskloom
 from taskloom.ops.lowrank import kernel_linear_backward, kernel_merge_backward
 from taskloom.ops.masked import block_scale_merge_backward
@@ -300,4 +301,7 @@ def rows() -> list[CallRow]:
     lowrank = [
         CallRow(op, "", ours, peer, name, call_rows_lowrank.LIMIT, native) for op, ours, peer, name, native in call_rows_lowrank.calls()
     ]
-    return [*_plain_rows(), *_differentiable_rows(False), *_differentiable_rows(True), *lowrank]
+    routed = [
+        CallRow(op, "", ours, peer, name, call_rows_routed.LIMIT, native) for op, ours, peer, name, native in call_rows_routed.calls()
+    ]
+    return [*_plain_rows(), *_differentiable_rows(False), *_differentiable_rows(True), *lowrank, *routed]

@@ -75,4 +75,23 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
   m.def(
       "rmm_linear(Tensor x, Tensor task, Tensor mean_a, Tensor basis_a, Tensor coef_a, Tensor mean_b, Tensor basis_b, Tensor coef_b) -> "
       "Tensor");
+
+  // routed
+  m.def(
+      "window_layer_norm(Tensor x, Tensor? shift, Tensor? scale, Tensor start, int width, Tensor? widths, float eps, bool outside) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "window_layer_norm_backward(Tensor gradient, Tensor x, Tensor? shift, Tensor? scale, Tensor start, int width, Tensor? widths, Tensor "
+      "mean, Tensor rstd, Tensor? for_mean, Tensor? for_rstd, bool outside, bool for_x, bool for_modulation) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "window_group_norm_silu(Tensor x, Tensor? weight, Tensor? bias, int groups, Tensor start, int width, Tensor? widths, float eps, bool "
+      "outside) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "window_group_norm_silu_backward(Tensor gradient, Tensor x, Tensor? weight, Tensor? bias, int groups, Tensor start, int width, "
+      "Tensor? widths, Tensor mean, Tensor rstd, Tensor? for_mean, Tensor? for_rstd, bool outside, bool for_x, bool for_affine) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def("channel_scale(Tensor x, Tensor scale, Tensor? bias, Tensor? start, int width, Tensor? widths, str activation) -> Tensor");
+  m.def(
+      "channel_scale_backward(Tensor gradient, Tensor x, Tensor scale, Tensor? bias, Tensor? start, int width, Tensor? widths, str "
+      "activation, bool for_x, bool for_scale, bool for_bias) -> (Tensor, Tensor, Tensor)");
 }

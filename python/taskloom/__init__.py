@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         SparseMergeStatistics,
         backend,
         block_scale_merge,
+        channel_scale,
         dora_merge,
         explain,
         kernel_linear,
@@ -51,6 +52,10 @@ if TYPE_CHECKING:
         threshold_from_histograms,
         unpack_mask,
         weighted_ce,
+        window_group_norm_silu,
+        window_layer_norm,
+        window_norm_conv2d,
+        window_norm_linear,
     )
 
 _SUBPACKAGES = ("archive", "merge", "methods", "nn", "ops", "optim", "reference", "triton_kernels")
@@ -61,6 +66,7 @@ __all__ = [
     "SparseMergeStatistics",
     "backend",
     "block_scale_merge",
+    "channel_scale",
     "dora_merge",
     "explain",
     "kernel_linear",
@@ -94,6 +100,10 @@ __all__ = [
     "threshold_from_histograms",
     "unpack_mask",
     "weighted_ce",
+    "window_group_norm_silu",
+    "window_layer_norm",
+    "window_norm_conv2d",
+    "window_norm_linear",
 ]
 
 

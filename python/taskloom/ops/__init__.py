@@ -42,6 +42,13 @@ from taskloom.ops.masked import (
     unpack_mask,
     weighted_ce,
 )
+from taskloom.ops.routed import (
+    channel_scale,
+    window_group_norm_silu,
+    window_layer_norm,
+    window_norm_conv2d,
+    window_norm_linear,
+)
 
 __all__ = [
     "Explanation",
@@ -49,6 +56,7 @@ __all__ = [
     "SparseMergeStatistics",
     "backend",
     "block_scale_merge",
+    "channel_scale",
     "dora_merge",
     "explain",
     "kernel_linear",
@@ -82,4 +90,8 @@ __all__ = [
     "threshold_from_histograms",
     "unpack_mask",
     "weighted_ce",
+    "window_group_norm_silu",
+    "window_layer_norm",
+    "window_norm_conv2d",
+    "window_norm_linear",
 ]

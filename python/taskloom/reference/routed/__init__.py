@@ -1,1 +1,24 @@
 """The routed family in plain torch."""
+
+from __future__ import annotations
+
+from taskloom.reference.routed.channel_scale import channel_scale, channel_scale_backward
+from taskloom.reference.routed.window_norms import (
+    window_group_norm_silu,
+    window_group_norm_silu_backward,
+    window_layer_norm,
+    window_layer_norm_backward,
+    window_norm_conv2d,
+    window_norm_linear,
+)
+
+__all__ = [
+    "channel_scale",
+    "channel_scale_backward",
+    "window_group_norm_silu",
+    "window_group_norm_silu_backward",
+    "window_layer_norm",
+    "window_layer_norm_backward",
+    "window_norm_conv2d",
+    "window_norm_linear",
+]
