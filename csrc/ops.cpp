@@ -78,20 +78,34 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
 
   // routed
   m.def(
-      "window_layer_norm(Tensor x, Tensor? shift, Tensor? scale, Tensor start, int width, Tensor? widths, float eps, bool outside) -> "
+      "window_linear(Tensor x, Tensor weight, Tensor? bias, Tensor start, SymInt width, Tensor? widths, Tensor? out_start, SymInt "
+      "out_width, Tensor? out_widths) -> Tensor");
+  m.def(
+      "window_linear_backward(Tensor gradient, Tensor x, Tensor weight, Tensor start, SymInt width, Tensor? widths, Tensor? out_start, "
+      "SymInt out_width, Tensor? out_widths, bool[] needed) -> Tensor[]");
+  m.def(
+      "window_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor start, SymInt width, Tensor? widths, Tensor? out_start, SymInt "
+      "out_width, Tensor? out_widths, SymInt[] stride, SymInt[] padding, SymInt[] dilation) -> Tensor");
+  m.def(
+      "window_conv2d_backward(Tensor gradient, Tensor x, Tensor weight, Tensor start, SymInt width, Tensor? widths, Tensor? out_start, "
+      "SymInt out_width, Tensor? out_widths, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool[] needed) -> Tensor[]");
+  m.def(
+      "window_layer_norm(Tensor x, Tensor? shift, Tensor? scale, Tensor start, SymInt width, Tensor? widths, float eps, bool outside) -> "
       "(Tensor, Tensor, Tensor)");
   m.def(
-      "window_layer_norm_backward(Tensor gradient, Tensor x, Tensor? shift, Tensor? scale, Tensor start, int width, Tensor? widths, Tensor "
+      "window_layer_norm_backward(Tensor gradient, Tensor x, Tensor? shift, Tensor? scale, Tensor start, SymInt width, Tensor? widths, "
+      "Tensor "
       "mean, Tensor rstd, Tensor? for_mean, Tensor? for_rstd, bool outside, bool for_x, bool for_modulation) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "window_group_norm_silu(Tensor x, Tensor? weight, Tensor? bias, int groups, Tensor start, int width, Tensor? widths, float eps, bool "
+      "window_group_norm_silu(Tensor x, Tensor? weight, Tensor? bias, int groups, Tensor start, SymInt width, Tensor? widths, float eps, "
+      "bool "
       "outside) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "window_group_norm_silu_backward(Tensor gradient, Tensor x, Tensor? weight, Tensor? bias, int groups, Tensor start, int width, "
+      "window_group_norm_silu_backward(Tensor gradient, Tensor x, Tensor? weight, Tensor? bias, int groups, Tensor start, SymInt width, "
       "Tensor? widths, Tensor mean, Tensor rstd, Tensor? for_mean, Tensor? for_rstd, bool outside, bool for_x, bool for_affine) -> "
       "(Tensor, Tensor, Tensor)");
-  m.def("channel_scale(Tensor x, Tensor scale, Tensor? bias, Tensor? start, int width, Tensor? widths, str activation) -> Tensor");
+  m.def("channel_scale(Tensor x, Tensor scale, Tensor? bias, Tensor? start, SymInt width, Tensor? widths, str activation) -> Tensor");
   m.def(
-      "channel_scale_backward(Tensor gradient, Tensor x, Tensor scale, Tensor? bias, Tensor? start, int width, Tensor? widths, str "
+      "channel_scale_backward(Tensor gradient, Tensor x, Tensor scale, Tensor? bias, Tensor? start, SymInt width, Tensor? widths, str "
       "activation, bool for_x, bool for_scale, bool for_bias) -> (Tensor, Tensor, Tensor)");
 }

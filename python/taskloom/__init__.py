@@ -52,8 +52,10 @@ if TYPE_CHECKING:
         threshold_from_histograms,
         unpack_mask,
         weighted_ce,
+        window_conv2d,
         window_group_norm_silu,
         window_layer_norm,
+        window_linear,
         window_norm_conv2d,
         window_norm_linear,
     )
@@ -100,8 +102,10 @@ __all__ = [
     "threshold_from_histograms",
     "unpack_mask",
     "weighted_ce",
+    "window_conv2d",
     "window_group_norm_silu",
     "window_layer_norm",
+    "window_linear",
     "window_norm_conv2d",
     "window_norm_linear",
 ]

@@ -33,10 +33,14 @@ REORDERED_SUMS = frozenset(
         "rmm_linear",
         "weighted_ce",
         "weighted_ce_backward",
+        "window_conv2d",
+        "window_conv2d_backward",
         "window_group_norm_silu",
         "window_group_norm_silu_backward",
         "window_layer_norm",
         "window_layer_norm_backward",
+        "window_linear",
+        "window_linear_backward",
     }
 )
 # The same of single results of an op's wrapper, by place.

@@ -5,12 +5,22 @@ from __future__ import annotations
 from taskloom.triton_kernels.routed.channel_scale import channel_scale, channel_scale_backward
 from taskloom.triton_kernels.routed.window_group_norm import window_group_norm_silu, window_group_norm_silu_backward
 from taskloom.triton_kernels.routed.window_layer_norm import window_layer_norm, window_layer_norm_backward
+from taskloom.triton_kernels.routed.window_products import (
+    window_conv2d,
+    window_conv2d_backward,
+    window_linear,
+    window_linear_backward,
+)
 
 __all__ = [
     "channel_scale",
     "channel_scale_backward",
+    "window_conv2d",
+    "window_conv2d_backward",
     "window_group_norm_silu",
     "window_group_norm_silu_backward",
     "window_layer_norm",
     "window_layer_norm_backward",
+    "window_linear",
+    "window_linear_backward",
 ]

@@ -44,8 +44,10 @@ from taskloom.ops.masked import (
 )
 from taskloom.ops.routed import (
     channel_scale,
+    window_conv2d,
     window_group_norm_silu,
     window_layer_norm,
+    window_linear,
     window_norm_conv2d,
     window_norm_linear,
 )
@@ -90,8 +92,10 @@ __all__ = [
     "threshold_from_histograms",
     "unpack_mask",
     "weighted_ce",
+    "window_conv2d",
     "window_group_norm_silu",
     "window_layer_norm",
+    "window_linear",
     "window_norm_conv2d",
     "window_norm_linear",
 ]

@@ -1,20 +1,26 @@
-"""The routed family: linears and convolutions on a part of their channels, chosen by task or by sample."""
+"""The routed family: layers that see a part of their channels."""
 
 from __future__ import annotations
 
 from taskloom.ops.routed.channel_scale import channel_scale, channel_scale_backward
+from taskloom.ops.routed.window_conv2d import window_conv2d, window_conv2d_backward
 from taskloom.ops.routed.window_group_norm import window_group_norm_silu, window_group_norm_silu_backward
 from taskloom.ops.routed.window_layer_norm import window_layer_norm, window_layer_norm_backward
+from taskloom.ops.routed.window_linear import window_linear, window_linear_backward
 from taskloom.ops.routed.window_norm_conv2d import window_norm_conv2d
 from taskloom.ops.routed.window_norm_linear import window_norm_linear
 
 __all__ = [
     "channel_scale",
     "channel_scale_backward",
+    "window_conv2d",
+    "window_conv2d_backward",
     "window_group_norm_silu",
     "window_group_norm_silu_backward",
     "window_layer_norm",
     "window_layer_norm_backward",
+    "window_linear",
+    "window_linear_backward",
     "window_norm_conv2d",
     "window_norm_linear",
 ]
