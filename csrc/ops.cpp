@@ -94,12 +94,11 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
       "(Tensor, Tensor, Tensor)");
   m.def(
       "window_layer_norm_backward(Tensor gradient, Tensor x, Tensor? shift, Tensor? scale, Tensor start, SymInt width, Tensor? widths, "
-      "Tensor "
-      "mean, Tensor rstd, Tensor? for_mean, Tensor? for_rstd, bool outside, bool for_x, bool for_modulation) -> (Tensor, Tensor, Tensor)");
+      "Tensor mean, Tensor rstd, Tensor? for_mean, Tensor? for_rstd, bool outside, bool for_x, bool for_modulation) -> (Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "window_group_norm_silu(Tensor x, Tensor? weight, Tensor? bias, int groups, Tensor start, SymInt width, Tensor? widths, float eps, "
-      "bool "
-      "outside) -> (Tensor, Tensor, Tensor)");
+      "bool outside) -> (Tensor, Tensor, Tensor)");
   m.def(
       "window_group_norm_silu_backward(Tensor gradient, Tensor x, Tensor? weight, Tensor? bias, int groups, Tensor start, SymInt width, "
       "Tensor? widths, Tensor mean, Tensor rstd, Tensor? for_mean, Tensor? for_rstd, bool outside, bool for_x, bool for_affine) -> "

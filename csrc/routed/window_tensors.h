@@ -1,6 +1,8 @@
 // Windows out of tensors, checked; and what the wrappers of the routed norms share.
 #pragma once
 
+#include <algorithm>
+#include <iterator>
 #include <optional>
 #include <vector>
 
@@ -14,17 +16,33 @@ using OptionalTensor = std::optional<Tensor>;
 
 // An entry of a contiguous tensor of integers.
 inline int64_t integer_at(const Tensor& tensor, int64_t place) {
-  if (tensor.scalar_type() == ScalarType::Int) return load_at<int32_t>(tensor.const_data_ptr(), place);
-  return load_at<int64_t>(tensor.const_data_ptr(), place);
+  switch (tensor.scalar_type()) {
+    case ScalarType::Long:
+      return load_at<int64_t>(tensor.const_data_ptr(), place);
+    case ScalarType::Int:
+      return load_at<int32_t>(tensor.const_data_ptr(), place);
+    case ScalarType::Short:
+      return load_at<int16_t>(tensor.const_data_ptr(), place);
+    case ScalarType::Char:
+      return load_at<int8_t>(tensor.const_data_ptr(), place);
+    default:
+      return load_at<uint8_t>(tensor.const_data_ptr(), place);
+  }
 }
 
+inline bool holds_integers(const Tensor& tensor) {
+  constexpr ScalarType integers[] = {ScalarType::Long, ScalarType::Int, ScalarType::Short, ScalarType::Char, ScalarType::Byte};
+  return std::find(std::begin(integers), std::end(integers), tensor.scalar_type()) != std::end(integers);
+}
+
+// One for each sample, or one for all.
 inline std::vector<int64_t> integers_of(const Tensor& tensor, int64_t samples, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int || tensor.scalar_type() == ScalarType::Long, name,
-                  ": expected an int32 or int64 tensor");
-  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == samples, name, ": expected shape [", samples, "], one for each sample");
+  STD_TORCH_CHECK(holds_integers(tensor), name, ": expected integers");
+  const bool one = tensor.dim() == 0;
+  STD_TORCH_CHECK(one || (tensor.dim() == 1 && tensor.size(0) == samples), name, ": expected shape (", samples, ",) or ()");
   const Tensor flat = contiguous_of(tensor);
   std::vector<int64_t> values(static_cast<size_t>(samples));
-  for (int64_t n = 0; n < samples; ++n) values[static_cast<size_t>(n)] = integer_at(flat, n);
+  for (int64_t n = 0; n < samples; ++n) values[static_cast<size_t>(n)] = integer_at(flat, one ? 0 : n);
   return values;
 }
 
@@ -37,8 +55,8 @@ class SampleWindows {
              : widths ? integers_of(*widths, samples, "width")
                       : std::vector<int64_t>(static_cast<size_t>(samples), width);
     for (size_t n = 0; n < start_.size(); ++n) {
-      STD_TORCH_CHECK(start_[n] >= 0 && width_[n] >= 1 && width_[n] <= channels && start_[n] <= channels - width_[n],
-                      "start, width: expected a window within 0 to ", channels, " channels, got ", start_[n], " and ", width_[n],
+      STD_TORCH_CHECK(start_[n] >= 0 && width_[n] >= 0 && width_[n] <= channels && start_[n] <= channels - width_[n],
+                      "start: expected windows within ", channels, " channels, got start ", start_[n], " and width ", width_[n],
                       " for sample ", n);
     }
   }

@@ -129,7 +129,7 @@ X, SCALE = torch.zeros(3, 24, 5), torch.zeros(3, 24)
         ({"activation": "tanh"}, ValueError, "activation: expected None, 'relu', 'gelu' or 'silu', got 'tanh'"),
         ({"start": STARTS}, ValueError, "start, width: expected both or none, got only 'start'"),
         ({"width": 3}, ValueError, "start, width: expected both or none, got only 'width'"),
-        ({"start": STARTS, "width": 20}, ValueError, "start, width: expected a window within 0 to 24 channels, got start 5 and width 20"),
+        ({"start": STARTS, "width": 20}, ValueError, "start: expected windows within 24 channels, got 5 to 24 for sample 1"),
     ],
 )
 def test_errors(backend: str, changed: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -62,7 +62,7 @@ norms = pytest.mark.parametrize(("norm", "inputs", "eager"), NORMS)
 
 
 @norms
-@pytest.mark.parametrize("width", [7, 1, WIDTHS])
+@pytest.mark.parametrize("width", [7, 0, WIDTHS])
 def test_is_the_norm_of_a_masked_input(norm: Norm, inputs: Any, eager: Norm, width: int | Tensor) -> None:
     given = inputs()
     start = torch.zeros(4, dtype=torch.int64) if isinstance(width, Tensor) else STARTS
@@ -197,16 +197,13 @@ LAYER_ERRORS = [
     ({"scale": torch.zeros(3, 24).long()}, TypeError, "scale: expected float32"),
 ]
 WINDOW_ERRORS = [
-    ({"start": START.float()}, TypeError, "start: expected a tensor of integers, got torch.float32"),
-    ({"start": 3}, TypeError, "start: expected a tensor of integers, got int"),
-    ({"start": START[:2]}, ValueError, r"start: expected shape \(3,\), one for each sample of x, or \(\), got \(2,\)"),
-    ({"width": 0}, ValueError, "width: expected 1 to 24, the channels of x, got 0"),
-    ({"width": 25}, ValueError, "width: expected 1 to 24, the channels of x, got 25"),
+    ({"start": START.float()}, TypeError, "start: expected integers, got torch.float32"),
+    ({"start": START[:2]}, ValueError, r"start: expected shape \(3,\) as x has samples, or \(\), got \(2,\)"),
+    ({"width": 25}, ValueError, "width: expected 0 to 24, the number of channels, got 25"),
     ({"width": 2.0}, TypeError, "width: expected an integer or a tensor of integers, got float"),
-    ({"width": 8}, ValueError, "start, width: expected a window within 0 to 24 channels, got start 17 and width 8 for sample 2"),
-    ({"start": START - 1}, ValueError, "start, width: expected a window within 0 to 24 channels, got start -1 and width 7 for sample 0"),
-    ({"width": torch.tensor([7, 0, 7])}, ValueError, "got start 5 and width 0 for sample 1"),
-    ({"start": START + (1 << 62)}, ValueError, "for sample 0"),
+    ({"width": 8}, ValueError, "start: expected windows within 24 channels, got 17 to 24 for sample 2"),
+    ({"start": START - 1}, ValueError, "start: expected windows within 24 channels, got -1 to 5 for sample 0"),
+    ({"width": torch.tensor([7, -1, 7])}, ValueError, "width: expected no negative width, got -1 for sample 1"),
 ]
 GROUP_ERRORS = [
     ({"x": MAPS[..., :0]}, ValueError, r"x: expected shape \[N, C, ...\] with at least one channel and one place in it, got \(3, 24, 0\)"),

@@ -10,7 +10,7 @@ from torch import Tensor
 from taskloom.reference.arithmetic import accumulation_dtype
 from taskloom.triton_kernels.launch import INTERPRETED, flat, launch, raw
 from taskloom.triton_kernels.masked.entries import divided, load_entries, store_entries
-from taskloom.triton_kernels.routed.window_rows import checked_start
+from taskloom.triton_kernels.routed.window_rows import window_tables
 
 
 @triton.jit
@@ -152,8 +152,7 @@ def channel_scale(
     wide = accumulation_dtype(x, scale, bias) == torch.float64
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     values, factors = flat(x), flat(scale)
-    first = factors if start is None else checked_start("channel_scale", start, width, widths, channels)
-    tables = (first, first if widths is None else widths.contiguous())
+    tables = (factors, factors) if start is None else window_tables("channel_scale", samples, channels, (start, width, widths))
     constants = {"BIAS": bias is not None, "WINDOW": start is not None, "WIDTHS": widths is not None, "ACTIVATION": activation}
     blocks = _blocks(places)
     grid = (triton.cdiv(samples * channels, blocks["ROWS"]), triton.cdiv(places, blocks["BLOCK"]))
@@ -182,8 +181,7 @@ def channel_scale_backward(
     dx = torch.empty(x.shape if for_x else (0,), dtype=x.dtype, device=x.device)
     sums = torch.empty((2, samples, channels), dtype=dtype, device=x.device)
     values, factors = flat(x), flat(scale)
-    first = factors if start is None else checked_start("channel_scale_backward", start, width, widths, channels)
-    tables = (first, first if widths is None else widths.contiguous())
+    tables = (factors, factors) if start is None else window_tables("channel_scale_backward", samples, channels, (start, width, widths))
     constants = {"BIAS": bias is not None, "WINDOW": start is not None, "WIDTHS": widths is not None, "ACTIVATION": activation}
     blocks = _blocks(places)
     grid = (triton.cdiv(samples * channels, blocks["ROWS"]),)

@@ -10,7 +10,7 @@ from torch import Tensor
 from taskloom.reference.arithmetic import accumulation_dtype
 from taskloom.triton_kernels.launch import INTERPRETED, flat, launch, raw
 from taskloom.triton_kernels.masked.entries import divided, load_entries, store_entries
-from taskloom.triton_kernels.routed.window_rows import checked_start, square_root, window_of
+from taskloom.triton_kernels.routed.window_rows import square_root, window_of, window_tables
 
 
 @triton.jit
@@ -216,12 +216,11 @@ def window_group_norm_silu(
     """Launch the forward op of :func:`taskloom.window_group_norm_silu`."""
     samples, channels, places = x.shape
     dtype = accumulation_dtype(x, weight, bias)
-    first = checked_start("window_group_norm_silu", start, width, widths, channels)
+    tables = window_tables("window_group_norm_silu", samples, channels, (start, width, widths))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean, rstd = (torch.empty((samples, groups), dtype=dtype, device=x.device) for _ in range(2))
     values = flat(x)
     given = [values if one is None else flat(one) for one in (weight, bias)]
-    tables = (first, first if widths is None else widths.contiguous())
     constants = {"WEIGHT": weight is not None, "BIAS": bias is not None, "WIDTHS": widths is not None, "OUTSIDE": outside}
     constants |= {"WIDE": dtype == torch.float64, "EPS": eps} | _blocks(channels // groups * places)
     sizes = (channels, places, groups, width)
@@ -248,12 +247,11 @@ def window_group_norm_silu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward op; the samples' sums are added up by torch, in order."""
     samples, channels, places = x.shape
-    first = checked_start("window_group_norm_silu_backward", start, width, widths, channels)
+    tables = window_tables("window_group_norm_silu_backward", samples, channels, (start, width, widths))
     dx = torch.empty(x.shape if for_x else (0,), dtype=x.dtype, device=x.device)
     sums = torch.empty((samples, 2, channels), dtype=mean.dtype, device=x.device)
     values = flat(x)
     given = [values if one is None else flat(one) for one in (weight, bias)]
-    tables = (first, first if widths is None else widths.contiguous())
     beside = [mean.contiguous() if one is None else one.contiguous() for one in (mean, rstd, for_mean, for_rstd)]
     constants = {"WEIGHT": weight is not None, "BIAS": bias is not None, "WIDTHS": widths is not None, "OUTSIDE": outside}
     constants |= {"FOR_MEAN": for_mean is not None, "FOR_RSTD": for_rstd is not None, "FOR_X": for_x}

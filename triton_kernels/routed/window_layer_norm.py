@@ -10,7 +10,7 @@ from torch import Tensor
 from taskloom.reference.arithmetic import accumulation_dtype
 from taskloom.triton_kernels.launch import INTERPRETED, flat, launch, raw
 from taskloom.triton_kernels.masked.entries import divided, load_entries, store_entries
-from taskloom.triton_kernels.routed.window_rows import checked_start, square_root, window_of
+from taskloom.triton_kernels.routed.window_rows import square_root, window_of, window_tables
 
 # Rows of a program: each loads the modulation once; in backward it also adds their gradients up.
 FORWARD_ROWS, BACKWARD_ROWS = 4, 16
@@ -155,14 +155,13 @@ def window_layer_norm(
     """Launch the forward op of :func:`taskloom.window_layer_norm`."""
     samples, rows, channels = x.shape
     dtype = accumulation_dtype(x, shift, scale)
-    first = checked_start("window_layer_norm", start, width, widths, channels)
+    tables = window_tables("window_layer_norm", samples, channels, (start, width, widths))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean, rstd = (torch.empty((samples, rows), dtype=dtype, device=x.device) for _ in range(2))
     values = flat(x)
     step = FORWARD_ROWS if not INTERPRETED else max(rows, 1)
     pieces = triton.cdiv(rows, step)
     given = [values if one is None else flat(one) for one in (shift, scale)]
-    tables = (first, first if widths is None else widths.contiguous())
     sizes = (rows, channels, width, pieces)
     constants = {"SHIFT": shift is not None, "SCALE": scale is not None, "WIDTHS": widths is not None, "OUTSIDE": outside}
     constants |= {"WIDE": dtype == torch.float64, "STEP": step, "EPS": eps}
@@ -200,7 +199,7 @@ def window_layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward op; the parts of the sums are added up by torch, in order."""
     samples, rows, channels = x.shape
-    first = checked_start("window_layer_norm_backward", start, width, widths, channels)
+    tables = window_tables("window_layer_norm_backward", samples, channels, (start, width, widths))
     for_shift, for_scale = for_modulation and shift is not None, for_modulation and scale is not None
     dx = torch.empty(x.shape if for_x else (0,), dtype=x.dtype, device=x.device)
     step = BACKWARD_ROWS if not INTERPRETED else max(rows, 1)
@@ -209,7 +208,6 @@ def window_layer_norm_backward(
     sums = torch.empty((samples, pieces, 2, channels) if wants_sums else (0,), dtype=mean.dtype, device=x.device)
     values = flat(x)
     beside = [mean.contiguous() if one is None else one.contiguous() for one in (mean, rstd, for_mean, for_rstd)]
-    tables = (first, first if widths is None else widths.contiguous())
     constants = {"SCALE": scale is not None, "WIDTHS": widths is not None, "OUTSIDE": outside, "STEP": step}
     constants |= {"FOR_MEAN": for_mean is not None, "FOR_RSTD": for_rstd is not None}
     constants |= {"FOR_X": for_x, "FOR_MODULATION": wants_sums, "WIDE": mean.dtype == torch.float64}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from taskloom.ops.routed._windows import OutWindow, assert_values, check_values
 
 
 @triton.jit
@@ -23,14 +24,13 @@ def square_root(x, WIDE: tl.constexpr):
     return root
 
 
-def checked_start(op: str, start: Tensor, width: int, widths: Tensor | None, channels: int) -> Tensor:
-    """Start, contiguous; a window that leaves the channels is a device-side assertion."""
-    size = width if widths is None else widths
-    within = (start >= 0) & (start <= channels - size)
-    if widths is not None:
-        within &= (widths >= 1) & (widths <= channels)
-    if start.is_cpu and not bool(within.all()):
-        raise RuntimeError(f"{op}: start, width: expected windows within 0 to {channels} channels")
-    if not start.is_cpu:
-        torch._assert_async(within.all(), f"{op}: start, width: expected windows within 0 to {channels} channels")
-    return start.contiguous()
+def window_tables(op: str, samples: int, channels: int, window: OutWindow) -> tuple[Tensor, Tensor]:
+    """Starts and widths as kernels read them, one for each sample; a window that leaves the channels is a device-side assertion."""
+    start, _, widths = window
+    assert start is not None
+    if start.is_cpu:
+        check_values(op, samples, channels, window)
+    else:
+        assert_values(op, channels, window)
+    starts = start.expand(samples).contiguous()
+    return starts, starts if widths is None else widths.expand(samples).contiguous()

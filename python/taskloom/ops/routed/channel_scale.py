@@ -9,7 +9,8 @@ from torch import Tensor
 from taskloom.ops._backends import kernel
 from taskloom.ops._checks import check_floating, check_shape
 from taskloom.ops._register import register
-from taskloom.ops.routed._sample_windows import Windows, check_values, run_checked, sample_windows, window_tensors
+from taskloom.ops.routed._kernel_runs import run_checked
+from taskloom.ops.routed._windows import OutWindow, check_values, window_of, window_tensors
 from taskloom.reference import routed as reference
 
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
@@ -31,12 +32,12 @@ def _check_scaled(op: str, x: Tensor, scale: Tensor, bias: Tensor | None, activa
     return name
 
 
-def _optional_windows(op: str, x: Tensor, start: Tensor | None, width: int | Tensor | None) -> Windows | None:
+def _optional_window(op: str, x: Tensor, start: Tensor | int | None, width: Tensor | int | None) -> OutWindow:
     if start is None and width is None:
-        return None
+        return None, x.shape[1], None
     if start is None or width is None:
         raise ValueError(f"{op}: start, width: expected both or none, got only {'start' if width is None else 'width'}")
-    return sample_windows(op, start, width, x.shape[0], x.shape[1])
+    return window_of(op, len(x), x.shape[1], start, width, x)
 
 
 def channel_scale(
@@ -44,8 +45,8 @@ def channel_scale(
     scale: Tensor,
     bias: Tensor | None = None,
     *,
-    start: Tensor | None = None,
-    width: int | Tensor | None = None,
+    start: Tensor | int | None = None,
+    width: Tensor | int | None = None,
     activation: str | None = None,
 ) -> Tensor:
     """Scale the channels of each sample, add a bias and apply an activation: ``act(x * scale[n, c] + bias[c])``, 0 outside of a window.
@@ -86,17 +87,16 @@ def channel_scale(
     """
     op = "channel_scale"
     name = _check_scaled(op, x, scale, bias, activation)
-    windows = _optional_windows(op, x, start, width)
+    window = _optional_window(op, x, start, width)
     maps = x if x.dim() == 3 else x.reshape(*x.shape[:2], x.shape[2:].numel())
     beside = () if bias is None else (bias,)
-    run = kernel(op, maps, scale, *beside, *(() if windows is None else window_tensors(windows)))
-    arguments = (maps, scale, bias, *(windows or (None, x.shape[1], None)), name)
+    run = kernel(op, maps, scale, *beside, *window_tensors(window))
+    arguments = (maps, scale, bias, *window, name)
     if run is None:
-        if windows is not None:
-            check_values(op, windows, x.shape[1])
+        check_values(op, len(x), x.shape[1], window)
         y = reference.channel_scale(*arguments)
     else:
-        y = run(*arguments) if windows is None else run_checked(op, windows, x.shape[1], run, *arguments)
+        y = run_checked(op, len(x), x.shape[1], window, run, *arguments)
     return y if x.dim() == 3 else y.reshape(x.shape)
 
 
@@ -106,8 +106,8 @@ def channel_scale_backward(
     scale: Tensor,
     bias: Tensor | None = None,
     *,
-    start: Tensor | None = None,
-    width: int | Tensor | None = None,
+    start: Tensor | int | None = None,
+    width: Tensor | int | None = None,
     activation: str | None = None,
     for_x: bool = True,
     for_scale: bool = True,
@@ -137,15 +137,14 @@ def channel_scale_backward(
     op = "channel_scale_backward"
     name = _check_scaled(op, x, scale, bias, activation)
     check_shape(op, "gradient", gradient, x.shape, "x")
-    windows = _optional_windows(op, x, start, width)
+    window = _optional_window(op, x, start, width)
     beside = () if bias is None else (bias,)
-    run = kernel(op, gradient, x, scale, *beside, *(() if windows is None else window_tensors(windows)))
-    arguments = (gradient, x, scale, bias, *(windows or (None, x.shape[1], None)), name, for_x, for_scale, for_bias)
+    run = kernel(op, gradient, x, scale, *beside, *window_tensors(window))
+    arguments = (gradient, x, scale, bias, *window, name, for_x, for_scale, for_bias)
     if run is None:
-        if windows is not None:
-            check_values(op, windows, x.shape[1])
+        check_values(op, len(x), x.shape[1], window)
         return reference.channel_scale_backward(*arguments)
-    found: tuple[Tensor, Tensor, Tensor] = run(*arguments) if windows is None else run_checked(op, windows, x.shape[1], run, *arguments)
+    found: tuple[Tensor, Tensor, Tensor] = run_checked(op, len(x), x.shape[1], window, run, *arguments)
     return found
 
 

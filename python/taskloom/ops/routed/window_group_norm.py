@@ -9,7 +9,8 @@ from torch import Tensor
 from taskloom.ops._backends import kernel
 from taskloom.ops._checks import check_floating, check_shape
 from taskloom.ops._register import register
-from taskloom.ops.routed._sample_windows import Windows, check_values, run_checked, sample_windows, window_tensors
+from taskloom.ops.routed._kernel_runs import run_checked
+from taskloom.ops.routed._windows import Window, check_values, window_of, window_tensors
 from taskloom.reference import routed as reference
 from taskloom.reference.arithmetic import accumulation_dtype
 
@@ -35,16 +36,16 @@ def check_maps(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, g
 
 
 def normalised_maps(
-    op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, windows: Windows, eps: float, outside: bool
+    op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, window: Window, eps: float, outside: bool
 ) -> Normalised:
     """y, mean and 1 / deviation of maps [N, C, S]: what :func:`window_group_norm_silu` and its users call, by the chosen backend."""
     given = [one for one in (weight, bias) if one is not None]
-    run = kernel("window_group_norm_silu", x, *given, *window_tensors(windows))
-    arguments = (x, weight, bias, groups, *windows, eps, outside)
+    run = kernel("window_group_norm_silu", x, *given, *window_tensors(window))
+    arguments = (x, weight, bias, groups, *window, eps, outside)
     if run is None:
-        check_values(op, windows, x.shape[1])
+        check_values(op, len(x), x.shape[1], window)
         return reference.window_group_norm_silu(*arguments)
-    found: Normalised = run_checked(op, windows, x.shape[1], run, *arguments)
+    found: Normalised = run_checked(op, len(x), x.shape[1], window, run, *arguments)
     return found
 
 
@@ -59,8 +60,8 @@ def window_group_norm_silu(
     bias: Tensor | None = None,
     *,
     groups: int,
-    start: Tensor,
-    width: int | Tensor,
+    start: Tensor | int,
+    width: Tensor | int,
     eps: float = 1e-5,
 ) -> Tensor:
     """Normalise groups of channels, those outside of a window as zeros, and apply SiLU: ``silu(GN(m x) weight + bias)``.
@@ -102,8 +103,8 @@ def window_group_norm_silu(
     """
     op = "window_group_norm_silu"
     check_maps(op, x, weight, bias, groups, ("weight", "bias"))
-    windows = sample_windows(op, start, width, x.shape[0], x.shape[1])
-    y = normalised_maps(op, as_maps(x), weight, bias, groups, windows, eps, True)[0]
+    window = window_of(op, len(x), x.shape[1], start, width, x)
+    y = normalised_maps(op, as_maps(x), weight, bias, groups, window, eps, True)[0]
     return y if x.dim() == 3 else y.reshape(x.shape)
 
 
@@ -116,8 +117,8 @@ def window_group_norm_silu_backward(
     rstd: Tensor,
     *,
     groups: int,
-    start: Tensor,
-    width: int | Tensor,
+    start: Tensor | int,
+    width: Tensor | int,
     for_mean: Tensor | None = None,
     for_rstd: Tensor | None = None,
     outside: bool = True,
@@ -155,13 +156,13 @@ def window_group_norm_silu_backward(
     given = check_maps(op, x, weight, bias, groups, ("weight", "bias"))
     check_shape(op, "gradient", gradient, x.shape, "x")
     given += [one for one in (for_mean, for_rstd) if one is not None]
-    windows = sample_windows(op, start, width, x.shape[0], x.shape[1])
-    run = kernel(op, gradient, x, *given, mean, rstd, *window_tensors(windows))
-    arguments = (gradient, x, weight, bias, groups, *windows, mean, rstd, for_mean, for_rstd, outside, for_x, for_affine)
+    window = window_of(op, len(x), x.shape[1], start, width, x)
+    run = kernel(op, gradient, x, *given, mean, rstd, *window_tensors(window))
+    arguments = (gradient, x, weight, bias, groups, *window, mean, rstd, for_mean, for_rstd, outside, for_x, for_affine)
     if run is None:
-        check_values(op, windows, x.shape[1])
+        check_values(op, len(x), x.shape[1], window)
         return reference.window_group_norm_silu_backward(*arguments)
-    found: Normalised = run_checked(op, windows, x.shape[1], run, *arguments)
+    found: Normalised = run_checked(op, len(x), x.shape[1], window, run, *arguments)
     return found
 
 
@@ -216,9 +217,9 @@ def _backward(ctx: Any, gradient: Tensor | None, for_mean: Tensor | None, for_rs
     wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
     slopes = x.new_zeros(x.shape) if gradient is None else gradient
     affine = wants_weight or wants_bias
-    windows = (start, ctx.width, widths)
+    window = (start, ctx.width, widths)
     found = ctx.ops.window_group_norm_silu_backward.default(
-        slopes, x, weight, bias, ctx.groups, *windows, mean, rstd, for_mean, for_rstd, ctx.outside, wants_x, affine
+        slopes, x, weight, bias, ctx.groups, *window, mean, rstd, for_mean, for_rstd, ctx.outside, wants_x, affine
     )
     wanted = (wants_x, wants_weight, wants_bias)
     return (*(one if want else None for one, want in zip(found, wanted, strict=True)), *[None] * 6)

@@ -9,7 +9,8 @@ from torch import Tensor
 from taskloom.ops._backends import kernel
 from taskloom.ops._checks import check_floating, check_shape
 from taskloom.ops._register import register
-from taskloom.ops.routed._sample_windows import Windows, check_values, run_checked, sample_windows, window_tensors
+from taskloom.ops.routed._kernel_runs import run_checked
+from taskloom.ops.routed._windows import Window, check_values, window_of, window_tensors
 from taskloom.reference import routed as reference
 from taskloom.reference.arithmetic import accumulation_dtype
 
@@ -34,15 +35,14 @@ def check_rows(op: str, x: Tensor) -> None:
         raise ValueError(f"{op}: x: expected shape [N, ..., C] with at least one channel, got {tuple(x.shape)}")
 
 
-def normalised(op: str, x: Tensor, shift: Tensor | None, scale: Tensor | None, windows: Windows, eps: float, outside: bool) -> Normalised:
+def normalised(op: str, x: Tensor, shift: Tensor | None, scale: Tensor | None, window: Window, eps: float, outside: bool) -> Normalised:
     """y, mean and 1 / deviation of rows [N, P, C]: what :func:`window_layer_norm` and its users call, by the chosen backend."""
-    start, width, widths = windows
     given = [one for one in (shift, scale) if one is not None]
-    run = kernel("window_layer_norm", x, *given, *window_tensors(windows))
+    run = kernel("window_layer_norm", x, *given, *window_tensors(window))
     if run is None:
-        check_values(op, windows, x.shape[2])
-        return reference.window_layer_norm(x, shift, scale, start, width, widths, eps, outside)
-    found: Normalised = run_checked(op, windows, x.shape[2], run, x, shift, scale, start, width, widths, eps, outside)
+        check_values(op, len(x), x.shape[2], window)
+        return reference.window_layer_norm(x, shift, scale, *window, eps, outside)
+    found: Normalised = run_checked(op, len(x), x.shape[2], window, run, x, shift, scale, *window, eps, outside)
     return found
 
 
@@ -52,7 +52,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def window_layer_norm(
-    x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None, *, start: Tensor, width: int | Tensor, eps: float = 1e-6
+    x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None, *, start: Tensor | int, width: Tensor | int, eps: float = 1e-6
 ) -> Tensor:
     """Normalise rows whose channels outside of a window count as zeros, and modulate them: ``LN(m x) (1 + scale) + shift``.
 
@@ -63,9 +63,9 @@ def window_layer_norm(
     shift, scale
         ``[N, C]`` of any of these dtypes; default None: zeros.
     start
-        First channel of each sample's window: int64 or int32 ``[N]``, or ``[]`` for one window for all.
+        First channel of each sample's window, integers ``[N]``; an integer or ``[]`` for one window of all samples.
     width
-        Channels of the windows, at least 1: one number, or integers ``[N]``.
+        Channels of the windows, from 0 to C: an integer, or integers ``[N]``.
     eps
         Added to the variance. Default 1e-6, as in DiT.
 
@@ -93,8 +93,8 @@ def window_layer_norm(
     op = "window_layer_norm"
     check_rows(op, x)
     check_modulation(op, x, shift, scale)
-    windows = sample_windows(op, start, width, x.shape[0], x.shape[-1])
-    y = normalised(op, as_rows(x), shift, scale, windows, eps, True)[0]
+    window = window_of(op, len(x), x.shape[-1], start, width, x)
+    y = normalised(op, as_rows(x), shift, scale, window, eps, True)[0]
     return y if x.dim() == 3 else y.reshape(x.shape)
 
 
@@ -106,8 +106,8 @@ def window_layer_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     *,
-    start: Tensor,
-    width: int | Tensor,
+    start: Tensor | int,
+    width: Tensor | int,
     for_mean: Tensor | None = None,
     for_rstd: Tensor | None = None,
     outside: bool = True,
@@ -148,13 +148,13 @@ def window_layer_norm_backward(
     given = check_modulation(op, x, shift, scale)
     check_shape(op, "gradient", gradient, x.shape, "x")
     given += [one for one in (for_mean, for_rstd) if one is not None]
-    windows = sample_windows(op, start, width, x.shape[0], x.shape[2])
-    run = kernel(op, gradient, x, *given, mean, rstd, *window_tensors(windows))
-    arguments = (gradient, x, shift, scale, *windows, mean, rstd, for_mean, for_rstd, outside, for_x, for_modulation)
+    window = window_of(op, len(x), x.shape[2], start, width, x)
+    run = kernel(op, gradient, x, *given, mean, rstd, *window_tensors(window))
+    arguments = (gradient, x, shift, scale, *window, mean, rstd, for_mean, for_rstd, outside, for_x, for_modulation)
     if run is None:
-        check_values(op, windows, x.shape[2])
+        check_values(op, len(x), x.shape[2], window)
         return reference.window_layer_norm_backward(*arguments)
-    found: Normalised = run_checked(op, windows, x.shape[2], run, *arguments)
+    found: Normalised = run_checked(op, len(x), x.shape[2], window, run, *arguments)
     return found
 
 
@@ -206,9 +206,9 @@ def _backward(ctx: Any, gradient: Tensor | None, for_mean: Tensor | None, for_rs
     wants_x, wants_shift, wants_scale, *_ = ctx.needs_input_grad
     slopes = x.new_zeros(x.shape) if gradient is None else gradient
     modulation = wants_shift or wants_scale
-    windows = (start, ctx.width, widths)
+    window = (start, ctx.width, widths)
     found = ctx.ops.window_layer_norm_backward.default(
-        slopes, x, shift, scale, *windows, mean, rstd, for_mean, for_rstd, ctx.outside, wants_x, modulation
+        slopes, x, shift, scale, *window, mean, rstd, for_mean, for_rstd, ctx.outside, wants_x, modulation
     )
     wanted = (wants_x, wants_shift, wants_scale)
     return (*(one if want else None for one, want in zip(found, wanted, strict=True)), None, None, None, None, None)

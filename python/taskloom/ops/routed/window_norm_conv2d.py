@@ -5,33 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from taskloom.ops._checks import check_floating
-from taskloom.ops.routed._sample_windows import Windows, outside_of, sample_windows
+from taskloom.ops.routed._windows import Window, cast_for_autocast, window_of
+from taskloom.ops.routed.window_conv2d import Pair, conv_geometry, window_conv2d
 from taskloom.ops.routed.window_group_norm import check_maps, normalised_maps
-
-Pair = int | tuple[int, int]
-
-
-def _pair(op: str, name: str, value: Pair, least: int) -> tuple[int, int]:
-    both = (value, value) if isinstance(value, int) else tuple(value)
-    if len(both) != 2 or not all(isinstance(one, int) and one >= least for one in both):
-        raise ValueError(f"{op}: {name}: expected one or two integers of at least {least}, got {value!r}")
-    return both[0], both[1]
-
-
-def _check_convolution(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"{op}: x: expected shape [N, C, H, W], got {tuple(x.shape)}")
-    check_floating(op, "weight", weight)
-    if weight.dim() != 4 or weight.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"{op}: weight: expected shape [O, {x.shape[1]}, kh, kw], a slice for each channel of x, got {tuple(weight.shape)}"
-        )
-    for name, one in (("weight", weight), ("bias", bias)):
-        if one is not None and one.dtype != x.dtype:
-            raise TypeError(f"{op}: {name}: expected {x.dtype} as x, got {one.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: bias: expected shape {tuple(weight.shape[:1])}, one for each filter, got {tuple(bias.shape)}")
+from taskloom.ops.routed.window_linear import check_weight
+from taskloom.reference.routed.windows import window_mask
 
 
 def _taps_inside(size: int, outputs: int, taps: int, stride: int, padding: int, dilation: int, like: Tensor) -> Tensor:
@@ -42,7 +20,7 @@ def _taps_inside(size: int, outputs: int, taps: int, stride: int, padding: int, 
 
 
 def _channel_constants(
-    mean: Tensor, rstd: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, windows: Windows, channels: int
+    mean: Tensor, rstd: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, window: Window, channels: int
 ) -> Tensor:
     """What the norm and SiLU make of a channel outside of the window, and 0 for those inside: [N, C]."""
     inner = -(mean * rstd).repeat_interleave(channels // mean.shape[1], 1)
@@ -50,7 +28,7 @@ def _channel_constants(
         inner = inner * norm_weight
     if norm_bias is not None:
         inner = inner + norm_bias
-    return torch.where(outside_of(windows, channels), torch.nn.functional.silu(inner), 0)
+    return torch.where(window_mask(len(mean), channels, *window), 0, torch.nn.functional.silu(inner))
 
 
 def window_norm_conv2d(
@@ -61,8 +39,8 @@ def window_norm_conv2d(
     bias: Tensor | None = None,
     *,
     groups: int,
-    start: Tensor,
-    width: int | Tensor,
+    start: Tensor | int,
+    width: Tensor | int,
     stride: Pair = 1,
     padding: Pair = 0,
     dilation: Pair = 1,
@@ -113,15 +91,29 @@ def window_norm_conv2d(
     """
     op = "window_norm_conv2d"
     check_maps(op, x, norm_weight, norm_bias, groups, ("norm_weight", "norm_bias"))
-    _check_convolution(op, x, weight, bias)
-    windows = sample_windows(op, start, width, x.shape[0], x.shape[1])
-    steps, pads, spread = _pair(op, "stride", stride, 1), _pair(op, "padding", padding, 0), _pair(op, "dilation", dilation, 1)
-    u, mean, rstd = normalised_maps(op, x.flatten(2), norm_weight, norm_bias, groups, windows, eps, False)
-    product = torch.nn.functional.conv2d(u.reshape(x.shape), weight, bias, steps, pads, spread)
-    constants = _channel_constants(mean, rstd, norm_weight, norm_bias, windows, x.shape[1]).to(x.dtype)
+    if x.dim() != 4:
+        raise ValueError(f"{op}: x: expected shape [N, C, H, W], got {tuple(x.shape)}")
+    # The norm sees x as it is; what autocast lowers is the convolution.
+    lowered, weight, bias = cast_for_autocast(x[:0], weight, bias)
+    check_weight(op, lowered, weight, bias, 1, 4)
+    steps, pads, spread = conv_geometry(op, x, weight, stride, padding, dilation)
+    window = window_of(op, len(x), x.shape[1], start, width, x)
+    u, mean, rstd = normalised_maps(op, x.flatten(2), norm_weight, norm_bias, groups, window, eps, False)
+    first, size, sizes = window
+    product = window_conv2d(
+        u.reshape(x.shape),
+        weight,
+        bias,
+        start=first,
+        width=size if sizes is None else sizes,
+        stride=steps,
+        padding=pads,
+        dilation=spread,
+    )
+    constants = _channel_constants(mean, rstd, norm_weight, norm_bias, window, x.shape[1]).to(product.dtype)
     table = torch.einsum("nc,ocij->noij", constants, weight)
     rows, columns = (
-        _taps_inside(x.shape[2 + d], product.shape[2 + d], weight.shape[2 + d], steps[d], pads[d], spread[d], x) for d in range(2)
+        _taps_inside(x.shape[2 + d], product.shape[2 + d], weight.shape[2 + d], steps[d], pads[d], spread[d], product) for d in range(2)
     )
     left = torch.matmul(rows, table).flatten(0, 1)
     flat = product.flatten(0, 1)

@@ -5,34 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from taskloom.ops._checks import check_floating
-from taskloom.ops.routed._sample_windows import Windows, outside_of, sample_windows
+from taskloom.ops.routed._windows import Window, cast_for_autocast, window_of
 from taskloom.ops.routed.window_layer_norm import as_rows, check_modulation, check_rows, normalised
+from taskloom.ops.routed.window_linear import check_weight, window_linear
+from taskloom.reference.routed.windows import window_mask
 
 
-def _product(u: Tensor, weight: Tensor, windows: Windows) -> Tensor:
-    """``u[n, :, window] weight[:, window]^T`` for each sample, on views."""
-    start, width, widths = windows
-    sizes = [width] * len(start) if widths is None else widths.tolist()
-    runs = [slice(low, low + size) for low, size in zip(start.tolist(), sizes, strict=True)]
-    products = [torch.nn.functional.linear(u[n, :, run], weight[:, run]) for n, run in enumerate(runs)]
-    return torch.stack(products) if products else u.new_empty((0, u.shape[1], len(weight)))
-
-
-def _check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check_floating(op, "weight", weight)
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"{op}: weight: expected shape [O, {x.shape[-1]}], a column for each channel of x, got {tuple(weight.shape)}")
-    for name, one in (("weight", weight), ("bias", bias)):
-        if one is not None and one.dtype != x.dtype:
-            raise TypeError(f"{op}: {name}: expected {x.dtype} as x, got {one.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: bias: expected shape {tuple(weight.shape[:1])}, one for each row of weight, got {tuple(bias.shape)}")
-
-
-def _constants(weight: Tensor, bias: Tensor | None, shift: Tensor | None, scale: Tensor | None, windows: Windows, samples: int) -> Tensor:
+def _constants(weight: Tensor, bias: Tensor | None, shift: Tensor | None, scale: Tensor | None, window: Window, samples: int) -> Tensor:
     """What the channels outside of the window add to each output of a sample, and that times -mean / deviation: [N, 2, O]."""
-    outside = outside_of(windows, weight.shape[1])
+    outside = ~window_mask(samples, weight.shape[1], *window)
     first = weight.new_zeros((samples, weight.shape[1])) if shift is None else shift.to(weight.dtype)
     second = torch.ones_like(first) if scale is None else (1 + scale).to(weight.dtype)
     both = torch.where(outside[:, None], torch.stack([first, second], 1), 0)
@@ -49,8 +30,8 @@ def window_norm_linear(
     shift: Tensor | None = None,
     scale: Tensor | None = None,
     *,
-    start: Tensor,
-    width: int | Tensor,
+    start: Tensor | int,
+    width: Tensor | int,
     eps: float = 1e-6,
 ) -> Tensor:
     """Apply a linear map to normalised, modulated rows: ``linear(window_layer_norm(x, shift, scale), weight, bias)``, exactly.
@@ -93,11 +74,14 @@ def window_norm_linear(
     op = "window_norm_linear"
     check_rows(op, x)
     check_modulation(op, x, shift, scale)
-    _check_linear(op, x, weight, bias)
-    windows = sample_windows(op, start, width, x.shape[0], x.shape[-1])
-    u, mean, rstd = normalised(op, as_rows(x), shift, scale, windows, eps, False)
-    product = _product(u, weight, windows)
+    # The norm sees x as it is; what autocast lowers is the product.
+    lowered, weight, bias = cast_for_autocast(x[:0], weight, bias)
+    check_weight(op, lowered, weight, bias, -1, 2)
+    window = window_of(op, len(x), x.shape[-1], start, width, x)
+    u, mean, rstd = normalised(op, as_rows(x), shift, scale, window, eps, False)
+    first, size, sizes = window
+    product = window_linear(u, weight, start=first, width=size if sizes is None else sizes)
     offset = -(mean * rstd)
-    factors = torch.stack([torch.ones_like(offset), offset], 2).to(x.dtype)
-    y = torch.baddbmm(product, factors, _constants(weight, bias, shift, scale, windows, x.shape[0]))
+    factors = torch.stack([torch.ones_like(offset), offset], 2).to(product.dtype)
+    y = torch.baddbmm(product, factors, _constants(weight, bias, shift, scale, window, len(x)))
     return y if x.dim() == 3 else y.reshape(*x.shape[:-1], y.shape[-1])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from taskloom.reference.arithmetic import accumulation_dtype
-from taskloom.reference.routed.window_norms import in_window
+from taskloom.reference.routed.windows import out_mask
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -38,10 +38,7 @@ def _inner(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The window, x in it, and the activation's argument; zeros outside."""
     dtype = accumulation_dtype(x, scale, bias)
-    if start is None:
-        inside = torch.ones((1, 1, 1), dtype=torch.bool, device=x.device)
-    else:
-        inside = in_window(start, width, widths, x.shape[1])[..., None]
+    inside = out_mask(len(x), x.shape[1], start, width, widths, x)[..., None]
     masked = torch.where(inside, x.to(dtype), 0)
     inner = masked * scale.to(dtype)[..., None]
     if bias is not None:

@@ -6,13 +6,7 @@ import torch
 from torch import Tensor
 
 from taskloom.reference.arithmetic import accumulation_dtype
-
-
-def in_window(start: Tensor, width: int, widths: Tensor | None, channels: int) -> Tensor:
-    """Whether each channel is in each sample's window, [N, C]; ``widths`` [N] says the widths where they differ."""
-    place = torch.arange(channels, device=start.device)
-    stop = start + (width if widths is None else widths)
-    return (place >= start[:, None]) & (place < stop[:, None])
+from taskloom.reference.routed.windows import window_mask
 
 
 def _moments(masked: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
@@ -48,7 +42,7 @@ def window_layer_norm(
     Without ``outside`` the result is 0 outside of the window.
     """
     dtype = accumulation_dtype(x, shift, scale)
-    inside = in_window(start, width, widths, x.shape[2])[:, None]
+    inside = window_mask(len(x), x.shape[2], start, width, widths)[:, None]
     masked = torch.where(inside, x.to(dtype), 0)
     mean, rstd = _moments(masked, (2,), eps)
     y = (masked - mean) * rstd
@@ -76,7 +70,7 @@ def window_layer_norm_backward(
     for_modulation: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, shift and scale; empty where not wanted."""
-    inside = in_window(start, width, widths, x.shape[2])[:, None]
+    inside = window_mask(len(x), x.shape[2], start, width, widths)[:, None]
     g = gradient.to(mean.dtype)
     if not outside:
         g = torch.where(inside, g, 0)
@@ -116,7 +110,7 @@ def window_group_norm_silu(
     """
     dtype = accumulation_dtype(x, weight, bias)
     samples, channels, places = x.shape
-    inside = in_window(start, width, widths, channels)[..., None]
+    inside = window_mask(samples, channels, start, width, widths)[..., None]
     masked = torch.where(inside, x.to(dtype), 0).reshape(samples, groups, channels // groups, places)
     mean, rstd = _moments(masked, (2, 3), eps)
     inner = ((masked - mean) * rstd).reshape(x.shape)
@@ -148,7 +142,7 @@ def window_group_norm_silu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias; empty where not wanted."""
     samples, channels, places = x.shape
-    inside = in_window(start, width, widths, channels)[..., None]
+    inside = window_mask(samples, channels, start, width, widths)[..., None]
     masked = torch.where(inside, x.to(mean.dtype), 0)
     normal = (masked - _grouped(mean, channels)) * _grouped(rstd, channels)
     factor, addend = _per_channel(weight, mean.dtype), _per_channel(bias, mean.dtype)
