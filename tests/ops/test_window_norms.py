@@ -101,9 +101,9 @@ def test_channels_outside_are_not_read(norm: Norm, inputs: Any, eager: Norm, bac
 def test_gradients(norm: Norm, inputs: Any, eager: Norm) -> None:
     given = inputs()
     with taskloom.backend("native"):
-        assert torch.autograd.gradcheck(norm, given)
+        assert torch.autograd.gradcheck(norm, given, fast_mode=True)
     with taskloom.backend("reference"):
-        assert torch.autograd.gradgradcheck(norm, given)
+        assert torch.autograd.gradgradcheck(norm, given, fast_mode=True)
 
 
 @norms
@@ -144,8 +144,8 @@ def test_statistics_have_gradients_too() -> None:
     def groups(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         return tuple(ops.window_group_norm_silu.default(x.flatten(2), weight, bias, 4, STARTS, 7, None, 1e-5, False))
 
-    assert torch.autograd.gradcheck(rows, (x, shift, scale))
-    assert torch.autograd.gradcheck(groups, (maps, weight, bias))
+    assert torch.autograd.gradcheck(rows, (x, shift, scale), fast_mode=True)
+    assert torch.autograd.gradcheck(groups, (maps, weight, bias), fast_mode=True)
     (mean_only,) = torch.autograd.grad(rows(x, shift, scale)[1].sum(), x)
     torch.testing.assert_close(mean_only, mask_of(STARTS, 7, 24)[:, None].expand(x.shape) / 24)
 
@@ -180,9 +180,9 @@ def test_compiled(norm: Norm, inputs: Any, eager: Norm, fresh_compiler: None) ->
     given = inputs(torch.float32)
     run = compiled(lambda x, first, second, start: norm(x, first, second, start).square().sum())
     for count in (4, 3):
-        cut = [one[:count] if one.shape[0] == 4 else one for one in given]
-        ours = torch.autograd.grad(run(*cut, STARTS[:count]), given)
-        theirs = torch.autograd.grad(norm(*cut, STARTS[:count]).square().sum(), given)
+        cut = [one.detach()[:count].requires_grad_() if one.shape[0] == 4 else one for one in given]
+        ours = torch.autograd.grad(run(*cut, STARTS[:count]), cut)
+        theirs = torch.autograd.grad(norm(*cut, STARTS[:count]).square().sum(), cut)
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from taskloom.ops._checks import check_floating
 from taskloom.ops.routed._windows import Window, cast_for_autocast, window_of
 from taskloom.ops.routed.window_conv2d import Pair, conv_geometry, window_conv2d
 from taskloom.ops.routed.window_group_norm import check_maps, normalised_maps
@@ -90,9 +91,10 @@ def window_norm_conv2d(
     ``taskloom.backend("reference")``.
     """
     op = "window_norm_conv2d"
-    check_maps(op, x, norm_weight, norm_bias, groups, ("norm_weight", "norm_bias"))
+    check_floating(op, "x", x)
     if x.dim() != 4:
         raise ValueError(f"{op}: x: expected shape [N, C, H, W], got {tuple(x.shape)}")
+    check_maps(op, x, norm_weight, norm_bias, groups, ("norm_weight", "norm_bias"))
     # The norm sees x as it is; what autocast lowers is the convolution.
     lowered, weight, bias = cast_for_autocast(x[:0], weight, bias)
     check_weight(op, lowered, weight, bias, 1, 4)
