@@ -83,6 +83,78 @@ inline Acc squares_of_run(const Acc* from, int64_t n, Acc center) {
   return sum_of_lanes(sum);
 }
 
+// Which lanes of a block of channels are in the window: all, or those whose flag is above 0.
+struct AllInside {};
+
+template <class Acc>
+struct SomeInside {
+  Lanes<Acc> flag;
+};
+
+template <class Acc>
+inline __attribute__((always_inline)) Lanes<Acc> select_inside(AllInside, const Lanes<Acc>& inside, const Lanes<Acc>&) {
+  return inside;
+}
+
+template <class Acc>
+inline __attribute__((always_inline)) Lanes<Acc> select_inside(const SomeInside<Acc>& which, const Lanes<Acc>& inside,
+                                                               const Lanes<Acc>& outside) {
+  return where_above(which.flag, every_lane(Acc{0}), inside, outside);
+}
+
+// A window of a row's channels in whole blocks of lanes, counted from the row's first channel, so that most loads lie as the row does.
+struct WindowBlocks {
+  int64_t start, stop, channels;
+  int64_t first, last;  // the blocks that hold it: from `first` to the channels' end at most
+
+  WindowBlocks(int64_t start, int64_t stop, int64_t channels)
+      : start(start), stop(stop), channels(channels), first(start / lanes * lanes), last((stop + lanes - 1) / lanes * lanes) {
+    if (last > channels) last = channels;
+    if (start == stop) last = first;
+  }
+};
+
+// Independent sums that a pass keeps, so that one add need not wait for the one before.
+constexpr int slots = 4;
+
+template <int slot>
+using Slot = std::integral_constant<int, slot>;
+
+// Calls body(place, count, which, slot) for the blocks of a window. Blocks at its edges are whole too, as far as there are channels.
+template <class Acc, class F>
+inline __attribute__((always_inline)) void over_window(const WindowBlocks& window, const F& body) {
+  if (window.first == window.last) return;
+  constexpr std::integral_constant<int64_t, lanes> whole;
+  const auto edge = [&](int64_t place) __attribute__((always_inline)) {
+    Acc flags[lanes];
+    for (int64_t lane = 0; lane < lanes; ++lane) flags[lane] = place + lane >= window.start && place + lane < window.stop ? Acc{1} : Acc{0};
+    const SomeInside<Acc> which{load_lanes(flags)};
+    if (place + lanes <= window.channels) {
+      body(place, whole, which, Slot<0>{});
+    } else {
+      body(place, window.channels - place, which, Slot<0>{});
+    }
+  };
+  int64_t place = window.first;
+  if (place < window.start) {
+    edge(place);
+    place += lanes;
+  }
+  for (; place + slots * lanes <= window.stop; place += slots * lanes) {
+    body(place, whole, AllInside{}, Slot<0>{});
+    body(place + lanes, whole, AllInside{}, Slot<1>{});
+    body(place + 2 * lanes, whole, AllInside{}, Slot<2>{});
+    body(place + 3 * lanes, whole, AllInside{}, Slot<3>{});
+  }
+  for (; place + lanes <= window.stop; place += lanes) body(place, whole, AllInside{}, Slot<1>{});
+  if (place < window.last) edge(place);
+}
+
+template <class Acc>
+inline __attribute__((always_inline)) Acc sum_of_slots(const Lanes<Acc> (&sums)[slots]) {
+  return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
 // 1 / sqrt(variance + eps), rounded as every level rounds it.
 template <class Acc>
 inline Acc inverse_deviation(Acc variance, double eps) {
