@@ -20,22 +20,37 @@ inline __attribute__((always_inline)) void over_lanes(int64_t n, const F& body) 
   if (place < n) body(place, n - place);
 }
 
+// Lanes at any address, by vectors: copies of the whole struct would go through the stack.
+template <class Acc>
+inline __attribute__((always_inline)) Lanes<Acc> load_whole(const Acc* from) {
+  typedef Acc Anywhere __attribute__((vector_size(native_bytes), aligned(1), may_alias));
+  Lanes<Acc> r;
+  for (int i = 0; i < Lanes<Acc>::parts; ++i) r.part[i] = reinterpret_cast<const Anywhere*>(from)[i];
+  return r;
+}
+
+template <class Acc>
+inline __attribute__((always_inline)) void store_whole(Acc* to, const Lanes<Acc>& values) {
+  typedef Acc Anywhere __attribute__((vector_size(native_bytes), aligned(1), may_alias));
+  for (int i = 0; i < Lanes<Acc>::parts; ++i) reinterpret_cast<Anywhere*>(to)[i] = values.part[i];
+}
+
 template <class Acc>
 inline __attribute__((always_inline)) Lanes<Acc> load_some(const Acc* from, int64_t count, Acc filler) {
-  if (count == lanes) return load_lanes(from);
+  if (count == lanes) return load_whole(from);
   Acc all[lanes];
   for (int64_t lane = 0; lane < lanes; ++lane) all[lane] = lane < count ? load_at<Acc>(from, lane) : filler;
-  return load_lanes(all);
+  return load_whole(all);
 }
 
 template <class Acc>
 inline __attribute__((always_inline)) void store_some(Acc* to, int64_t count, const Lanes<Acc>& values) {
   if (count == lanes) {
-    store_lanes(to, values);
+    store_whole(to, values);
     return;
   }
   Acc all[lanes];
-  store_lanes(all, values);
+  store_whole(all, values);
   for (int64_t lane = 0; lane < count; ++lane) store_at(to, lane, all[lane]);
 }
 
@@ -128,7 +143,7 @@ inline __attribute__((always_inline)) void over_window(const WindowBlocks& windo
   const auto edge = [&](int64_t place) __attribute__((always_inline)) {
     Acc flags[lanes];
     for (int64_t lane = 0; lane < lanes; ++lane) flags[lane] = place + lane >= window.start && place + lane < window.stop ? Acc{1} : Acc{0};
-    const SomeInside<Acc> which{load_lanes(flags)};
+    const SomeInside<Acc> which{load_whole<Acc>(flags)};
     if (place + lanes <= window.channels) {
       body(place, whole, which, Slot<0>{});
     } else {
