@@ -5,12 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from taskloom.ops._backends import active_transform
 from taskloom.ops._checks import check_floating
 from taskloom.ops.routed._windows import Window, cast_for_autocast, window_of
 from taskloom.ops.routed.window_conv2d import Pair, conv_geometry, window_conv2d
 from taskloom.ops.routed.window_group_norm import check_maps, normalised_maps
 from taskloom.ops.routed.window_linear import check_weight
 from taskloom.reference.routed.windows import window_mask
+
+# From this share of the channels on, torch's own convolution of all of them is the faster one on a CPU: measured, docs/routed.md.
+DENSE_FROM = {torch.float32: 0.5, torch.bfloat16: 0.25}
+
+
+def _is_dense(x: Tensor, weight: Tensor, window: Window) -> bool:
+    """Whether all channels are convolved: one kernel for all samples, against the columns of each sample's window."""
+    _, width, widths = window
+    pointwise = weight.shape[2:].numel() == 1
+    if not x.is_cpu or x.dtype not in DENSE_FROM or pointwise:
+        return False
+    least = DENSE_FROM[x.dtype] * x.shape[1]
+    if widths is None:
+        return width >= least
+    # What widths hold is not known while a graph is traced or under a transform.
+    if torch.compiler.is_compiling() or active_transform() is not None or widths.numel() == 0:
+        return False
+    return float(widths.float().mean()) >= least
 
 
 def _taps_inside(size: int, outputs: int, taps: int, stride: int, padding: int, dilation: int, like: Tensor) -> Tensor:
@@ -89,6 +108,9 @@ def window_norm_conv2d(
     A composition of :func:`taskloom.window_group_norm_silu`'s op, a convolution with a window and torch's own products: differentiable with
     respect to x (0 outside of the window), the norm's weight and bias, weight (also where no window is) and bias; twice with
     ``taskloom.backend("reference")``.
+
+    On a CPU, windows of half the channels or more (bfloat16: a quarter) are not taken out: torch's convolution of all channels, on the
+    whole result of the norm, is faster there than products of windows.
     """
     op = "window_norm_conv2d"
     check_floating(op, "x", x)
@@ -100,6 +122,9 @@ def window_norm_conv2d(
     check_weight(op, lowered, weight, bias, 1, 4)
     steps, pads, spread = conv_geometry(op, x, weight, stride, padding, dilation)
     window = window_of(op, len(x), x.shape[1], start, width, x)
+    if _is_dense(x, weight, window):
+        y = normalised_maps(op, x.flatten(2), norm_weight, norm_bias, groups, window, eps, True)[0].reshape(x.shape)
+        return torch.nn.functional.conv2d(y, weight, bias, (steps[0], steps[1]), (pads[0], pads[1]), (spread[0], spread[1]))
     u, mean, rstd = normalised_maps(op, x.flatten(2), norm_weight, norm_bias, groups, window, eps, False)
     first, size, sizes = window
     product = window_conv2d(
