@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from taskloom.ops._backends import active_transform
 from taskloom.ops._checks import check_floating
+from taskloom.ops.routed._kernel_runs import sees_at_least
 from taskloom.ops.routed._windows import Window, cast_for_autocast, window_of
 from taskloom.ops.routed.window_conv2d import Pair, conv_geometry, window_conv2d
 from taskloom.ops.routed.window_group_norm import check_maps, normalised_maps
@@ -19,17 +19,8 @@ DENSE_FROM = {torch.float32: 0.5, torch.bfloat16: 0.25}
 
 def _is_dense(x: Tensor, weight: Tensor, window: Window) -> bool:
     """Whether all channels are convolved: one kernel for all samples, against the columns of each sample's window."""
-    _, width, widths = window
     pointwise = weight.shape[2:].numel() == 1
-    if not x.is_cpu or x.dtype not in DENSE_FROM or pointwise:
-        return False
-    least = DENSE_FROM[x.dtype] * x.shape[1]
-    if widths is None:
-        return width >= least
-    # What widths hold is not known while a graph is traced or under a transform.
-    if torch.compiler.is_compiling() or active_transform() is not None or widths.numel() == 0:
-        return False
-    return float(widths.float().mean()) >= least
+    return x.is_cpu and x.dtype in DENSE_FROM and not pointwise and sees_at_least(DENSE_FROM[x.dtype], x.shape[1], window)
 
 
 def _taps_inside(size: int, outputs: int, taps: int, stride: int, padding: int, dilation: int, like: Tensor) -> Tensor:
