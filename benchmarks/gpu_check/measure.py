@@ -28,6 +28,7 @@ from contest import Contest, Row, gate
 from sections import Clock
 from timing import Timer, Timing, copy_bandwidth
 
+import rows_window_norms
 import taskloom
 from taskloom.ops._backends import OPS
 
@@ -43,6 +44,7 @@ ROWS: tuple[Row, ...] = tuple(
             *rows_bases.ROWS,
             *rows_prefix_layers.ROWS,
             *rows_windows.ROWS,
+            *rows_window_norms.ROWS,
         ),
         key=lambda row: (not row.aim, row.op not in ("masked_adamw_", "masked_sgd_")),
     )

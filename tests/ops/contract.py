@@ -16,6 +16,8 @@ _INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloa
 REORDERED_SUMS = frozenset(
     {
         "block_scale_merge_backward",
+        "channel_scale",
+        "channel_scale_backward",
         "kernel_linear",
         "kernel_linear_backward",
         "kernel_merge",
@@ -42,6 +44,10 @@ REORDERED_SUMS = frozenset(
         "weighted_ce_backward",
         "window_conv2d",
         "window_conv2d_backward",
+        "window_group_norm_silu",
+        "window_group_norm_silu_backward",
+        "window_layer_norm",
+        "window_layer_norm_backward",
         "window_linear",
         "window_linear_backward",
     }
