@@ -1,4 +1,4 @@
-"""Modules made of the ops: adapters beside layers, their way into a model and onto the disk; layers of some channels, or of changing width."""
+"""Modules made of the ops: adapters beside layers, their way into a model and onto the disk; layers of some channels or changing width."""
 
 from __future__ import annotations
 
