@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -80,7 +82,7 @@ def cluster_timesteps(
     if num_timesteps < clusters:
         raise ValueError(f"num_timesteps: expected at least the {clusters} clusters, got {num_timesteps}")
     edges = [num_timesteps * place // clusters for place in range(clusters + 1)]
-    drawn = [torch.randint(low, high, (batch // clusters,), generator=generator) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    drawn = [torch.randint(low, high, (batch // clusters,), generator=generator) for low, high in pairwise(edges)]
     return torch.cat(drawn).to(device)
 
 

@@ -51,9 +51,9 @@ def dtr_starts(num_tasks: int, channels: int, beta: float = 0.8, alpha: float = 
     alpha
         Above 1 the window moves slowly at low timesteps and fast at high ones. Default 4.
     formula
-        ``"code"``, the default: ``round((k / (T - 1)) ** alpha * L)`` with ``L = C - int(C * beta)``, of constant width, as the official code
-        has it. ``"paper"``: ``round(L * (k / T) ** alpha)`` to ``round(L * ((k + 1) / T) ** alpha) + int(C * beta)``, as the paper's page has
-        it: never narrower. Both round half to even.
+        ``"code"``, the default: ``round((k / (T - 1)) ** alpha * L)`` with ``L = C - int(C * beta)``, of constant width, as the official
+        code has it. ``"paper"``: ``round(L * (k / T) ** alpha)`` to ``round(L * ((k + 1) / T) ** alpha) + int(C * beta)``, as the paper's
+        page has it: never narrower. Both round half to even.
 
     Returns
     -------

@@ -108,7 +108,7 @@ def check_can_tell(function: str, model: nn.Module, argument: str) -> None:
     names = list(inspect.signature(type(model).forward).parameters)
     if argument not in names:
         raise TypeError(
-            f"{function}: model: expected a forward with the argument {argument!r}, that of {type(model).__name__} has {', '.join(names[1:])}"
+            f"{function}: model: expected a forward with the argument {argument!r}, {type(model).__name__}'s has {', '.join(names[1:])}"
         )
 
 
