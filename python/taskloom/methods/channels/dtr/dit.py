@@ -190,14 +190,12 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(frequencies, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         half = frequencies // 2
-        rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
-        self.register_buffer("rates", rates, persistent=False)
+        self.frequencies = nn.Buffer(torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
         """Embeddings [N, C] of timesteps [N]."""
-        angles = t[:, None].float() * self.get_buffer("rates").float()
-        weight = self.mlp[0].weight
-        embedded: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(weight.dtype))
+        angles = t[:, None].float() * self.frequencies.float()
+        embedded: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(self.frequencies.dtype))
         return embedded
 
 
@@ -329,7 +327,7 @@ class RoutedDiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
             tokens = block(tokens, c, t)
-        pixels = self.final_layer(tokens, c)
+        pixels: Tensor = self.final_layer(tokens, c)
         n, _, height, width = x.shape
         patch = self.patch_size
         grid = pixels.view(n, height // patch, width // patch, patch, patch, self.in_channels)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
+Model = TypeVar("Model", bound=nn.Module)
 
-class Ema:
+
+class Ema(Generic[Model]):
     """Exponential moving average of a model.
 
     Attributes
@@ -24,14 +27,14 @@ class Ema:
         Share of the average that an update keeps. The official code has 0.9999.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999) -> None:
+    def __init__(self, model: Model, decay: float = 0.9999) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay: expected from 0 to below 1, got {decay}")
         self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model: Model = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: Model) -> None:
         """Move the average towards a model; buffers, such as the masks of R-TR, are copied."""
         mine, theirs = dict(self.model.named_parameters()), dict(model.named_parameters())
         torch._foreach_lerp_(list(mine.values()), [theirs[name] for name in mine], 1 - self.decay)

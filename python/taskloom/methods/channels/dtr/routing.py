@@ -137,7 +137,7 @@ class RandomRouting(nn.Module):
     def __init__(self, num_tasks: int, channels: int, beta: float = 0.8, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.channels = channels
-        self.register_buffer("mask", random_routing_mask(num_tasks, channels, beta, generator))
+        self.mask = nn.Buffer(random_routing_mask(num_tasks, channels, beta, generator))
 
     def forward(self, t: Tensor) -> Tensor:
         """Masks, bool [N, C], of timesteps, integers [N]."""
