@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from taskloom.methods.channels.dtr import Diffusion, RandomRouting, RoutedDiT, RoutedDiTBlock, convert_dit, dtr_starts
-from taskloom.nn import TaskWindow
+from taskloom.methods.channels.dtr import Diffusion, RandomRouting, RoutedDiT, RoutedDiTBlock, convert_dit, dtr_starts, dtr_window
 
 C, HEADS, TASKS = 20, 4, 40
 
@@ -143,15 +142,17 @@ def _gradients(call: Any, module: nn.Module, x: Tensor, c: Tensor) -> tuple[Tens
     return y.detach(), {**own, "x": x.grad, "c": c.grad}
 
 
-def _window(formula: str = "code", beta: float = 0.6) -> TaskWindow:
-    return TaskWindow(TASKS, C, beta, 4.0, formula)  # type: ignore[arg-type]
+def _window(formula: str = "code", beta: float = 0.6) -> nn.Module:
+    return dtr_window(TASKS, C, beta, 4.0, formula)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("beta", [0.3, 0.6])
 @pytest.mark.parametrize("formula", ["code", "paper"])
-def test_block_is_the_official_one(formula: str) -> None:
-    routed, block = _pair(_window(formula))
+def test_block_is_the_official_one(formula: str, beta: float) -> None:
+    """Narrow windows are cut out of the product with qkv, others are not."""
+    routed, block = _pair(_window(formula, beta))
     x, c, t = _inputs()
-    masks = _masks(formula=formula)
+    masks = _masks(beta, formula)
     y, found = _gradients(lambda x, c: routed(x, c, t), routed, x, c)
     expected, gradients = _gradients(lambda x, c: block(x, c, masks[t]), block, x, c)
     torch.testing.assert_close(y, expected, atol=1e-10, rtol=1e-10)
@@ -160,16 +161,17 @@ def test_block_is_the_official_one(formula: str) -> None:
         torch.testing.assert_close(found[name], gradient, atol=1e-10, rtol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_channels_that_no_sample_sees_still_train_qkv() -> None:
-    routed, block = _pair(_window())
+@pytest.mark.parametrize("beta", [0.3, 0.6])
+def test_channels_that_no_sample_sees_still_train_qkv(beta: float) -> None:
+    routed, block = _pair(_window(beta=beta))
     x, c, _ = _inputs()
     t = torch.zeros(5, dtype=torch.int64)
-    unseen = ~_masks()[0]
+    masks = _masks(beta)
     _, found = _gradients(lambda x, c: routed(x, c, t), routed, x, c)
-    _, gradients = _gradients(lambda x, c: block(x, c, _masks()[t]), block, x, c)
-    columns = found["attn.qkv.weight"][:, unseen]
+    _, gradients = _gradients(lambda x, c: block(x, c, masks[t]), block, x, c)
+    columns = found["attn.qkv.weight"][:, ~masks[0]]
     assert columns.abs().amin() > 0
-    torch.testing.assert_close(columns, gradients["attn.qkv.weight"][:, unseen], atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(columns, gradients["attn.qkv.weight"][:, ~masks[0]], atol=1e-10, rtol=1e-10)
 
 
 def test_gradients_pass_unseen_channels_unchanged() -> None:
@@ -184,21 +186,23 @@ def test_gradients_pass_unseen_channels_unchanged() -> None:
     assert not torch.equal(dx[seen], dy[seen])
 
 
+@pytest.mark.parametrize("beta", [0.3, 0.6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_block_in_lower_precision(dtype: torch.dtype) -> None:
-    routed, block = _pair(_window(), dtype)
+def test_block_in_lower_precision(dtype: torch.dtype, beta: float) -> None:
+    routed, block = _pair(_window(beta=beta), dtype)
     x, c, t = _inputs(dtype=dtype)
-    y, expected = routed(x, c, t), block.double()(x.double(), c.double(), _masks()[t])
+    y, expected = routed(x, c, t), block.double()(x.double(), c.double(), _masks(beta)[t])
     assert y.dtype == dtype
     assert (y.double() - expected).norm() / expected.norm() < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
-def test_block_under_autocast() -> None:
-    routed, block = _pair(_window(), torch.float32)
+@pytest.mark.parametrize("beta", [0.3, 0.6])
+def test_block_under_autocast(beta: float) -> None:
+    routed, block = _pair(_window(beta=beta), torch.float32)
     x, c, t = _inputs(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         y = routed(x, c, t)
-    expected = block(x, c, _masks()[t])
+    expected = block(x, c, _masks(beta)[t])
     assert y.dtype == torch.float32
     assert 1e-5 < (y - expected).norm() / expected.norm() < 1e-2
 
@@ -220,31 +224,34 @@ def test_no_routing_at_beta_one() -> None:
     torch.testing.assert_close(routed(x, c, t), block(x, c), atol=1e-12, rtol=1e-12)
 
 
-def test_samples_do_not_depend_on_each_other() -> None:
-    routed, _ = _pair(_window())
+@pytest.mark.parametrize("beta", [0.3, 0.6])
+def test_samples_do_not_depend_on_each_other(beta: float) -> None:
+    routed, _ = _pair(_window(beta=beta))
     x, c, t = _inputs()
     order = torch.tensor([3, 0, 4, 2, 1])
     torch.testing.assert_close(routed(x[order], c[order], t[order]), routed(x, c, t)[order], atol=1e-12, rtol=1e-12)
 
 
-def test_backward_repeats_bit_by_bit() -> None:
-    routed, _ = _pair(_window(), torch.float32)
+@pytest.mark.parametrize("beta", [0.3, 0.6])
+def test_backward_repeats_bit_by_bit(beta: float) -> None:
+    routed, _ = _pair(_window(beta=beta), torch.float32)
     x, c, t = _inputs(dtype=torch.float32)
     first, second = (_gradients(lambda x, c: routed(x, c, t), routed, x, c) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
 
 
+@pytest.mark.parametrize("beta", [0.3, 0.6])
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 7), (3, 0)])
-def test_empty_batches(batch: int, tokens: int) -> None:
-    routed, _ = _pair(_window())
+def test_empty_batches(batch: int, tokens: int, beta: float) -> None:
+    routed, _ = _pair(_window(beta=beta))
     x, c, t = _inputs(batch, tokens)
     assert routed(x, c, t).shape == (batch, tokens, C)
 
 
 def test_bad_blocks() -> None:
     with pytest.raises(ValueError, match="window: expected one of 20 channels, got 24"):
-        RoutedDiTBlock(C, HEADS, window=TaskWindow(TASKS, 24, 0.6))
+        RoutedDiTBlock(C, HEADS, window=dtr_window(TASKS, 24, 0.6))
     with pytest.raises(ValueError, match="heads: expected a divisor of hidden, 20, got 3"):
         RoutedDiTBlock(C, 3, window=_window())
     routed, _ = _pair(_window())
@@ -457,7 +464,7 @@ def test_labels_are_dropped_in_training_only() -> None:
 
 
 def test_samplers_of_any_length_have_the_same_windows() -> None:
-    window = TaskWindow(TASKS, C, 0.6)
+    window = dtr_window(TASKS, C, 0.6)
     model = _tiny([window])
     seen: dict[int, tuple[Any, ...]] = {}
 

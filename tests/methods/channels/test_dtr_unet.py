@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from taskloom.methods.channels.dtr import RandomRouting, RoutedResBlock, convert_adm, dtr_starts
-from taskloom.nn import TaskWindow
+from taskloom.methods.channels.dtr import RandomRouting, RoutedResBlock, convert_adm, dtr_starts, dtr_window
 
 TASKS, EMB, GROUPS = 40, 6, 4
 
@@ -118,7 +117,7 @@ def _gradients(call: Any, module: nn.Module, x: Tensor, emb: Tensor) -> tuple[Te
 @pytest.mark.parametrize(("out", "scale_shift", "updown"), [(12, True, None), (12, False, "down"), (8, True, "up"), (8, False, None)])
 def test_block_is_the_masked_one(out: int, scale_shift: bool, updown: Any, routing: str) -> None:
     random = routing == "random"
-    window = RandomRouting(TASKS, 12, 0.6) if random else TaskWindow(TASKS, 12, 0.6, 4.0, routing)  # type: ignore[arg-type]
+    window = RandomRouting(TASKS, 12, 0.6) if random else dtr_window(TASKS, 12, 0.6, 4.0, routing)  # type: ignore[arg-type]
     masks = window.mask.double() if random else _masks(12, formula=routing)  # type: ignore[union-attr, operator]
     torch.manual_seed(0)
     block = ResBlock(12, out, scale_shift, updown).double()
@@ -193,9 +192,9 @@ def test_models_of_another_kind_stay_as_they_are(model: nn.Module, message: str)
 
 def test_bad_blocks() -> None:
     with pytest.raises(ValueError, match="window: expected one of 12 channels, got 8"):
-        RoutedResBlock(12, EMB, window=TaskWindow(TASKS, 8, 0.6), groups=GROUPS)
+        RoutedResBlock(12, EMB, window=dtr_window(TASKS, 8, 0.6), groups=GROUPS)
     with pytest.raises(ValueError, match="updown: expected 'up', 'down' or None, got 'left'"):
-        RoutedResBlock(12, EMB, window=TaskWindow(TASKS, 12, 0.6), groups=GROUPS, updown="left")  # type: ignore[arg-type]
+        RoutedResBlock(12, EMB, window=dtr_window(TASKS, 12, 0.6), groups=GROUPS, updown="left")  # type: ignore[arg-type]
     model = UNet()
     convert_adm(model)
     with pytest.raises(ValueError, match="model: UNet is routed already"):

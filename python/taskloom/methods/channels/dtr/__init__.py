@@ -11,7 +11,7 @@ from taskloom.methods.channels.dtr.dit import RoutedDiT, RoutedDiTBlock
 from taskloom.methods.channels.dtr.ema import Ema
 from taskloom.methods.channels.dtr.frechet import frechet_distance
 from taskloom.methods.channels.dtr.losses import UncertaintyWeighting, cluster_timesteps, min_snr_weight, p2_weight
-from taskloom.methods.channels.dtr.routing import RandomRouting, dtr_starts, random_routing_mask
+from taskloom.methods.channels.dtr.routing import RandomRouting, dtr_starts, dtr_window, random_routing_mask
 from taskloom.methods.channels.dtr.unet import RoutedResBlock
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "convert_adm",
     "convert_dit",
     "dtr_starts",
+    "dtr_window",
     "frechet_distance",
     "min_snr_weight",
     "p2_weight",

@@ -13,10 +13,9 @@ from taskloom.methods.channels.dtr.diffusion import Diffusion
 from taskloom.methods.channels.dtr.dit import RoutedDiT, Routing
 from taskloom.methods.channels.dtr.ema import Ema
 from taskloom.methods.channels.dtr.frechet import frechet_distance
-from taskloom.methods.channels.dtr.routing import RandomRouting
+from taskloom.methods.channels.dtr.routing import RandomRouting, dtr_window
 from taskloom.methods.claim import Claim, Inequality, Progress, Trial, Values
 from taskloom.methods.threads import one_thread
-from taskloom.nn import TaskWindow
 
 Arm = Literal["DTR", "R-TR", "dense"]
 ARMS: tuple[Arm, ...] = ("DTR", "R-TR", "dense")
@@ -43,7 +42,7 @@ def _routings(arm: Arm, config: Mapping[str, Any], generator: torch.Generator) -
     tasks, channels, beta = config["timesteps"], config["channels"], config["beta"]
     if arm == "R-TR":
         return [RandomRouting(tasks, channels, beta, generator) for _ in range(config["blocks"])]
-    return [TaskWindow(tasks, channels, beta if arm == "DTR" else 1.0, config["alpha"])] * config["blocks"]
+    return [dtr_window(tasks, channels, beta if arm == "DTR" else 1.0, config["alpha"])] * config["blocks"]
 
 
 def _model(arm: Arm, trial: Trial) -> RoutedDiT:

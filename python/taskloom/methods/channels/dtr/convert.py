@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from taskloom.methods.channels.dtr.dit import RoutedDiTBlock
+from taskloom.methods.channels.dtr.routing import dtr_window
 from taskloom.methods.channels.dtr.scope import change_class, check_can_tell, tell_timesteps
 from taskloom.methods.channels.dtr.unet import (
     ATTENTION_PARTS,
@@ -55,7 +56,7 @@ def convert_dit(model: Model, beta: float = 0.8, alpha: float = 4.0, num_tasks: 
         try:
             channels = RoutedDiTBlock.channels_of(block)
             if channels not in windows:
-                windows[channels] = TaskWindow(num_tasks, channels, beta, alpha)
+                windows[channels] = dtr_window(num_tasks, channels, beta, alpha)
             routed.append(RoutedDiTBlock.from_block(block, windows[channels]))
         except TypeError as error:
             raise TypeError(f"convert_dit: model: blocks.{place}: {error}") from None
@@ -102,7 +103,7 @@ def convert_adm(model: Model, beta: float = 0.8, alpha: float = 4.0, num_tasks: 
     norms = {path: residual_norm(f"convert_adm: model: {path}", one) for path, one in residual.items()}
     if route_attention:
         norms |= {path: group_norm(f"convert_adm: model: {path}", one.norm) for path, one in attention.items()}
-    windows = {norm.num_channels: TaskWindow(num_tasks, norm.num_channels, beta, alpha) for norm in norms.values()}
+    windows = {norm.num_channels: dtr_window(num_tasks, norm.num_channels, beta, alpha) for norm in norms.values()}
     for path, norm in norms.items():
         block = model.get_submodule(path)
         block.window = windows[norm.num_channels]

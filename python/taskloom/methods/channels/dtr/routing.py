@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from taskloom.nn import TaskWindow
+
 Formula = Literal["code", "paper"]
 FORMULAS: tuple[Formula, ...] = ("code", "paper")
 
@@ -84,6 +86,11 @@ def dtr_starts(num_tasks: int, channels: int, beta: float = 0.8, alpha: float = 
         edges = np.round(room * (np.arange(num_tasks + 1) / num_tasks) ** alpha)
         start, widths = edges[:-1], edges[1:] - edges[:-1] + width
     return torch.from_numpy(start.astype(np.int32)), torch.from_numpy(widths.astype(np.int32))
+
+
+def dtr_window(num_tasks: int, channels: int, beta: float = 0.8, alpha: float = 4.0, formula: Formula = "code") -> TaskWindow:
+    """The windows of :func:`dtr_starts`, with its arguments and errors, as a module that looks up those of a batch's timesteps."""
+    return TaskWindow(*dtr_starts(num_tasks, channels, beta, alpha, formula), channels)
 
 
 def random_routing_mask(num_tasks: int, channels: int, beta: float = 0.8, generator: torch.Generator | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from taskloom.methods.channels.dtr.dit import Routing, inside
 from taskloom.methods.channels.dtr.routing import RandomRouting
 from taskloom.methods.channels.dtr.scope import timesteps_of
-from taskloom.ops import window_group_norm_silu
+from taskloom.ops import window_group_norm_silu, window_norm_conv2d
 
 RESIDUAL_PARTS = ("in_layers", "emb_layers", "out_layers", "skip_connection")
 ATTENTION_PARTS = ("norm", "qkv", "attention", "proj_out")
@@ -32,19 +32,34 @@ def residual_norm(place: str, block: Any) -> nn.GroupNorm:
     return group_norm(f"{place}.in_layers.0", layers[0])
 
 
-def _added(block: nn.Module, x: Tensor, emb: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """What a block adds, and its input, both at the output's size."""
-    parts: Any = block
+def _dense(conv: nn.Module) -> bool:
+    """Whether a convolution is one that ``window_norm_conv2d`` knows."""
+    plain = type(conv) is nn.Conv2d and conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return plain and not torch.is_autocast_enabled(conv.weight.device.type)
+
+
+def _first_half(parts: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Norm, SiLU, resampling and convolution of the channels that are seen; and the input at the output's size."""
     norm, act, conv = parts.in_layers
-    window = parts.window
+    window, resampled = parts.window, getattr(parts, "updown", False)
     if isinstance(window, RandomRouting):
         h = act(norm(x * window(t)[..., None, None]))
     else:
         start, width = window(t)
-        h = window_group_norm_silu(x, norm.weight, norm.bias, groups=norm.num_groups, start=start, width=width, eps=norm.eps)
-    if getattr(block, "updown", False):
+        settings = {"groups": norm.num_groups, "start": start, "width": width, "eps": norm.eps}
+        if not resampled and _dense(conv):
+            shape = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+            return window_norm_conv2d(x, norm.weight, norm.bias, conv.weight, conv.bias, **settings, **shape), x
+        h = window_group_norm_silu(x, norm.weight, norm.bias, **settings)
+    if resampled:
         h, x = parts.h_upd(h), parts.x_upd(x)
-    h = conv(h)
+    return conv(h), x
+
+
+def _added(block: nn.Module, x: Tensor, emb: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """What a block adds, and its input, both at the output's size."""
+    parts: Any = block
+    h, x = _first_half(parts, x, t)
     emb = parts.emb_layers(emb).to(h.dtype)[..., None, None]
     if not parts.use_scale_shift_norm:
         return parts.out_layers(h + emb), x
