@@ -282,8 +282,8 @@ class RoutedDiT(nn.Module):
 
     Notes
     -----
-    Its state dict fits facebookresearch/DiT with ``learn_sigma=False``. Initial weights are torch's own, but for those that make every block
-    start as the identity and the output as 0.
+    Its state dict fits facebookresearch/DiT with ``learn_sigma=False``. Initial weights are torch's own, but for those that make every
+    block start as the identity and the output as 0.
     """
 
     def __init__(
