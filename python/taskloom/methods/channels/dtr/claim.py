@@ -121,7 +121,7 @@ def _measure(trial: Trial) -> Values:
 CLAIMS = (
     Claim(
         name="C1",
-        statement="A diffusion model whose timesteps see sliding windows of channels does better than one with random channels",
+        statement="Timesteps that see sliding windows of channels do better than with random channels, and as well as with all",
         metric="mean squared error of the predicted noise, and Frechet distance of samples on raw pixels, both lower is better",
         measure=_measure,
         baselines=("loss, R-TR", "Frechet distance, R-TR", "loss, dense", "Frechet distance, dense"),
@@ -146,8 +146,8 @@ CLAIMS = (
             "sampling_steps": 50,
             "sampled": None,
         },
-        quick={"steps": 20, "ema": 0.5, "evaluated": 256, "sampling_steps": 5, "sampled": 200},
+        quick={"steps": 12, "ema": 0.5, "evaluated": 128, "sampling_steps": 4, "sampled": 100},
         note="A pixel DiT on the 8 x 8 digits of scikit-learn. The paper also has DTR ahead of the dense model, after 400,000 steps of far "
-        "larger models; at this size it is not, and that is no part of the gate.",
+        "larger models; the values tell how the two compare at this size, and the gate asks only that their losses are within 0.01.",
     ),
 )
