@@ -14,17 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from taskloom.methods.channels.dtr import Diffusion, RandomRouting, RoutedDiT, RoutedDiTBlock, convert_dit, dtr_starts, dtr_window
+from taskloom.methods.threads import one_thread
 
 C, HEADS, TASKS = 20, 4, 40
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def single_thread() -> Iterator[None]:
     """Threads only cost time at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_thread():
+        yield
 
 
 class TimmAttention(nn.Module):

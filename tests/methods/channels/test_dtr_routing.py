@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,14 @@ from taskloom.methods.channels.dtr import (
     random_routing_mask,
     respaced_timesteps,
 )
+from taskloom.methods.threads import one_thread
+
+
+@pytest.fixture(autouse=True)
+def single_thread() -> Iterator[None]:
+    """Threads only cost time at these sizes."""
+    with one_thread():
+        yield
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -295,10 +304,10 @@ def test_sampled_data_have_the_spread_of_the_data() -> None:
         kept = diffusion.alphas_cumprod[t].view(-1, 1)
         return x * (1 - kept).sqrt() / (kept * spread**2 + 1 - kept)
 
-    noise = torch.randn(4000, 1, generator=_generator(), dtype=torch.float64)
+    noise = torch.randn(2000, 1, generator=_generator(), dtype=torch.float64)
     for eta in (0.0, 1.0):
-        sampled = diffusion.sample(predict, noise, 250, eta=eta, clip=None, generator=_generator(1))
-        assert sampled.std().item() == pytest.approx(spread, rel=0.05)
+        sampled = diffusion.sample(predict, noise, 100, eta=eta, clip=None, generator=_generator(1))
+        assert sampled.std().item() == pytest.approx(spread, rel=0.08)
 
 
 def test_samplers_ask_for_original_timesteps() -> None:

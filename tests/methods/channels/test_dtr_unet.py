@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,8 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from taskloom.methods.channels.dtr import RandomRouting, RoutedResBlock, convert_adm, dtr_starts, dtr_window
+from taskloom.methods.threads import one_thread
 
 TASKS, EMB, GROUPS = 40, 6, 4
+
+
+@pytest.fixture(autouse=True)
+def single_thread() -> Iterator[None]:
+    """Threads only cost time at these sizes."""
+    with one_thread():
+        yield
 
 
 class TimestepBlock(nn.Module):
@@ -113,12 +122,12 @@ def _gradients(call: Any, module: nn.Module, x: Tensor, emb: Tensor) -> tuple[Te
     return y.detach(), {**own, "x": x.grad, "emb": emb.grad}
 
 
-@pytest.mark.parametrize("routing", ["code", "paper", "random"])
+@pytest.mark.parametrize("routing", ["code", "narrow", "paper", "random"])
 @pytest.mark.parametrize(("out", "scale_shift", "updown"), [(12, True, None), (12, False, "down"), (8, True, "up"), (8, False, None)])
 def test_block_is_the_masked_one(out: int, scale_shift: bool, updown: Any, routing: str) -> None:
-    random = routing == "random"
-    window = RandomRouting(TASKS, 12, 0.6) if random else dtr_window(TASKS, 12, 0.6, 4.0, routing)  # type: ignore[arg-type]
-    masks = window.mask.double() if random else _masks(12, formula=routing)  # type: ignore[union-attr, operator]
+    random, beta, formula = routing == "random", 0.2 if routing == "narrow" else 0.6, "paper" if routing == "paper" else "code"
+    window: Any = RandomRouting(TASKS, 12, beta) if random else dtr_window(TASKS, 12, beta, 4.0, formula)  # type: ignore[arg-type]
+    masks = window.mask.double() if random else _masks(12, beta, formula)
     torch.manual_seed(0)
     block = ResBlock(12, out, scale_shift, updown).double()
     routed = RoutedResBlock(

@@ -14,6 +14,8 @@ _SCOPE = "_timestep_scope"
 
 # Makes the members of a subclass, given the class and further arguments that can be hashed and pickled.
 MakeMembers = Callable[..., dict[str, Any]]
+# A subclass of nn.Module; mypy takes these for something that has no hash.
+Class = Any
 
 
 class TimestepScope:
@@ -65,7 +67,7 @@ def timesteps_of(module: nn.Module, t: Tensor | None) -> Tensor:
 
 
 @cache
-def _derived(base: type[nn.Module], make: MakeMembers, arguments: tuple[Any, ...]) -> type[nn.Module]:
+def _derived(base: Class, make: MakeMembers, arguments: tuple[Any, ...]) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _empty, (base, make, arguments), self.__dict__
 
@@ -73,7 +75,7 @@ def _derived(base: type[nn.Module], make: MakeMembers, arguments: tuple[Any, ...
     return type(base.__name__, (base,), {**names, "__reduce_ex__": reduce, **make(base, *arguments)})
 
 
-def _empty(base: type[nn.Module], make: MakeMembers, arguments: tuple[Any, ...]) -> nn.Module:
+def _empty(base: Class, make: MakeMembers, arguments: tuple[Any, ...]) -> nn.Module:
     made = _derived(base, make, arguments)
     return made.__new__(made)
 
@@ -83,7 +85,8 @@ def change_class(module: nn.Module, make: MakeMembers, *arguments: Any) -> None:
 
     Unlike a method on the instance this is kept by copies and pickles, and holds where the module calls its own ``self.forward``.
     """
-    module.__class__ = _derived(type(module), make, arguments)
+    base: Class = type(module)
+    module.__class__ = _derived(base, make, arguments)
 
 
 def _telling_members(base: type[nn.Module], argument: str) -> dict[str, Any]:
