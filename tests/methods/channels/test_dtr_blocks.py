@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -240,6 +240,31 @@ def test_backward_repeats_bit_by_bit(beta: float) -> None:
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
 
 
+def _kept_bytes(call: Callable[[], Tensor]) -> int:
+    """Bytes of the storages that a forward keeps for its backward."""
+    kept: dict[int, int] = {}
+    tensors = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.6])
+def test_no_more_is_kept_for_the_backward_than_without_routing(beta: float) -> None:
+    routed, block = _pair(_window(beta=beta), torch.float32)
+    block.attn, block.mlp = routed.attn, routed.mlp  # type: ignore[assignment]
+    x, c, t = _inputs(tokens=64, dtype=torch.float32)
+    x.requires_grad_()
+    assert _kept_bytes(lambda: routed(x, c, t)) < _kept_bytes(lambda: block(x, c))
+
+
 @pytest.mark.parametrize("beta", [0.3, 0.6])
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 7), (3, 0)])
 def test_empty_batches(batch: int, tokens: int, beta: float) -> None:
@@ -261,6 +286,20 @@ def test_bad_blocks() -> None:
         routed(x, c, t + TASKS)
     with pytest.raises(TypeError):
         routed(x, c, t.double())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("beta", [0.3, 0.6])
+def test_block_on_a_gpu(beta: float) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    routed, block = _pair(_window(beta=beta), torch.float32)
+    routed.cuda()
+    x, c, t = _inputs(dtype=torch.float32)
+    _, found = _gradients(lambda x, c: routed(x, c, t.cuda()), routed, x.cuda(), c.cuda())
+    _, expected = _gradients(lambda x, c: block(x, c, _masks(beta)[t].to(x.dtype)), block.double(), x.double(), c.double())
+    for name, gradient in expected.items():
+        assert (found[name].cpu() - gradient).norm() / gradient.norm() < 1e-5, name
 
 
 def _converted(depth: int = 2) -> tuple[DiT, DiT]:
