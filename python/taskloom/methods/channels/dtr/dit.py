@@ -157,7 +157,7 @@ class RoutedDiTBlock(nn.Module):
         start, width = window(t)
         seen = inside(start, width, window.channels)
         narrow = isinstance(width, int) and width <= _NARROW * window.channels
-        if narrow and isinstance(self.attn, Attention) and not torch.is_autocast_enabled(x.device.type):
+        if narrow and isinstance(self.attn, Attention):
             qkv = self.attn.qkv
             return self.attn.attend(window_norm_linear(x, qkv.weight, qkv.bias, shift, scale, start=start, width=width, eps=eps)), seen
         return self.attn(window_layer_norm(x, shift, scale, start=start, width=width, eps=eps)), seen

@@ -37,9 +37,7 @@ def residual_norm(place: str, block: Any) -> nn.GroupNorm:
 
 def _dense(conv: nn.Module) -> bool:
     """Whether a convolution is one that ``window_norm_conv2d`` knows."""
-    if type(conv) is not nn.Conv2d or torch.is_autocast_enabled(conv.weight.device.type):
-        return False
-    return conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return type(conv) is nn.Conv2d and conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
 def _first_half(parts: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
