@@ -186,7 +186,9 @@ class RoutedDiTBlock(nn.Module):
         first = gate1.unsqueeze(1) * attended
         both = x + first
         z = torch.where(seen.unsqueeze(1), both, first)
-        return torch.addcmul(both, gate2.unsqueeze(1), self.mlp(modulate(self.norm2(z), shift2, scale2)))
+        # The norm over all channels is that of a window as wide: one pass over z, which alone is kept for the backward.
+        u = window_layer_norm(z, shift2, scale2, start=0, width=self.window.channels, eps=self.norm2.eps)
+        return torch.addcmul(both, gate2.unsqueeze(1), self.mlp(u))
 
 
 class TimestepEmbedder(nn.Module):
