@@ -286,6 +286,11 @@ def test_bad_blocks() -> None:
         routed(x, c, t + TASKS)
     with pytest.raises(TypeError):
         routed(x, c, t.double())
+    with pytest.raises(TypeError, match="RoutedDiTBlock: t: expected a tensor of integers, got int"):
+        routed(x, c, 3)
+    for wrong in (t[0], t[:1], t[:, None]):
+        with pytest.raises(ValueError, match=r"RoutedDiTBlock: t: expected shape \(5,\), one for each sample, got"):
+            routed(x, c, wrong)
 
 
 @pytest.mark.gpu

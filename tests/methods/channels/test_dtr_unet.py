@@ -204,6 +204,10 @@ def test_bad_blocks() -> None:
         RoutedResBlock(12, EMB, window=dtr_window(TASKS, 8, 0.6), groups=GROUPS)
     with pytest.raises(ValueError, match="updown: expected 'up', 'down' or None, got 'left'"):
         RoutedResBlock(12, EMB, window=dtr_window(TASKS, 12, 0.6), groups=GROUPS, updown="left")  # type: ignore[arg-type]
+    routed = RoutedResBlock(12, EMB, window=dtr_window(TASKS, 12), groups=GROUPS).double()
+    x, emb, t = _inputs(12)
+    with pytest.raises(ValueError, match=r"RoutedResBlock: t: expected shape \(4,\), one for each sample, got \(\)"):
+        routed(x, emb, t[0])
     model = UNet()
     convert_adm(model)
     with pytest.raises(ValueError, match="model: UNet is routed already"):

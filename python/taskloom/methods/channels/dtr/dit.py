@@ -178,11 +178,13 @@ class RoutedDiTBlock(nn.Module):
         ------
         TypeError, IndexError
             If ``t`` holds no integers, or one outside the window's tasks (looked at on a CPU).
+        ValueError
+            If ``t`` has another shape.
         RuntimeError
             If no timesteps are known.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        attended, seen = self._attended(x, shift1, scale1, timesteps_of(self, t))
+        attended, seen = self._attended(x, shift1, scale1, timesteps_of(self, t, len(x)))
         first = gate1.unsqueeze(1) * attended
         both = x + first
         z = torch.where(seen.unsqueeze(1), both, first)

@@ -50,20 +50,28 @@ class TimestepScope:
         return t
 
 
-def timesteps_of(module: nn.Module, t: Tensor | None) -> Tensor:
+def timesteps_of(module: nn.Module, t: Tensor | None, samples: int) -> Tensor:
     """The timesteps given to a routed block, or else those of its model's running forward.
 
     Raises
     ------
     RuntimeError
         If there are neither.
+    TypeError
+        If ``t`` is no tensor.
+    ValueError
+        If there is not one timestep for each sample.
     """
-    if t is not None:
-        return t
-    scope: TimestepScope | None = module.__dict__.get(_SCOPE)
-    if scope is None:
-        raise RuntimeError(f"{type(module).__name__}: t: expected the timesteps, integers [N], got none")
-    return scope.current()
+    if t is None:
+        scope: TimestepScope | None = module.__dict__.get(_SCOPE)
+        if scope is None:
+            raise RuntimeError(f"{type(module).__name__}: t: expected the timesteps, integers [N], got none")
+        t = scope.current()
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{type(module).__name__}: t: expected a tensor of integers, got {type(t).__name__}")
+    if t.shape != (samples,):
+        raise ValueError(f"{type(module).__name__}: t: expected shape ({samples},), one for each sample, got {tuple(t.shape)}")
+    return t
 
 
 @cache

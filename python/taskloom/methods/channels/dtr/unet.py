@@ -82,7 +82,7 @@ def routed_residual_members(base: type[nn.Module]) -> dict[str, Any]:
     """What makes an ADM ResBlock with a ``window`` a routed one."""
 
     def forward(self: nn.Module, x: Tensor, emb: Tensor, t: Tensor | None = None) -> Tensor:
-        t = timesteps_of(self, t)
+        t = timesteps_of(self, t, len(x))
         if getattr(self, "use_checkpoint", False) and torch.is_grad_enabled():
             y: Tensor = checkpoint(_residual, self, x, emb, t, use_reentrant=False)
             return y
@@ -95,7 +95,7 @@ def routed_attention_members(base: type[nn.Module]) -> dict[str, Any]:
     """What makes an ADM AttentionBlock with a ``window`` a routed one."""
 
     def forward(self: Any, x: Tensor, t: Tensor | None = None) -> Tensor:
-        window, t = self.window, timesteps_of(self, t)
+        window, t = self.window, timesteps_of(self, t, len(x))
         start, width = window(t)
         seen = inside(start, width, window.channels)
         flat = x.flatten(2)
@@ -172,5 +172,7 @@ class RoutedResBlock(nn.Module):
         ------
         TypeError, IndexError
             If ``t`` holds no integers, or one outside the window's tasks (looked at on a CPU).
+        ValueError
+            If ``t`` has another shape.
         """
-        return _residual(self, x, emb, t)
+        return _residual(self, x, emb, timesteps_of(self, t, len(x)))
