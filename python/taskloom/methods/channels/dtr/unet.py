@@ -15,9 +15,6 @@ from taskloom.ops import window_group_norm_silu, window_norm_conv2d
 
 RESIDUAL_PARTS = ("in_layers", "emb_layers", "out_layers", "skip_connection")
 ATTENTION_PARTS = ("norm", "qkv", "attention", "proj_out")
-# Windows of at most this share of the channels are cut out of the first convolution. On a CPU that then takes 0.7 to 1.1 times as long as
-# the whole convolution; at half the channels it takes 1.0 to 1.4 times as long, at 0.8 of them up to twice.
-_NARROW = 0.25
 
 
 def group_norm(place: str, norm: Any) -> nn.GroupNorm:
@@ -35,7 +32,7 @@ def residual_norm(place: str, block: Any) -> nn.GroupNorm:
     return group_norm(f"{place}.in_layers.0", layers[0])
 
 
-def _dense(conv: nn.Module) -> bool:
+def _plain(conv: nn.Module) -> bool:
     """Whether a convolution is one that ``window_norm_conv2d`` knows."""
     return type(conv) is nn.Conv2d and conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
@@ -48,9 +45,8 @@ def _first_half(parts: Any, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         h = act(norm(x * window(t)[..., None, None]))
     else:
         start, width = window(t)
-        narrow = isinstance(width, int) and width <= _NARROW * window.channels
         settings = {"groups": norm.num_groups, "start": start, "width": width, "eps": norm.eps}
-        if narrow and not resampled and _dense(conv):
+        if not resampled and _plain(conv):
             shape = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
             return window_norm_conv2d(x, norm.weight, norm.bias, conv.weight, conv.bias, **settings, **shape), x
         h = window_group_norm_silu(x, norm.weight, norm.bias, **settings)
