@@ -1,0 +1,1 @@
+"""Methods that run a network on a part of its channels."""
