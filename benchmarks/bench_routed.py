@@ -10,9 +10,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import rows_prefix
 from harness import Row
 
-ROWS: tuple[Row, ...] = ()
+ROWS: tuple[Row, ...] = (*rows_prefix.ROWS,)
 
 
 @pytest.mark.parametrize(

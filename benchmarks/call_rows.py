@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import call_rows_lowrank
+import call_rows_routed
 import taskloom
 from taskloom.ops.lowrank import kernel_linear_backward, kernel_merge_backward
 from taskloom.ops.masked import block_scale_merge_backward
@@ -297,7 +298,9 @@ _BARE = _bare_ops()
 
 def rows() -> list[CallRow]:
     """Every op: the plain ones, then the differentiable ones without and with a gradient that is recorded."""
-    lowrank = [
-        CallRow(op, "", ours, peer, name, call_rows_lowrank.LIMIT, native) for op, ours, peer, name, native in call_rows_lowrank.calls()
+    families = [
+        CallRow(op, "", ours, peer, name, family.LIMIT, native)
+        for family in (call_rows_lowrank, call_rows_routed)
+        for op, ours, peer, name, native in family.calls()
     ]
-    return [*_plain_rows(), *_differentiable_rows(False), *_differentiable_rows(True), *lowrank]
+    return [*_plain_rows(), *_differentiable_rows(False), *_differentiable_rows(True), *families]

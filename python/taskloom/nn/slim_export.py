@@ -55,14 +55,14 @@ def _own(values: Tensor, like: Tensor) -> nn.Parameter:
     return nn.Parameter(values.detach().clone(memory_format=torch.contiguous_format), requires_grad=like.requires_grad)
 
 
-def _with_prefix(plain: nn.Module, weight: Tensor, bias: Tensor | None, *, inputs: int | None = None) -> nn.Module:
+def _with_prefix(plain: Any, weight: Tensor, bias: Tensor | None, *, inputs: int | None = None) -> nn.Module:
     """A plain layer, on no device until now, with its part of a slim layer's parameters."""
     outputs = plain.weight.shape[0]
-    assert isinstance(outputs, int)
     plain.weight = _own(weight[:outputs] if inputs is None else weight[:outputs, :inputs], weight)
     if bias is not None:
         plain.bias = _own(bias[:outputs], bias)
-    return plain
+    found: nn.Module = plain
+    return found
 
 
 def _plain_conv(layer: SlimConv2d, run: _Run) -> nn.Module:
@@ -76,7 +76,7 @@ def _plain_conv(layer: SlimConv2d, run: _Run) -> nn.Module:
         layer.dilation,  # type: ignore[arg-type]
         groups,
         layer.bias is not None,
-        layer.padding_mode,  # type: ignore[arg-type]
+        layer.padding_mode,
         device="meta",
     )
     return _with_prefix(plain, layer.weight, layer.bias, inputs=run.inputs if layer.groups == 1 else None)

@@ -20,6 +20,10 @@ def _as_autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if one is None else one.to(dtype) for one in (x, *others))
 
 
+def _repr_of_output(slim: bool) -> str:
+    return "" if slim else ", slim_output=False"
+
+
 class SlimLinear(nn.Linear, SlimLayer):
     """A linear layer of which a prefix of the inputs and outputs is active.
 
@@ -63,11 +67,12 @@ class SlimLinear(nn.Linear, SlimLayer):
 
         ``out_width`` is a ratio in (0, 1] or an integer of outputs; default None: what :func:`use_width` says, 1.0 without.
         """
-        return prefix_linear(*_as_autocast(x, self.weight, self.bias), self.active_outputs(out_width))
+        x, weight, bias = _as_autocast(x, self.weight, self.bias)
+        return prefix_linear(x, weight, bias, self.active_outputs(out_width))
 
     def extra_repr(self) -> str:
         """As nn.Linear's, with what is not the default."""
-        return super().extra_repr() + ("" if self.slim_output else ", slim_output=False")
+        return f"{super().extra_repr()}{_repr_of_output(self.slim_output)}"
 
 
 class SlimConv2d(nn.Conv2d, SlimLayer):
@@ -125,15 +130,17 @@ class SlimConv2d(nn.Conv2d, SlimLayer):
         groups the outputs are those of the groups that x has.
         """
         outputs = self.active_outputs(out_width)
-        padding = self.padding
+        padding: Any = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             if any(self._reversed_padding_repeated_twice):
                 x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=mode)
             padding = 0
-        settings = {"stride": self.stride, "padding": padding, "dilation": self.dilation, "groups": self.groups}
-        return prefix_conv2d(*_as_autocast(x, self.weight, self.bias), outputs, **settings)
+        x, weight, bias = _as_autocast(x, self.weight, self.bias)
+        settings: dict[str, Any] = {"stride": self.stride, "padding": padding, "dilation": self.dilation, "groups": self.groups}
+        return prefix_conv2d(x, weight, bias, outputs, **settings)
 
     def extra_repr(self) -> str:
         """As nn.Conv2d's, with what is not the default."""
-        return super().extra_repr() + ("" if self.slim_output else ", slim_output=False")
+        plain = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{plain}{_repr_of_output(self.slim_output)}"

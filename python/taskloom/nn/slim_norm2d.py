@@ -67,6 +67,8 @@ class SlimNorm2d(SlimLayer):
     Source: switchable, Yu et al., ICLR 2019, arXiv 1812.08928; universal, Yu and Huang, ICCV 2019, arXiv 1903.05134.
     """
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -161,8 +163,7 @@ class SlimNorm2d(SlimLayer):
         own = self._own(channels)
         if not self.training and self._average is None:
             mean, var = self.statistics(channels)
-            given = {"running_mean": mean, "running_var": var}
-            return prefix_norm(x, own.weight, own.bias, kind="batch", eps=self.eps, relu=self.relu, **given)
+            return normalise(x, own.weight, own.bias, "batch", 1, mean, var, self.eps, self.relu)[0]
         y, mean, var = normalise(x, own.weight, own.bias, "batch", 1, None, None, self.eps, self.relu)
         count = x.shape[0] * x[:1, :1].numel()
         self._take(own, channels, mean.detach(), var.detach() * (count / (count - 1)))
@@ -200,7 +201,7 @@ class SlimNorm2d(SlimLayer):
             own.num_batches_tracked.fill_(average.batches)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.calibrated = {name: (fn(mean), fn(var)) for name, (mean, var) in self.calibrated.items()}
         return self
 
@@ -214,8 +215,9 @@ class SlimNorm2d(SlimLayer):
         names = [key[len(prefix + _CALIBRATED) : -len(".mean")] for key in found if key.endswith(".mean")]
         if self.kind == "batch":
             like = self.num_batches_tracked
+            start = prefix + _CALIBRATED
             self.calibrated = {
-                name: tuple(found[f"{prefix}{_CALIBRATED}{name}.{part}"].to(like.device, copy=True) for part in ("mean", "var"))  # type: ignore[misc]
+                name: (found[f"{start}{name}.mean"].to(like.device, copy=True), found[f"{start}{name}.var"].to(like.device, copy=True))
                 for name in names
             }
         self._narrow_from_whole(state_dict, prefix)

@@ -46,7 +46,7 @@ def check_inputs(op: str, inputs: int, most: int) -> None:
 def pair(op: str, name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     """A number for both dimensions, or one for each; raise where one is less than ``least``."""
     both = (value, value) if isinstance(value, int | torch.SymInt) else tuple(value)
-    if len(both) != 2 or isinstance(value, str):
+    if len(both) != 2:
         raise ValueError(f"{op}: {name}: expected an integer or two, got {value!r}")
     if any(one < least for one in both):
         raise ValueError(f"{op}: {name}: expected at least {least}, got {value!r}")
@@ -74,5 +74,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 def empty_result(x: Tensor, shape: Sequence[int]) -> Tensor:
     """An empty tensor of x's dtype, channels last where x's channels lie so, else contiguous."""
-    memory_format = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    if not is_channels_last(x):
+        return torch.empty(shape, dtype=x.dtype, device=x.device)
+    samples, channels, height, width = shape
+    return torch.empty((samples, height, width, channels), dtype=x.dtype, device=x.device).permute(0, 3, 1, 2)

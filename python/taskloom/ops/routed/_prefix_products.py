@@ -2,7 +2,7 @@
 
 Three ways lead to a convolution; docs/routed.md has the measurement behind the choice:
 
-- 1x1 with stride 1 is a matrix product for each sample, whose arguments are views;
+- 1x1 with stride 1 is a matrix product for each sample, whose arguments are views, unless images are small or channels come last;
 - other convolutions are oneDNN's, called below ``torch.conv2d``, which would first copy a sliced weight: oneDNN reads it by stride, once,
   into the layout that its own loops want;
 - what oneDNN does not take (float64, float16) is a product with the unfolded samples, one at a time in one buffer.
@@ -19,8 +19,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from taskloom.ops.routed._prefix_checks import empty_result, output_size
+from taskloom.ops.routed._prefix_checks import empty_result, is_channels_last, output_size
 from taskloom.reference.arithmetic import accumulation_dtype
+
+# Pixels of a sample from which on a product beats oneDNN's 1x1 convolution: between 100 and 196 on the CPU of docs/routed.md.
+PRODUCT_PIXELS = 128
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Steps = tuple[Sequence[int], Sequence[int], Sequence[int]]
@@ -56,7 +59,7 @@ def _whole(part: Tensor, like: Tensor) -> Tensor:
     return whole
 
 
-def _bias_gradient(gradient: Tensor, bias: Tensor, dims: Sequence[int]) -> Tensor:
+def _bias_gradient(gradient: Tensor, bias: Tensor, dims: tuple[int, ...]) -> Tensor:
     return _whole(gradient.sum(dims, dtype=accumulation_dtype(gradient)), bias)
 
 
@@ -91,18 +94,12 @@ def _pixels(x: Tensor) -> Tensor:
     return x.flatten(2)
 
 
-def _by_product(x: Tensor, part: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """A 1x1 convolution, a product for each sample."""
+def _by_product(x: Tensor, part: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """A 1x1 convolution, a product for each sample: a batched one sums in another order for a batch of one."""
     matrix = part[:, :, 0, 0]
-    if out.is_contiguous():
-        pixels, result = _pixels(x), out.view(*out.shape[:2], -1)
-        torch.bmm(matrix.expand(len(x), -1, -1), pixels, out=result)
-    else:
-        pixels, result = _pixels(x).mT, out.permute(0, 2, 3, 1).view(len(x), -1, out.shape[1])
-        for one, target in zip(pixels.unbind(), result.unbind(), strict=True):
-            torch.mm(one, matrix.T, out=target)
-    if bias is not None:
-        out.add_(bias[:, None, None])
+    for sample, target in zip(_pixels(x).unbind(), _pixels(out).unbind(), strict=True):
+        torch.mm(matrix, sample, out=target)
+    return out if bias is None else out.add_(bias[:, None, None])
 
 
 def _unfolding(x: Tensor, weight: Tensor, steps: Steps) -> Callable[[Tensor], Tensor]:
@@ -126,7 +123,7 @@ def _unfolding(x: Tensor, weight: Tensor, steps: Steps) -> Callable[[Tensor], Te
     return fill
 
 
-def _by_unfolding(x: Tensor, part: Tensor, bias: Tensor | None, steps: Steps, out: Tensor) -> None:
+def _by_unfolding(x: Tensor, part: Tensor, bias: Tensor | None, steps: Steps, out: Tensor) -> Tensor:
     """A convolution as a product with the patches of one sample after the other."""
     fill, matrix = _unfolding(x, part, steps), part.flatten(1)
     for sample, target in zip(x.unbind(), out.unbind(), strict=True):
@@ -134,29 +131,29 @@ def _by_unfolding(x: Tensor, part: Tensor, bias: Tensor | None, steps: Steps, ou
             torch.mm(matrix, fill(sample), out=target.flatten(1))
         else:
             target.copy_((matrix @ fill(sample)).view(target.shape))
-    if bias is not None:
-        out.add_(bias[:, None, None])
+    return out if bias is None else out.add_(bias[:, None, None])
 
 
 def convolve(x: Tensor, part: Tensor, bias: Tensor | None, steps: Steps, groups: int) -> Tensor:
     """The convolution of x with a view of a weight, laid out as x is."""
-    sizes = (x.shape[0], part.shape[0], *output_size("prefix_conv2d", x, part, *steps))
-    out = empty_result(x, sizes)
-    if out.numel() == 0:
-        return out
-    if _is_product(part, steps, groups):
-        _by_product(x, part, bias, out)
-        return out
     stride, padding, dilation = steps
-    if x.dtype in _onednn_dtypes():
+    sizes = (x.shape[0], part.shape[0], *output_size("prefix_conv2d", x, part, *steps))
+    if 0 in sizes:
+        return empty_result(x, sizes)
+    last, onednn = is_channels_last(x), x.is_cpu and x.dtype in _onednn_dtypes()
+    if not last and _is_product(part, steps, groups) and not (onednn and sizes[2] * sizes[3] < PRODUCT_PIXELS):
+        return _by_product(x, part, bias, empty_result(x, sizes))
+    if onednn:
         found = torch.mkldnn_convolution(x, part, bias, padding, stride, dilation, groups)
     elif groups > 1:
         # The prefix of a grouped weight is contiguous, and torch's convolution copies nothing.
         found = torch.nn.functional.conv2d(x, part, bias, list(stride), list(padding), list(dilation), groups)
     else:
-        _by_unfolding(x, part, bias, steps, out)
-        return out
-    return found if found.stride() == out.stride() else out.copy_(found)
+        return _by_unfolding(x, part, bias, steps, empty_result(x, sizes))
+    # Where a size is 1, a layout has many strides.
+    if found.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format) and 1 not in sizes:
+        return found
+    return empty_result(x, sizes).copy_(found)
 
 
 @outside_autocast
@@ -184,8 +181,10 @@ def _product_gradients(gradient: Tensor, x: Tensor, part: Tensor, needed: Sequen
             target.addmm_(one, sample.T)
     if not needed[0]:
         return None
-    matrix = part[:, :, 0, 0].T
-    return torch.bmm(matrix.expand(len(x), -1, -1), back).view(x.shape)
+    matrix, found = part[:, :, 0, 0].T, torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for one, target in zip(back.unbind(), _pixels(found).unbind(), strict=True):
+        torch.mm(matrix, one, out=target)
+    return found
 
 
 def gradients(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from taskloom.ops.routed._prefix_checks import empty_result, output_size
+from taskloom.ops.routed._prefix_checks import empty_result, is_channels_last, output_size
 from taskloom.ops.routed._prefix_products import convolve, gradients, outside_autocast
 from taskloom.reference.arithmetic import accumulation_dtype
 
@@ -22,6 +22,14 @@ def _groups(in_channels: Tensor, out_channels: Tensor) -> Iterator[tuple[int, in
             yield inputs, outputs, slice(places[0], places[-1] + 1)
         else:
             yield inputs, outputs, torch.tensor(places)
+
+
+def _chosen(values: Tensor, samples: Tensor | slice) -> Tensor:
+    """Some samples, laid out as all are: the layout decides in which order a product is summed."""
+    chosen = values[samples]
+    if is_channels_last(chosen) == is_channels_last(values):
+        return chosen
+    return empty_result(values, chosen.shape).copy_(chosen)
 
 
 @outside_autocast
@@ -42,7 +50,7 @@ def ragged_prefix_conv2d(
     out = empty_result(x, sizes)
     for inputs, outputs, samples in _groups(in_channels, out_channels):
         offset = None if bias is None else bias[:outputs]
-        found = convolve(x[:, :inputs][samples], weight[:outputs, :inputs], offset, steps, 1)
+        found = convolve(_chosen(x[:, :inputs], samples), weight[:outputs, :inputs], offset, steps, 1)
         out[:, :outputs][samples] = found
         if zero_tail:
             out[:, outputs:][samples] = 0
