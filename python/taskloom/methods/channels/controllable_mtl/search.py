@@ -202,8 +202,8 @@ class WidthSearch:
 
         Notes
         -----
-        Decoders get the widths of :func:`decoder_levels`; its lower levels compete too, and lose ties, so that a larger budget never has a
-        lower score (with evolution: never lower than the best without it).
+        Decoders get the widths of :func:`decoder_levels` (1.0 where they have no slim layers); its lower levels compete too, and lose ties,
+        so that a larger budget never has a lower score. With evolution the score is at least that without.
         """
         wanted = check_preference(self._model, preference)
         limit = check_budget(budget, self.full_flops)
@@ -214,17 +214,20 @@ class WidthSearch:
         return found.config, found.info
 
     def _search(self, preference: dict[str, float], limit: int, evolution: Evolution | None) -> _Found:
-        levels = decoder_levels(preference, self.grid)
-        minimum = self._flops.total(WidthConfig(self.grid[0], levels[-1]))
+        # A network without slim layers has one width only.
+        encoder_grid = self.grid if self._model.parts else (1.0,)
+        fixed = {task: 1.0 for task in self._model.tasks if not self._model.decoder_parts(task)}
+        levels = [{**level, **fixed} for level in decoder_levels(preference, self.grid)]
+        minimum = self._flops.total(WidthConfig(encoder_grid[0], levels[-1]))
         if minimum > limit:
             raise InfeasibleBudget(
                 f"search_widths: budget: expected at least {minimum} operations, those of the smallest configuration, got {limit}", minimum
             )
-        parts = len(self._model.parts)
-        genes = [(level, *[place] * max(parts, 1)) for level in range(len(levels)) for place in range(len(self.grid))]
+        sizes = (len(levels), *[len(encoder_grid)] * max(len(self._model.parts), 1))
+        genes = [(level, *[place] * (len(sizes) - 1)) for level in range(len(levels)) for place in range(len(encoder_grid))]
 
         def config(gene: tuple[int, ...]) -> WidthConfig:
-            ratios = tuple(self.grid[place] for place in gene[1:])
+            ratios = tuple(encoder_grid[place] for place in gene[1:])
             return WidthConfig(ratios[0] if len(set(ratios)) == 1 else ratios, levels[gene[0]])
 
         def fits(gene: tuple[int, ...]) -> bool:
@@ -235,7 +238,7 @@ class WidthSearch:
 
         feasible = [gene for gene in genes if fits(gene)]
         if evolution is not None:
-            feasible = evolve(feasible, fits, rank, (len(levels), *[len(self.grid)] * max(parts, 1)), evolution)
+            feasible = evolve(feasible, fits, rank, sizes, evolution)
         best = min(feasible, key=rank)
         chosen = config(best)
         return _Found(
