@@ -350,6 +350,16 @@ def test_sandwich_step_refuses_bad_numbers() -> None:
     assert all(one.grad is None for one in model.parameters())
 
 
+def test_sandwich_step_under_autocast() -> None:
+    model = slim_network("layer")
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = sandwich_step(model, X, TARGETS, LOSSES, samples=0)
+    exact = sandwich_step(model, X, TARGETS, LOSSES, samples=0)
+    assert all(one.grad is not None and one.grad.isfinite().all() for one in model.parameters())
+    for name, value in exact.items():
+        torch.testing.assert_close(mixed[name].float(), value, rtol=0.05, atol=0.02)
+
+
 def test_every_stage_may_be_distilled() -> None:
     model = staged_network()
     targets, config = {"a": TARGETS["a"] % 3, "b": TARGETS["b"] % 3}, WidthConfig(0.25, {"a": 0.25, "b": 0.25})

@@ -114,26 +114,36 @@ def test_decoder_widths_of_the_rule() -> None:
     assert decoder_levels({"a": 0.5, "b": 0.5}, (0.5,)) == [{"a": 0.5, "b": 0.5}]
 
 
-def test_best_of_all_that_fit() -> None:
-    search = _search()
-    preference, budget = {"a": 0.7, "b": 0.3}, search.full_flops // 3
-    candidates = [
-        (level, WidthConfig(width, decoders)) for level, decoders in enumerate(decoder_levels(preference, GRID)) for width in GRID
-    ]
-    feasible = [(level, one) for level, one in candidates if search.flops(one) <= budget]
-    assert 1 < len(feasible) < len(candidates)
+def test_best_of_what_this_and_smaller_budgets_get() -> None:
+    """As the rule says it, budget by budget: the first level that fits, and the best encoder beside it."""
+    search, preference = _search(), {"a": 0.7, "b": 0.3}
+    levels = decoder_levels(preference, GRID)
     full = search.measure(search.full)
 
     def score(config: WidthConfig) -> float:
         return sum(preference[task] * value / full[task] for task, value in search.measure(config).items())
 
-    best = max(score(one) for _, one in feasible)
-    config, info = search.find(preference, budget)
-    assert score(config) == pytest.approx(best)
-    assert (info.level, config) in feasible
-    assert info.candidates == len(feasible)
-    assert search.find(preference, budget / search.full_flops)[0] == config
-    assert search.find((0.7, 0.3), budget)[0] is config
+    def by_the_rule(budget: int) -> list[WidthConfig]:
+        for decoders in levels:
+            fitting = [one for one in (WidthConfig(width, decoders) for width in GRID) if search.flops(one) <= budget]
+            if fitting:
+                return fitting
+        raise AssertionError("nothing fits")
+
+    costs = sorted({search.flops(WidthConfig(width, decoders)) for width in GRID for decoders in levels})
+    best = 0.0
+    compared: set[WidthConfig] = set()
+    for budget in costs:
+        own = by_the_rule(budget)
+        compared |= set(own)
+        best = max(best, *(score(one) for one in own))
+        config, info = search.find(preference, budget)
+        assert config in compared
+        assert score(config) == pytest.approx(best)
+        assert info.candidates == len(compared)
+        assert config.decoders == levels[info.level]
+        assert search.find((0.7, 0.3), budget)[0] is config
+    assert search.find(preference, 1.0)[0] == config
 
 
 def test_ties_go_to_the_wider_decoders_then_to_less_work() -> None:

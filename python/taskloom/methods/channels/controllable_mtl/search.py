@@ -202,8 +202,9 @@ class WidthSearch:
 
         Notes
         -----
-        Decoders get the widths of :func:`decoder_levels` (1.0 where they have no slim layers); its lower levels compete too, and lose ties,
-        so that a larger budget never has a lower score. With evolution the score is at least that without.
+        Decoders get the widths of the first of :func:`decoder_levels` that fits with some encoder (1.0 where they have no slim layers).
+        What smaller budgets would get competes too, so that a larger budget never has a lower score; ties go to the higher level, then to
+        fewer operations. With evolution the score is at least that without.
         """
         wanted = check_preference(self._model, preference)
         limit = check_budget(budget, self.full_flops)
@@ -218,10 +219,11 @@ class WidthSearch:
         encoder_grid = self.grid if self._model.parts else (1.0,)
         fixed = {task: 1.0 for task in self._model.tasks if not self._model.decoder_parts(task)}
         levels = [{**level, **fixed} for level in decoder_levels(preference, self.grid)]
-        minimum = self._flops.total(WidthConfig(encoder_grid[0], levels[-1]))
-        if minimum > limit:
+        least = [self._flops.total(WidthConfig(encoder_grid[0], level)) for level in levels]
+        if least[-1] > limit:
             raise InfeasibleBudget(
-                f"search_widths: budget: expected at least {minimum} operations, those of the smallest configuration, got {limit}", minimum
+                f"search_widths: budget: expected at least {least[-1]} operations, those of the smallest configuration, got {limit}",
+                least[-1],
             )
         sizes = (len(levels), *[len(encoder_grid)] * max(len(self._model.parts), 1))
         genes = [(level, *[place] * (len(sizes) - 1)) for level in range(len(levels)) for place in range(len(encoder_grid))]
@@ -231,7 +233,9 @@ class WidthSearch:
             return WidthConfig(ratios[0] if len(set(ratios)) == 1 else ratios, levels[gene[0]])
 
         def fits(gene: tuple[int, ...]) -> bool:
-            return self._flops.total(config(gene)) <= limit
+            # A lower level serves the budgets that no higher one fits into; what it has for them stays a candidate of larger ones.
+            total = self._flops.total(config(gene))
+            return total <= limit and (gene[0] == 0 or total < least[gene[0] - 1])
 
         def rank(gene: tuple[int, ...]) -> tuple[float, ...]:
             return (-self.score(preference, config(gene)), gene[0], self._flops.total(config(gene)), *gene[1:])
