@@ -26,9 +26,10 @@ import environment
 import kernel_forms
 import taskloom
 from inputs import weights
+from peaks import resident_rise
 from spread import summary
 
-SIZES = ((768, 768), (3072, 768), (4096, 1024), (4096, 4096))
+SIZES = ((768, 768), (3072, 768), (1024, 4096), (4096, 1024), (4096, 4096))
 FORMS = ("ours", "eager", "checkpoint", "compiled")
 CHUNKS, WIDTH, SPARSITY = 2, 16, 0.9
 
@@ -79,21 +80,12 @@ def check(case: Case, form: Forward) -> None:
             raise AssertionError(f"relative error {float(error):.1e}, expected at most {allowed}")
 
 
-def _resident(field: str) -> int:
-    """A memory field of this process in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
-
-
 def peak_rise(form: str, m: int, n: int, call: str) -> int:
     """Bytes by which a call raises the resident size of this process at its peak."""
     case, run = Case(m, n), forward_of(form)
     # What a first call loads is not the merge's.
     getattr(Case(96, 64), call)(run)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _resident("VmRSS")
-    getattr(case, call)(run)
-    return _resident("VmHWM") - before
+    return resident_rise(lambda: getattr(case, call)(run))
 
 
 def measured_rise(form: str, m: int, n: int, call: str) -> int:

@@ -22,6 +22,7 @@ import torch
 import environment
 from arms_weighted_ce import ARMS, GRADIENTS_IN_FORWARD, OURS, Batch, batch, obstacle
 from harness import seconds_of
+from peaks import allocated_rise, resident_rise
 from spread import spread, summary
 
 SHARES = (1.0, 0.1, 0.01)
@@ -126,27 +127,16 @@ def times(arms: list[str], given: Batch, which: str, rounds: int) -> dict[str, A
     }
 
 
-def _status(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
 def peak_here(run: Callable[[], Any], compiles: bool) -> int:
-    """Bytes that a call had resident at most, above what was there before it. Linux; the count is reset through /proc."""
+    """Bytes that a call had resident at most, above what was there before it."""
     if compiles:
         run()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    run()
-    return _status("VmHWM") - before
+    return resident_rise(run)
 
 
 def peak_on_gpu(run: Callable[[], Any]) -> int:
     run()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    return torch.cuda.max_memory_allocated() - before
+    return allocated_rise(run)
 
 
 def peak_elsewhere(arm: str, share: float, which: str, given: argparse.Namespace) -> int:

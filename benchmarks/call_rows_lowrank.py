@@ -23,7 +23,15 @@ def calls() -> list[tuple[str, Call, Call, str, Call | None]]:
     target, x, gradient = base.clone(), torch.randn(3, 6), torch.randn(3, 4)
     A, B, weights, task = a[None].repeat(2, 1, 1), b[None].repeat(2, 1, 1), torch.ones(2), torch.tensor([1, 0, -1])
     needed = [True, True, True, False]
+    rows, columns, one = torch.randn(1, 6, 2), torch.randn(1, 4, 2), torch.ones(1)
     return [
+        (
+            "kernel_merge_out",
+            lambda: taskloom.kernel_merge(rows, columns, one, kernel="pwl", gate=None, base=base, out=target),
+            lambda: torch.add(base, torch.cdist(columns, rows)[0], out=target),
+            "cdist and add",
+            None,
+        ),
         (
             "lowrank_merge",
             lambda: taskloom.lowrank_merge(base, a, b),

@@ -24,8 +24,13 @@ def entries(A: Tensor, B: Tensor, coef: Tensor, numbers: tuple[Tensor, Tensor, T
     return mixed + alpha * torch.softmax(mixed / gamma, 1) + beta
 
 
-def merged(base: Tensor, A: Tensor, B: Tensor, coef: Tensor, numbers: tuple[Tensor, Tensor, Tensor], sparsity: float) -> Tensor:
-    """Base + the gated entries, transposed; the gate's factor is a constant to autograd."""
+def gated(A: Tensor, B: Tensor, coef: Tensor, numbers: tuple[Tensor, Tensor, Tensor], sparsity: float) -> Tensor:
+    """The entries that the gate keeps, [n, m]; its factor is a constant to autograd."""
     values = entries(A, B, coef, numbers)
     magnitudes = values.detach().abs()
-    return base + (values * torch.where(magnitudes > quantile(magnitudes, sparsity), magnitudes, 0)).T
+    return values * torch.where(magnitudes > quantile(magnitudes, sparsity), magnitudes, 0)
+
+
+def merged(base: Tensor, A: Tensor, B: Tensor, coef: Tensor, numbers: tuple[Tensor, Tensor, Tensor], sparsity: float) -> Tensor:
+    """Base + the gated entries, transposed."""
+    return base + gated(A, B, coef, numbers, sparsity).T

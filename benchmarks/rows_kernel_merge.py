@@ -1,4 +1,4 @@
-"""Rows of kernel_merge, kernel_quantile, kernel_linear and their backwards: SNELLA's kernel and gate at rank 32."""
+"""Rows of kernel_merge, kernel_merge_out, kernel_quantile, kernel_linear and their backwards: SNELLA's kernel and gate at rank 32."""
 
 from __future__ import annotations
 
@@ -51,6 +51,17 @@ def merge_contest(own: Shape, shape: Shape, dtype: torch.dtype) -> Contest:
         ours=lambda: taskloom.kernel_merge(*layer.factors, sparsity=SPARSITY, base=layer.base, **layer.named),
         bytes=2 * layer.base.nbytes,
         peers={"eager": lambda: kernel_forms.merged(layer.base, *layer.factors, layer.numbers, SPARSITY)},
+        sizes=layer.sizes,
+    )
+
+
+def merge_out_contest(shape: Shape, dtype: torch.dtype) -> Contest:
+    layer = Layer(shape, SIZES[1])
+    mine, theirs = torch.empty_like(layer.base), torch.empty_like(layer.base)
+    return Contest(
+        ours=lambda: taskloom.kernel_merge(*layer.factors, sparsity=SPARSITY, base=layer.base, out=mine, **layer.named),
+        bytes=2 * layer.base.nbytes,
+        peers={"eager and copy_": lambda: theirs.copy_(kernel_forms.merged(layer.base, *layer.factors, layer.numbers, SPARSITY))},
         sizes=layer.sizes,
     )
 
@@ -128,6 +139,7 @@ _ONLY = (torch.float32,)
 
 ROWS = (
     *(Row("kernel_merge", partial(merge_contest, size), f"{size[0]} by {size[1]}", _ONLY) for size in SIZES),
+    Row("kernel_merge_out", merge_out_contest, "", _ONLY),
     Row("kernel_quantile", quantile_contest, "", _ONLY),
     Row("kernel_merge_backward", backward_contest, "", _ONLY),
     Row("kernel_linear", linear_contest, "", _ONLY),

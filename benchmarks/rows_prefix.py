@@ -18,6 +18,7 @@ from taskloom.ops.routed import (
     prefix_norm_backward,
     ragged_prefix_conv2d_backward,
 )
+from taskloom.ops.routed._prefix_products import _by_product, _by_unfolding
 
 BATCH = 8
 F32 = (torch.float32,)
@@ -44,13 +45,21 @@ def conv_contest(kernel: int, inputs: int, outputs: int, shape: Shape, dtype: to
     active_in, active_out = whole_in // 2, whole_out // 2
     whole, weight = _image(whole_in, side, 0, dtype), _conv_weight(whole_out, whole_in, kernel, dtype)
     x, padding = whole[:, :active_in].contiguous(), kernel // 2
+    part, steps = weight[:active_out, :active_in], ((1, 1), (padding, padding), (1, 1))
+
+    def by_products() -> Tensor:
+        out = torch.empty(BATCH, active_out, side, side, dtype=dtype)
+        return _by_product(x, part, None, out) if kernel == 1 else _by_unfolding(x, part, None, steps, out)
+
     mask_in, mask_out = _mask(whole_in, active_in, dtype), _mask(whole_out, active_out, dtype)
     return Contest(
         ours=lambda: taskloom.prefix_conv2d(x, weight, None, active_out, padding=padding),
         bytes=total_bytes(x) + total_bytes(x) * outputs // inputs + weight.nbytes // 4,
         peers={
             "dense with a mask": lambda: (functional.conv2d(whole * mask_in, weight, padding=padding) * mask_out)[:, :active_out],
-            "conv2d of the sliced weight": lambda: functional.conv2d(x, weight[:active_out, :active_in], padding=padding),
+            "conv2d of the sliced weight": lambda: functional.conv2d(x, part, padding=padding),
+            "oneDNN on the view": lambda: torch.mkldnn_convolution(x, part, None, [padding, padding], [1, 1], [1, 1], 1),
+            "a product for each sample": by_products,
         },
         sizes={"batch": BATCH, "kernel": kernel, "inputs": whole_in, "outputs": whole_out, "side": side},
     )

@@ -52,6 +52,9 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
       "kernel_merge(Tensor A, Tensor B, Tensor coef, Tensor? alpha, Tensor? gamma, Tensor? beta, Tensor? base, str kernel, float sparsity, "
       "str gate) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "kernel_merge_out(Tensor A, Tensor B, Tensor coef, Tensor? alpha, Tensor? gamma, Tensor? beta, Tensor? base, str kernel, float "
+      "sparsity, str gate, Tensor(a!) out) -> ()");
+  m.def(
       "kernel_merge_backward(Tensor gradient, Tensor A, Tensor B, Tensor coef, Tensor? alpha, Tensor? gamma, Tensor? beta, Tensor "
       "threshold, Tensor row_stats, str kernel, str gate) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -77,6 +80,18 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
       "Tensor");
 
   // routed
+  m.def(
+      "window_linear(Tensor x, Tensor weight, Tensor? bias, Tensor start, SymInt width, Tensor? widths, Tensor? out_start, SymInt "
+      "out_width, Tensor? out_widths) -> Tensor");
+  m.def(
+      "window_linear_backward(Tensor gradient, Tensor x, Tensor weight, Tensor start, SymInt width, Tensor? widths, Tensor? out_start, "
+      "SymInt out_width, Tensor? out_widths, bool[] needed) -> Tensor[]");
+  m.def(
+      "window_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor start, SymInt width, Tensor? widths, Tensor? out_start, SymInt "
+      "out_width, Tensor? out_widths, SymInt[] stride, SymInt[] padding, SymInt[] dilation) -> Tensor");
+  m.def(
+      "window_conv2d_backward(Tensor gradient, Tensor x, Tensor weight, Tensor start, SymInt width, Tensor? widths, Tensor? out_start, "
+      "SymInt out_width, Tensor? out_widths, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool[] needed) -> Tensor[]");
   m.def("prefix_linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features) -> Tensor");
   m.def("prefix_linear_backward(Tensor gradient, Tensor x, Tensor weight, Tensor? bias, bool[] needed) -> Tensor[]");
   m.def(
@@ -97,4 +112,22 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
   m.def(
       "prefix_norm_backward(Tensor gradient, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, str kind, bool running, "
       "float eps, bool relu, bool[] needed) -> Tensor[]");
+  m.def(
+      "window_layer_norm(Tensor x, Tensor? shift, Tensor? scale, Tensor start, SymInt width, Tensor? widths, float eps, bool outside) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "window_layer_norm_backward(Tensor gradient, Tensor x, Tensor? shift, Tensor? scale, Tensor start, SymInt width, Tensor? widths, "
+      "Tensor mean, Tensor rstd, Tensor? for_mean, Tensor? for_rstd, bool outside, bool for_x, bool for_modulation) -> (Tensor, Tensor, "
+      "Tensor)");
+  m.def(
+      "window_group_norm_silu(Tensor x, Tensor? weight, Tensor? bias, int groups, Tensor start, SymInt width, Tensor? widths, float eps, "
+      "bool outside) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "window_group_norm_silu_backward(Tensor gradient, Tensor x, Tensor? weight, Tensor? bias, int groups, Tensor start, SymInt width, "
+      "Tensor? widths, Tensor mean, Tensor rstd, Tensor? for_mean, Tensor? for_rstd, bool outside, bool for_x, bool for_affine) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def("channel_scale(Tensor x, Tensor scale, Tensor? bias, Tensor? start, SymInt width, Tensor? widths, str activation) -> Tensor");
+  m.def(
+      "channel_scale_backward(Tensor gradient, Tensor x, Tensor scale, Tensor? bias, Tensor? start, SymInt width, Tensor? widths, str "
+      "activation, bool for_x, bool for_scale, bool for_bias) -> (Tensor, Tensor, Tensor)");
 }

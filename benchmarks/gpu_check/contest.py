@@ -37,6 +37,8 @@ class Contest:
         What the check looks at; default: what the op returns.
     exact
         Whether values, and not only discrete results, must be the reference's own.
+    tolerance
+        The relative error allowed of values where it is not that of their dtype.
     """
 
     ours: Call
@@ -46,6 +48,7 @@ class Contest:
     reset: Call | None = None
     result: Call | None = None
     exact: bool = False
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,6 @@ def gate(contest: Contest, backend: str) -> None:
     """Raise unless the backend gives on these inputs what the reference gives on them."""
     got = outcome(contest, backend)
     expected = outcome(contest, "reference")
-    check_close(got, expected, contest.exact)
+    check_close(got, expected, contest.exact, contest.tolerance)
     if contest.reset is not None:
         contest.reset()

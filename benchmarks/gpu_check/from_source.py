@@ -102,8 +102,8 @@ def direct_plan(tools: Tools, folder: Path, architecture: str | None) -> Plan:
         own += ["-fno-tree-loop-distribute-patterns", "-Wno-maybe-uninitialized", "-Wno-uninitialized", f"-DTASKLOOM_LEVEL={level}"]
         for source in loops:
             compile_to("core", source, own, f"-{level}")
-    for source in sorted([*csrc.glob("common/*.cpp"), *csrc.glob("masked/*.cpp")]):
-        if not re.search(r"_(loops|ops|export)$", source.stem):
+    for source in sorted(csrc.glob("*/*.cpp")):
+        if source.parent.name != "merge" and not re.search(r"_(loops|ops|export)$", source.stem):
             compile_to("core", source, ["-O2"])
     for source in [csrc / "ops.cpp", csrc / "common" / "level_export.cpp", *sorted(csrc.glob("*/*_ops.cpp"))]:
         compile_to("ops", source, ["-O3", *with_torch])

@@ -14,23 +14,38 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+import rows_bases
+import rows_kernel
 import rows_lowrank
 import rows_mask
 import rows_merge
+import rows_prefix_layers
 import rows_train
+import rows_windows
 import torch
 from attempt import Attempt
 from contest import Contest, Row, gate
 from sections import Clock
 from timing import Timer, Timing, copy_bandwidth
 
+import rows_window_norms
 import taskloom
 from taskloom.ops._backends import OPS
 
 # What is aimed at comes first, so that it is there where the time runs out.
 ROWS: tuple[Row, ...] = tuple(
     sorted(
-        (*rows_merge.ROWS, *rows_mask.ROWS, *rows_train.ROWS, *rows_lowrank.ROWS),
+        (
+            *rows_merge.ROWS,
+            *rows_mask.ROWS,
+            *rows_train.ROWS,
+            *rows_lowrank.ROWS,
+            *rows_kernel.ROWS,
+            *rows_bases.ROWS,
+            *rows_prefix_layers.ROWS,
+            *rows_windows.ROWS,
+            *rows_window_norms.ROWS,
+        ),
         key=lambda row: (not row.aim, row.op not in ("masked_adamw_", "masked_sgd_")),
     )
 )

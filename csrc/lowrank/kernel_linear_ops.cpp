@@ -66,10 +66,12 @@ std::tuple<Tensor, Tensor, Tensor> kernel_linear_cpu(const Tensor& x, const Tens
   const ScalarType arithmetic = tensors.arithmetic();
   Tensor kept;
   const Elements origin = plain_base(base, f, kept);
+  const DType dtype = f.wide ? DType::f64 : DType::f32;
+  const Workspace merged(f.m, f.n, arithmetic);
+  tensors.keep_in(merged.data(), dtype);
   Tensor row_stats = tensors.find_row_stats();
   Tensor threshold = tensors.find_threshold(sparsity);
-  const Workspace merged(f.m, f.n, arithmetic);
-  tensors.merge(origin, f.wide ? DType::f64 : DType::f32, merged.data());
+  tensors.merge(origin, dtype, merged.data());
   const Tensor rows = rows_of(x, arithmetic);
   Tensor y = torch::stable::empty({rows.size(0), f.m}, arithmetic);
   multiply(y, rows, torch::stable::transpose(merged.tensor(), 0, 1), false);

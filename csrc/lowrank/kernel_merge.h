@@ -32,6 +32,11 @@ struct KernelFactors {
   const void* row_max;  // mixk: [strips * strip_rows] each, of M / gamma over j and of its exponentials
   const void* row_sum;
   double threshold;
+  // Room for a value of every entry, [m, n] in the arithmetic's dtype, or null. A pass over all of them writes to `keep` what the next one
+  // reads as `kept` instead of making it again: row_stats what comes before the softmax, bracket E itself.
+  void* keep;
+  const void* kept;
+  bool kept_entries;  // whether `kept` holds E
 
   int64_t strips() const { return (n + strip_rows - 1) / strip_rows; }
 };
@@ -45,6 +50,19 @@ struct KernelGradients {
   void* b;              // [chunks, m, width]; added to
 };
 
+// Magnitudes between two others, by their bits, which order as they do; the ends belong to it.
+struct MagnitudeBracket {
+  uint64_t low, high;
+  uint64_t largest;       // of all that passed
+  int64_t below, inside;  // how many passed
+  void* found;            // the bits of those inside, 4 or 8 bytes each
+  int64_t room;           // of `found`; complete while inside + strip_rows <= room
+
+  bool is_complete() const { return inside + strip_rows <= room; }
+};
+
+constexpr int64_t sample_stride = 4;
+
 struct KernelMergeLoops {
   // A [chunks, n, width] to its strips, and strips to A.
   void (*pack)(bool wide, const void* a, int64_t chunks, int64_t n, int64_t width, void* strips);
@@ -54,6 +72,10 @@ struct KernelMergeLoops {
   // Adds entries of a strip to a histogram of the 2^16 values of |E|'s bits from `shift` up, among entries whose bits above these are
   // `prefix`; returns the least bits of an entry whose prefix is larger (all ones where there is none).
   uint64_t (*histogram)(const KernelFactors& factors, int64_t strip, int shift, uint64_t prefix, int64_t* counts);
+  // Bits of |E| of every `sample_stride`-th row of a strip from row `first` on, at one j, to `bits`; returns how many.
+  int64_t (*sample)(const KernelFactors& factors, int64_t strip, int64_t j, int64_t first, void* bits);
+  // Passes the magnitudes of a strip at rows j through a bracket.
+  void (*bracket)(const KernelFactors& factors, int64_t strip, int64_t j_begin, int64_t j_end, MagnitudeBracket* bracket);
   // out[j, i] = base[j, i] + gated E for a strip and rows j of [m, n] matrices; base may be null.
   void (*merge)(const KernelFactors& factors, int64_t strip, int64_t j_begin, int64_t j_end, Elements base, DType dtype, void* out);
   // Sums over j of softmax * dE for a strip's rows, and the sum of dE.

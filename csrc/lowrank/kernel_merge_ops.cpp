@@ -1,4 +1,4 @@
-// kernel_merge, kernel_merge_backward, kernel_quantile: stable-ABI wrappers.
+// kernel_merge, kernel_merge_out, kernel_merge_backward, kernel_quantile: stable-ABI wrappers.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -15,12 +15,16 @@ Tensor kernel_quantile_cpu(const Tensor& a, const Tensor& b, const Tensor& coef,
   return tensors.find_threshold(sparsity);
 }
 
-std::tuple<Tensor, Tensor, Tensor> kernel_merge_cpu(const Tensor& a, const Tensor& b, const Tensor& coef, OptionalTensor alpha,
-                                                    OptionalTensor gamma, OptionalTensor beta, OptionalTensor base, Text kernel,
-                                                    double sparsity, Text gate) {
-  KernelTensors tensors(a, b, coef, alpha, gamma, beta, kernel, gate, is_wide(base));
+struct Statistics {
+  Tensor threshold, row_stats;
+};
+
+// Into a contiguous `out`, which may be base itself.
+Statistics merge_into(KernelTensors& tensors, const OptionalTensor& base, double sparsity, Tensor& out) {
   const KernelFactors& f = tensors.factors();
-  Tensor merged = torch::stable::empty({f.m, f.n}, base.has_value() ? base->scalar_type() : a.scalar_type());
+  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == f.m && out.size(1) == f.n, "out: expected shape [", f.m, ", ", f.n, "]");
+  STD_TORCH_CHECK(out.is_contiguous(), "out: expected a contiguous tensor");
+  const DType dtype = dtype_of(out, "out");
   Tensor plain;
   Elements origin;
   if (base.has_value()) {
@@ -28,10 +32,27 @@ std::tuple<Tensor, Tensor, Tensor> kernel_merge_cpu(const Tensor& a, const Tenso
     plain = torch::stable::contiguous(*base);
     origin = elements_of(plain, "base");
   }
+  if (!base.has_value() || !share_memory(plain, out)) tensors.keep_in(out.mutable_data_ptr(), dtype);
   Tensor row_stats = tensors.find_row_stats();
   Tensor threshold = tensors.find_threshold(sparsity);
-  tensors.merge(origin, dtype_of(merged, "A"), merged.mutable_data_ptr());
-  return {merged, threshold, row_stats};
+  tensors.merge(origin, dtype, out.mutable_data_ptr());
+  return {threshold, row_stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> kernel_merge_cpu(const Tensor& a, const Tensor& b, const Tensor& coef, OptionalTensor alpha,
+                                                    OptionalTensor gamma, OptionalTensor beta, OptionalTensor base, Text kernel,
+                                                    double sparsity, Text gate) {
+  KernelTensors tensors(a, b, coef, alpha, gamma, beta, kernel, gate, is_wide(base));
+  const KernelFactors& f = tensors.factors();
+  Tensor merged = torch::stable::empty({f.m, f.n}, base.has_value() ? base->scalar_type() : a.scalar_type());
+  const Statistics found = merge_into(tensors, base, sparsity, merged);
+  return {merged, found.threshold, found.row_stats};
+}
+
+void kernel_merge_out_cpu(const Tensor& a, const Tensor& b, const Tensor& coef, OptionalTensor alpha, OptionalTensor gamma,
+                          OptionalTensor beta, OptionalTensor base, Text kernel, double sparsity, Text gate, Tensor out) {
+  KernelTensors tensors(a, b, coef, alpha, gamma, beta, kernel, gate, is_wide(base));
+  merge_into(tensors, base, sparsity, out);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> kernel_merge_backward_cpu(const Tensor& gradient, const Tensor& a, const Tensor& b,
@@ -54,6 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> kernel_merge_backward_cpu(const Tenso
 STABLE_TORCH_LIBRARY_IMPL(taskloom, CPU, m) {
   m.impl("kernel_quantile", TORCH_BOX(&kernel_quantile_cpu));
   m.impl("kernel_merge", TORCH_BOX(&kernel_merge_cpu));
+  m.impl("kernel_merge_out", TORCH_BOX(&kernel_merge_out_cpu));
   m.impl("kernel_merge_backward", TORCH_BOX(&kernel_merge_backward_cpu));
 }
 

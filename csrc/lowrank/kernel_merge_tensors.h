@@ -28,6 +28,9 @@ class KernelTensors {
   int64_t value_size() const { return factors_.wide ? 8 : 4; }
   int64_t padded_rows() const { return factors_.strips() * strip_rows; }
 
+  // Lets passes leave values for later ones in the memory of the merge's result, which must be apart from every input; before all of them.
+  void keep_in(void* out, DType dtype);
+
   // mixk's maximum and sum of exponentials of every row, [2, n]; empty for other kernels. Then used by all that follows.
   Tensor find_row_stats();
   void set_row_stats(const Tensor& row_stats);
@@ -44,12 +47,6 @@ class KernelTensors {
   Gradients backward(Elements gradient) const;
 
  private:
-  uint64_t histogram(int shift, uint64_t prefix, std::vector<int64_t>& counts) const;
-  struct Ordered {
-    uint64_t at, next;
-  };
-  // Bits of the magnitudes of a rank and of the rank after it.
-  Ordered ordered(int64_t rank) const;
   void tiles(const KernelGradients& gradients, std::vector<double>& totals) const;
 
   KernelFactors factors_;

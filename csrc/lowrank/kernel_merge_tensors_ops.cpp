@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "lowrank/kernel_merge_tensors.h"
+#include "lowrank/kernel_ranks.h"
 
 namespace taskloom {
 namespace {
@@ -79,14 +80,23 @@ void write(const double* values, bool wide, Tensor& out) {
 }
 
 // Small matrices are done before other threads have woken up.
+bool is_small(const KernelFactors& factors) { return factors.n * factors.m <= int64_t{1} << 14; }
+
+ParallelFor threads_for(const KernelFactors& factors) {
+  if (!is_small(factors)) return torch_parallel();
+  return {[](void*, int64_t count, ParallelFor::Body body, void* argument) {
+            for (int64_t index = 0; index < count; ++index) body(index, argument);
+          },
+          nullptr};
+}
+
 template <class Body>
 void for_each(const KernelFactors& factors, int64_t count, const Body& body) {
-  constexpr int64_t small = int64_t{1} << 14;
-  if (factors.n * factors.m > small) {
-    torch_parallel()(count, body);
-    return;
-  }
-  for (int64_t index = 0; index < count; ++index) body(index);
+  threads_for(factors)(count, body);
+}
+
+Ordered ordered(KernelFactors& factors, int64_t rank) {
+  return ordered_magnitudes(factors, rank, threads_for(factors), is_small(factors) ? 1 : torch::stable::get_num_threads());
 }
 
 }  // namespace
@@ -123,6 +133,14 @@ KernelTensors::KernelTensors(const Tensor& a, const Tensor& b, const Tensor& coe
   f.coef = coef_.const_data_ptr();
 }
 
+void KernelTensors::keep_in(void* out, DType dtype) {
+  // Beyond the caches it takes longer to read values than to make them again.
+  constexpr int64_t most_kept = int64_t{1} << 22;
+  const KernelFactors& f = factors_;
+  const bool used_again = f.kernel == MergeKernel::mixk || f.gate != MergeGate::none;
+  if (used_again && f.n * f.m <= most_kept && dtype == (f.wide ? DType::f64 : DType::f32)) factors_.keep = out;
+}
+
 Tensor KernelTensors::find_row_stats() {
   KernelFactors& f = factors_;
   if (f.kernel != MergeKernel::mixk) return torch::stable::empty({0}, arithmetic());
@@ -133,6 +151,7 @@ Tensor KernelTensors::find_row_stats() {
   for_each(f, f.strips(), [&](int64_t strip) { kernel_merge_loops().row_stats(f, strip, row_max_.data(), row_sum_.data()); });
   f.row_max = row_max_.data();
   f.row_sum = row_sum_.data();
+  f.kept = f.keep;
   const auto length = static_cast<size_t>(f.n * value_size());
   auto* to = static_cast<char*>(out.mutable_data_ptr());
   if (length > 0) std::memcpy(to, row_max_.data(), length), std::memcpy(to + length, row_sum_.data(), length);
@@ -156,47 +175,6 @@ void KernelTensors::set_row_stats(const Tensor& row_stats) {
   }
   f.row_max = row_max_.data();
   f.row_sum = row_sum_.data();
-}
-
-uint64_t KernelTensors::histogram(int shift, uint64_t prefix, std::vector<int64_t>& counts) const {
-  constexpr int64_t bins = int64_t{1} << histogram_bits;
-  const int64_t strips = factors_.strips();
-  const int64_t tasks = std::max<int64_t>(1, std::min<int64_t>(strips / 4, torch::stable::get_num_threads()));
-  counts.assign(static_cast<size_t>(tasks * bins), 0);
-  std::vector<uint64_t> next(static_cast<size_t>(tasks), ~uint64_t{0});
-  for_each(factors_, tasks, [&](int64_t task) {
-    uint64_t& least = next[static_cast<size_t>(task)];
-    for (int64_t strip = strips * task / tasks; strip < strips * (task + 1) / tasks; ++strip) {
-      least = std::min(least, kernel_merge_loops().histogram(factors_, strip, shift, prefix, counts.data() + task * bins));
-    }
-  });
-  for (int64_t task = 1; task < tasks; ++task)
-    for (int64_t bin = 0; bin < bins; ++bin) counts[static_cast<size_t>(bin)] += counts[static_cast<size_t>(task * bins + bin)];
-  counts.resize(bins);
-  return *std::min_element(next.begin(), next.end());
-}
-
-KernelTensors::Ordered KernelTensors::ordered(int64_t rank) const {
-  const uint64_t infinity = factors_.wide ? 0x7ff0000000000000u : 0x7f800000u;
-  const int first = (factors_.wide ? 64 : 32) - static_cast<int>(histogram_bits);
-  std::vector<int64_t> counts;
-  uint64_t prefix = 0, least_above = 0;
-  size_t bin = 0;
-  for (int shift = first; shift >= 0; shift -= static_cast<int>(histogram_bits)) {
-    least_above = histogram(shift, prefix, counts);
-    if (shift == first) {
-      // A NaN is above infinity; one among the values makes every quantile NaN, as in torch.
-      for (auto above = static_cast<size_t>(infinity >> shift) + 1; above < counts.size(); ++above) {
-        if (counts[above] > 0) return {infinity + 1, infinity + 1};
-      }
-    }
-    for (bin = 0; rank >= counts[bin]; ++bin) rank -= counts[bin];
-    prefix = (prefix << histogram_bits) | bin;
-  }
-  if (rank + 1 < counts[bin]) return {prefix, prefix};
-  size_t after = bin + 1;
-  while (after < counts.size() && counts[after] == 0) ++after;
-  return {prefix, after < counts.size() ? prefix - bin + after : least_above};
 }
 
 // A row of tiles and a column of tiles belong to one task at a time: in each round, every task takes the tile of its own row in another
@@ -231,10 +209,10 @@ Tensor KernelTensors::find_threshold(double sparsity) {
   double threshold = 0;
   if (f.gate == MergeGate::soft && count > 0) {
     const auto rank = std::min(static_cast<int64_t>(std::ceil(sparsity * static_cast<double>(count))), count);
-    if (rank > 0) threshold = value_of(ordered(rank - 1).at, f.wide);
+    if (rank > 0) threshold = value_of(ordered(f, rank - 1).at, f.wide);
   } else if (f.gate != MergeGate::none && count > 0) {
     const Place place = linear_place(sparsity, count, f.wide);
-    const Ordered found = ordered(place.rank);
+    const Ordered found = ordered(f, place.rank);
     const double from = value_of(found.at, f.wide), to = value_of(place.exact ? found.at : found.next, f.wide);
     threshold = f.wide
                     ? interpolated(from, to, place.weight)
@@ -253,10 +231,11 @@ void KernelTensors::set_threshold(const Tensor& threshold) { factors_.threshold 
 
 void KernelTensors::merge(Elements base, DType dtype, void* out) const {
   constexpr int64_t piece = 128;
-  const int64_t pieces = chunk_count(factors_.m, piece);
-  for_each(factors_, factors_.strips() * pieces, [&](int64_t index) {
-    const int64_t strip = index / pieces, begin = index % pieces * piece;
-    kernel_merge_loops().merge(factors_, strip, begin, std::min(begin + piece, factors_.m), base, dtype, out);
+  const int64_t strips = factors_.strips();
+  // Strip after strip of a few rows j: what lies together in memory is then written by one thread, one after the other.
+  for_each(factors_, strips * chunk_count(factors_.m, piece), [&](int64_t index) {
+    const int64_t begin = index / strips * piece;
+    kernel_merge_loops().merge(factors_, index % strips, begin, std::min(begin + piece, factors_.m), base, dtype, out);
   });
 }
 

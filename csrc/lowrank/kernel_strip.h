@@ -36,6 +36,33 @@ inline __attribute__((always_inline)) void store_strip(T* to, const Strip<T>& st
 }
 
 template <class T>
+constexpr DType dtype_of_arithmetic = sizeof(T) == 8 ? DType::f64 : DType::f32;
+
+// Entries offset .. offset + valid of storage elements; 0 in the rows after them.
+template <class T>
+inline __attribute__((always_inline)) Strip<T> load_elements(DType dtype, const void* data, int64_t offset, int64_t valid) {
+  Strip<T> r;
+  if (dtype == dtype_of_arithmetic<T> && valid == strip_rows) {
+    std::memcpy(&r, static_cast<const char*>(data) + offset * static_cast<int64_t>(sizeof(T)), sizeof r);
+    return r;
+  }
+  alignas(64) T values[strip_rows] = {};
+  load_block(dtype, data, offset, valid, values);
+  return load_strip(values);
+}
+
+template <class T>
+inline __attribute__((always_inline)) void store_elements(const Strip<T>& strip, DType dtype, void* data, int64_t offset, int64_t valid) {
+  if (dtype == dtype_of_arithmetic<T> && valid == strip_rows) {
+    std::memcpy(static_cast<char*>(data) + offset * static_cast<int64_t>(sizeof(T)), &strip, sizeof strip);
+    return;
+  }
+  alignas(64) T values[strip_rows];
+  store_strip(values, strip);
+  store_block(dtype, values, valid, data, offset);
+}
+
+template <class T>
 inline __attribute__((always_inline)) void add_squares(const T* a, const T* b, int64_t width, Strip<T>& sum) {
   for (int64_t k = 0; k < width; ++k) {
     const Lanes<T> other = every_lane(b[k]);
@@ -61,6 +88,7 @@ struct StripRows {
   const T* a;
   const T* b;
   const T* coef;
+  const int64_t first, valid;
   T alpha, beta, inverse_gamma, threshold;
   Strip<T> row_max, row_scale;
 
@@ -69,6 +97,8 @@ struct StripRows {
         a(static_cast<const T*>(f.a) + strip * f.chunks * f.width * strip_rows),
         b(static_cast<const T*>(f.b)),
         coef(static_cast<const T*>(f.coef)),
+        first(strip * strip_rows),
+        valid(f.n - first < strip_rows ? f.n - first : strip_rows),
         alpha(static_cast<T>(f.alpha)),
         beta(static_cast<T>(f.beta)),
         inverse_gamma(T{1} / static_cast<T>(f.gamma)),
@@ -110,6 +140,12 @@ struct StripRows {
     return total;
   }
 
+  void keep(int64_t j, const Strip<T>& values) const {
+    if (factors.keep != nullptr) store_elements(values, dtype_of_arithmetic<T>, factors.keep, j * factors.n + first, valid);
+  }
+
+  Strip<T> kept(int64_t j) const { return load_elements<T>(dtype_of_arithmetic<T>, factors.kept, j * factors.n + first, valid); }
+
   // The non-linear part of a kernel: softmax, exponential or sigmoid.
   Strip<T> curved(const Strip<T>& mixed) const {
     Strip<T> r;
@@ -142,7 +178,8 @@ struct StripRows {
   bool is_curved() const { return factors.kernel != MergeKernel::linear && factors.kernel != MergeKernel::pwl; }
 
   Strip<T> entries(int64_t j) const {
-    const Strip<T> m = mixed(j, nullptr);
+    if (factors.kept_entries) return kept(j);
+    const Strip<T> m = factors.kept == nullptr ? mixed(j, nullptr) : kept(j);
     return is_curved() ? entries(m, curved(m)) : m;
   }
 

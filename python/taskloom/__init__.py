@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         SparseMergeStatistics,
         backend,
         block_scale_merge,
+        channel_scale,
         dora_merge,
         explain,
         kernel_linear,
@@ -55,6 +56,12 @@ if TYPE_CHECKING:
         threshold_from_histograms,
         unpack_mask,
         weighted_ce,
+        window_conv2d,
+        window_group_norm_silu,
+        window_layer_norm,
+        window_linear,
+        window_norm_conv2d,
+        window_norm_linear,
     )
 
 _SUBPACKAGES = ("archive", "merge", "methods", "nn", "ops", "optim", "reference", "triton_kernels")
@@ -65,6 +72,7 @@ __all__ = [
     "SparseMergeStatistics",
     "backend",
     "block_scale_merge",
+    "channel_scale",
     "dora_merge",
     "explain",
     "kernel_linear",
@@ -102,6 +110,12 @@ __all__ = [
     "threshold_from_histograms",
     "unpack_mask",
     "weighted_ce",
+    "window_conv2d",
+    "window_group_norm_silu",
+    "window_layer_norm",
+    "window_linear",
+    "window_norm_conv2d",
+    "window_norm_linear",
 ]
 
 

@@ -20,8 +20,18 @@ OPS_FOLDER = Path(__file__).parents[1] / "ops"
 CONTRACTS = tuple(contract for path in sorted(OPS_FOLDER.glob("cases_*.py")) for contract in importlib.import_module(path.stem).CONTRACTS)
 # The same by their place in what is returned, where float64 holds sums of parts that were added in float32.
 PARTLY_FLOAT32_SUMS = (("sparse_merge_statistics_out", 2),)
-# Work that is matrix products, or of a family that Triton serves on GPUs.
-WITHOUT_KERNEL_PREFIXES = ("channel_scale", "kernel_", "lowrank_", "prefix_", "ragged_prefix_", "rmm_", "weighted_ce", "window_")
+# Work that is matrix products, or that Triton serves on GPUs.
+WITHOUT_KERNEL_PREFIXES = (
+    "channel_scale",
+    "kernel_",
+    "lowrank_",
+    "prefix_",
+    "ragged_prefix_",
+    "rmm_linear",
+    "rmm_reconstruct",
+    "weighted_ce",
+    "window_",
+)
 WITHOUT_KERNEL = {name for name in OPS if name.startswith(WITHOUT_KERNEL_PREFIXES)}
 SAMPLES = [pytest.param(contract, case, id=f"{contract.op}-{case.name}") for contract in CONTRACTS for case in contract.cases()]
 

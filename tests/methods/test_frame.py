@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -101,6 +102,42 @@ def test_a_failed_run_leaves_the_earlier_result(claims: list[Claim], tmp_path: P
     assert (tmp_path / "result.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("folder", ["a-file", "a-file/below", "new/a-file/below"])
+def test_a_folder_that_cannot_be_had_is_an_error_before_anything_runs(claims: list[Claim], folder: str, tmp_path: Path) -> None:
+    (tmp_path / "a-file").write_text("kept")
+    (tmp_path / "new").symlink_to(tmp_path)
+    seen: list[str] = []
+    with pytest.raises(OSError, match="a-file"):
+        run_method(TOY, seeds=1, out=tmp_path / folder, plot=False, show=lambda stage, share: seen.append(stage))
+    assert not seen
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-file", "new"]
+
+
+def test_a_run_that_is_stopped_leaves_nothing(claims: list[Claim], tmp_path: Path) -> None:
+    def stop(stage: str, share: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_method(TOY, seeds=1, out=tmp_path / "new" / "toy", show=stop)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_write_that_fails_leaves_the_earlier_result(claims: list[Claim], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_method(TOY, seeds=1, out=tmp_path, plot=False)
+    before = (tmp_path / "result.json").read_bytes()
+    write = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        write(path, content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_method(TOY, seeds=2, out=tmp_path, plot=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    assert (tmp_path / "result.json").read_bytes() == before
+
+
 def test_progress_rises_over_the_seeds(claims: list[Claim]) -> None:
     seen: list[tuple[str, float]] = []
     run_method(TOY, seeds=2, show=lambda stage, share: seen.append((stage, share)))
@@ -112,6 +149,7 @@ def test_progress_rises_over_the_seeds(claims: list[Claim]) -> None:
     [
         ({"seeds": 0}, r"seeds: expected at least 1, got 0"),
         ({"device": "abacus"}, r"device: expected a torch device such as 'cpu' or 'cuda', got 'abacus'"),
+        ({"device": "meta"}, r"device: expected 'cpu' or 'cuda', got 'meta'"),
         pytest.param(
             {"device": "cuda"},
             r"device: 'cuda' was asked for, and torch .* sees no CUDA device",

@@ -11,6 +11,7 @@ import torch
 from models import Transformer, randomise
 from safetensors.torch import load_file, save_file
 
+from taskloom.methods.merging.rmm import from_peft
 from taskloom.nn import LowRankConfig, LowRankLinear, adapter_state_dict, inject, load_adapter, save_adapter
 
 X = torch.randn(3, 4, 12, generator=torch.Generator().manual_seed(3))
@@ -69,6 +70,43 @@ def test_modules_to_save(tmp_path: Path) -> None:
     load_adapter(other, tmp_path)
     assert other(X).equal(model(X))
     assert other.head.weight.equal(model.head.weight)
+
+
+def test_modules_that_share_a_weight_or_are_none(tmp_path: Path) -> None:
+    model = _adapted()
+    model.tied = torch.nn.Linear(12, 5)
+    model.tied.weight = model.head.weight
+    save_adapter(model, tmp_path, modules_to_save=("head", "tied"))
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    assert state["base_model.model.tied.weight"].equal(state["base_model.model.head.weight"])
+    with pytest.raises(ValueError, match="modules_to_save: 'haed' names no module of Transformer"):
+        save_adapter(model, tmp_path / "new", modules_to_save=("haed",))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: 'pissa_niter_4' changes the base"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights: 'olora' changes the base"),
+        ({"alora_invocation_tokens": [1, 2]}, r"alora_invocation_tokens: \[1, 2\] is not supported"),
+        ({"use_qalora": True}, "use_qalora: True is not supported"),
+        ({"kasa_config": {"x": 1}}, "kasa_config: .* is not supported"),
+    ],
+)
+def test_factors_that_are_not_all_there_is(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    save_adapter(_adapted(), tmp_path)
+    described = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described | settings))
+    with pytest.raises(ValueError, match=message):
+        load_adapter(Transformer(), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        from_peft([tmp_path])
+
+
+def test_a_layer_by_its_number() -> None:
+    with pytest.raises(ValueError, match="layers_to_transform: 0 is not supported"):
+        LowRankConfig.from_peft({"target_modules": ["q"], "layers_to_transform": 0})
 
 
 def test_paths_that_end_alike(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,18 @@ import torch
 from models import Transformer, randomise
 from torch import Tensor, nn
 
-from taskloom.nn import BASE, LayerConfig, LowRankConfig, LowRankLinear, SplitLinear, inject, split_fused, use_tasks
+from taskloom.nn import (
+    BASE,
+    KernelConfig,
+    KernelLinear,
+    LayerConfig,
+    LowRankConfig,
+    LowRankLinear,
+    SplitLinear,
+    inject,
+    split_fused,
+    use_tasks,
+)
 
 X = torch.randn(3, 4, 12, generator=torch.Generator().manual_seed(3))
 
@@ -159,6 +171,8 @@ def test_other_layers_are_built_by_their_configuration() -> None:
         ({"target_modules": ["qkv"], "modules_to_save": ["classifier"]}, ValueError, "modules_to_save: 'classifier' names no module"),
         ({"target_modules": ["qkv"], "r": 0}, ValueError, "r: expected a rank of at least 1, got 0"),
         ({"target_modules": ["qkv"], "rank_pattern": {"x": -1}}, ValueError, r"rank_pattern\['x'\]: expected a rank of at least 1, got -1"),
+        ({"target_modules": ["qkv"], "r": 2.0}, TypeError, "r: expected a rank, an integer, got float"),
+        ({"target_modules": ["qkv"], "lora_alpha": float("nan")}, ValueError, "lora_alpha: expected a finite number, got nan"),
         ({"target_modules": ["qkv"], "lora_dropout": 1.5}, ValueError, "lora_dropout: expected a probability below 1, got 1.5"),
     ],
 )
@@ -168,3 +182,96 @@ def test_errors(config: dict[str, Any], error: type[Exception], message: str) ->
         inject(model, LowRankConfig(**config))
     assert all(one.requires_grad for one in model.parameters())
     assert not any(isinstance(one, LowRankLinear) for one in model.modules())
+
+
+@pytest.mark.parametrize("name", ["shared", "first"])
+def test_a_layer_in_several_places_is_replaced_in_all(name: str) -> None:
+    model = nn.Sequential()
+    model.first = model.shared = nn.Linear(4, 4)
+    assert inject(model, LowRankConfig(target_modules=[name])) == ["first"]
+    assert model.first is model.shared
+    assert isinstance(model.first, LowRankLinear)
+
+
+@pytest.mark.parametrize("config", [LowRankConfig(target_modules=["fc2", "qkv"]), KernelConfig(target_modules=["fc2", "qkv"])])
+def test_what_is_adapted_already_changes_nothing(config: LayerConfig) -> None:
+    model = Transformer()
+    inject(model, dataclasses.replace(config, target_modules=["blocks.1.mlp.fc2"]), freeze=False)
+    trained = {name for name, one in model.named_parameters() if one.requires_grad}
+    with pytest.raises(
+        ValueError, match=r"target_modules: blocks.1.mlp.fc2: (name: 'default' is taken|expected a layer that is not adapted)"
+    ):
+        inject(model, config)
+    assert type(model.blocks[0].attn.qkv) is nn.Linear
+    assert {name for name, one in model.named_parameters() if one.requires_grad} == trained
+
+
+def test_a_merged_adapter_changes_nothing() -> None:
+    model = Transformer()
+    inject(model, LowRankConfig(target_modules=["fc2"]))
+    model.blocks[1].mlp.fc2.merge()
+    with pytest.raises(RuntimeError, match=r"target_modules: blocks.1.mlp.fc2: add_adapter: default are merged"):
+        inject(model, LowRankConfig(target_modules=["fc2", "fc1"], adapter_name="other"))
+    assert model.blocks[0].mlp.fc2.adapters == ["default"]
+    assert type(model.blocks[0].mlp.fc1) is nn.Linear
+
+
+def test_every_layer_takes_a_second_adapter_and_none_inside_another() -> None:
+    model = Transformer()
+    inject(model, KernelConfig(target_modules=["fc1"], r=2))
+    found = inject(model, LowRankConfig(target_modules="all-linear"))
+    assert len(found) == 7
+    assert type(model.blocks[0].mlp.fc1.base_layer) is nn.Linear
+    assert inject(model, LowRankConfig(target_modules="all-linear", adapter_name="other")) == found
+
+
+def test_a_weight_of_two_modules_is_warned_of() -> None:
+    model = nn.Sequential()
+    model.embedding, model.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+    model.head.weight = model.embedding.weight
+    with pytest.warns(UserWarning, match=r"inject: head.weight is embedding.weight too; merging adapters into it changes both"):
+        inject(model, LowRankConfig(target_modules=["head"]))
+
+
+def test_parts_of_a_fused_layer_keep_its_mode() -> None:
+    model = Transformer().eval()
+    inject(model, KernelConfig(target_modules=["q", "k", "v"], r=2, dropout=0.5, split_qkv=True))
+    assert not any(one.training for one in model.modules())
+    assert model(X).equal(model(X))
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def _quantised() -> nn.Linear:
+    layer = nn.Linear(4, 4, bias=False)
+    layer.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (_Doubled(4, 4), "expected nn.Linear, got _Doubled, whose forward pass is another"),
+        (_quantised(), "expected a weight of float32, bfloat16, float16 or float64, got torch.int8"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "expected a weight that is a parameter, got one that ParametrizedLinear"),
+        (nn.LazyLinear(4), "expected a weight with a shape, got the one of a LazyLinear"),
+    ],
+)
+def test_layers_whose_adapters_would_do_something_else(layer: nn.Module, message: str) -> None:
+    for config in (LowRankConfig(target_modules=["1"]), KernelConfig(target_modules=["1"])):
+        model = nn.Sequential(nn.ReLU(), layer)
+        with pytest.raises(TypeError, match=f"target_modules: 1: .*{message}"):
+            inject(model, config)
+        assert model[1] is layer
+    for made in (LowRankLinear, KernelLinear):
+        with pytest.raises(TypeError, match=message):
+            made(layer)
+
+
+def test_attention_that_never_calls_its_layer() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(4, 2))
+    with pytest.raises(TypeError, match=r"0.out_proj: nn.MultiheadAttention reads its weight and never calls it"):
+        inject(model, LowRankConfig(target_modules="all-linear"))

@@ -145,10 +145,12 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
 
 def test_whole_state_copies_and_moves() -> None:
     adapted = layer()
+    adapted.sparsity = 0.7
     state = adapted.state_dict()
-    assert set(state) == {"A", "B", "coef", "alpha", "gamma", "beta", "base_layer.weight", "base_layer.bias"}
+    assert set(state) == {"A", "B", "coef", "alpha", "gamma", "beta", "base_layer.weight", "base_layer.bias", "_extra_state"}
     other = layer()
     other.load_state_dict(state)
+    assert other.sparsity == 0.7
     x = inputs(3)
     assert other(x).equal(adapted(x))
     adapted.eval().merge()
@@ -192,7 +194,7 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
 
 
 def test_only_linear_layers() -> None:
-    with pytest.raises(TypeError, match=r"linear: expected a torch\.nn\.Linear, got Conv2d"):
+    with pytest.raises(TypeError, match=r"linear: expected nn\.Linear, got Conv2d"):
         KernelLinear.from_linear(nn.Conv2d(3, 3, 1), KernelConfig())  # type: ignore[arg-type]
 
 

@@ -155,6 +155,20 @@ def test_dropout_acts_in_training_only() -> None:
     assert layer(X, [BASE] * 5).equal(layer.base_layer(X))
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_under_autocast_it_is_a_linear_layer(dora: bool, dropout: float) -> None:
+    layer = _layer(dora=dora, dropout=dropout).train()
+    for x in (X, X.bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.manual_seed(1)
+            y = layer(x)
+            assert y.dtype == layer.base_layer(x).dtype == torch.bfloat16
+        y.float().sum().backward()
+        torch.manual_seed(1)
+        torch.testing.assert_close(y.float(), layer(x.float()), rtol=3e-2, atol=3e-2)
+
+
 def test_adapters_of_half_precision_layers_are_float32() -> None:
     layer = _layer(torch.bfloat16)
     assert {one.dtype for name, one in layer.named_parameters() if "lora" in name} == {torch.float32}
@@ -196,6 +210,12 @@ def _errors() -> list[Any]:
         (lambda layer: LowRankLinear(nn.Conv1d(2, 3, 1)), TypeError, "base_layer: expected nn.Linear, got Conv1d"),
         (lambda layer: layer.add_adapter("one", 2), ValueError, "name: 'one' is taken"),
         (lambda layer: layer.add_adapter("a.b", 2), ValueError, "name: 'a.b' cannot be an adapter's name"),
+        (lambda layer: layer.add_adapter("items", 2), ValueError, "name: 'items' cannot be an adapter's name"),
+        (lambda layer: layer.add_adapter("three", 2.5), TypeError, "r: expected an integer, got float"),
+        (lambda layer: layer.add_adapter("three", 2, math.inf), ValueError, "alpha: expected a finite number, got inf"),
+        (lambda layer: layer.set_adapter(["one", "one"]), ValueError, "adapters: expected each once, got 'one', 'one'"),
+        (lambda layer: layer.merge(adapters=["two", "two"]), ValueError, "adapters: expected each once"),
+        (lambda layer: layer.merge(adapters="three"), ValueError, "adapter 'three' is unknown"),
         (lambda layer: layer.add_adapter("three", 0), ValueError, "r: expected a rank of at least 1, got 0"),
         (lambda layer: layer.add_adapter("three", 2, dropout=1.0), ValueError, "dropout: expected a probability below 1"),
         (lambda layer: layer.set_adapter("three"), ValueError, "adapter 'three' is unknown, the layer has 'one', 'two'"),

@@ -79,6 +79,20 @@ def kernel_merge_cases() -> Iterator[Case]:
     yield Case("gradient", learned, {"sparsity": 0.437, **{name: one.requires_grad_() for name, one in scalars("mixk").items()}})
 
 
+def merge_into(out: Tensor, A: Tensor, B: Tensor, coef: Tensor, **named: Any) -> Tensor:
+    return taskloom.kernel_merge(A, B, coef, **named, out=out)
+
+
+def _merge_into_cases() -> Iterator[Case]:
+    chosen = ("mixk magnitude", "rbf None", "base torch.bfloat16", "factors torch.float16", "float64", "0 by 3", "3 by 0", "strided")
+    for case in kernel_merge_cases():
+        if case.name not in chosen:
+            continue
+        A, B, _ = case.args
+        out = torch.full((B.shape[1], A.shape[1]), torch.nan, dtype=case.kwargs.get("base", A).dtype)
+        yield Case(case.name, (out, *case.args), case.kwargs)
+
+
 def _wide(tensors: Any) -> torch.dtype:
     return torch.float64 if any(isinstance(one, Tensor) and one.dtype == torch.float64 for one in tensors) else torch.float32
 
@@ -133,6 +147,7 @@ def _linear_backward_cases() -> Iterator[Case]:
 CONTRACTS = (
     Contract("kernel_quantile", taskloom.kernel_quantile, _quantile_cases),
     Contract("kernel_merge", taskloom.kernel_merge, kernel_merge_cases),
+    Contract("kernel_merge_out", merge_into, _merge_into_cases, mutates=(0,)),
     Contract("kernel_merge_backward", kernel_merge_backward, _backward_cases, single=2e-5),
     Contract("kernel_linear", taskloom.kernel_linear, _linear_cases, torch_products=True),
     Contract("kernel_linear_backward", kernel_linear_backward, _linear_backward_cases, single=2e-5, torch_products=True),

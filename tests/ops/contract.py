@@ -16,10 +16,13 @@ _INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloa
 REORDERED_SUMS = frozenset(
     {
         "block_scale_merge_backward",
+        "channel_scale",
+        "channel_scale_backward",
         "kernel_linear",
         "kernel_linear_backward",
         "kernel_merge",
         "kernel_merge_backward",
+        "kernel_merge_out",
         "lowrank_apply",
         "lowrank_apply_backward",
         "lowrank_merge",
@@ -39,6 +42,14 @@ REORDERED_SUMS = frozenset(
         "rmm_linear",
         "weighted_ce",
         "weighted_ce_backward",
+        "window_conv2d",
+        "window_conv2d_backward",
+        "window_group_norm_silu",
+        "window_group_norm_silu_backward",
+        "window_layer_norm",
+        "window_layer_norm_backward",
+        "window_linear",
+        "window_linear_backward",
     }
 )
 # The same of single results of an op's wrapper, by place.

@@ -342,6 +342,23 @@ def test_exponentials_that_leave_the_range() -> None:
         assert got.tolist() == pytest.approx(expected, abs=1e-38)
 
 
+def test_numbers_are_as_exact_as_the_arithmetic() -> None:
+    A, B, coef = factors(5, 7)
+    x, base = weights(3, 5), weights(7, 5, seed=2)
+    numbers = {"alpha": 0.3, "gamma": 0.7, "beta": 0.1}
+    exact = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+    for given in ((A.double(), B, coef), (A, B, coef.double())):
+        assert_same_bits(taskloom.kernel_merge(*given, **numbers), taskloom.kernel_merge(*given, **exact))
+    assert_same_bits(
+        taskloom.kernel_merge(A, B, coef, base=base.double(), **numbers), taskloom.kernel_merge(A, B, coef, base=base.double(), **exact)
+    )
+    y = taskloom.kernel_linear(x.double(), A, B, coef, **numbers)
+    assert_same_bits(y, taskloom.kernel_linear(x.double(), A, B, coef, **exact))
+    with pytest.raises(ValueError, match="gamma: expected a value other than 0"):
+        taskloom.kernel_merge(A, B, coef, gamma=1e-46)
+    assert taskloom.kernel_merge(A.double(), B, coef, gamma=1e-46).isfinite().all()
+
+
 @native
 def test_autocast_casts_the_input_as_for_a_linear_layer() -> None:
     A, B, coef = factors(20, 30)

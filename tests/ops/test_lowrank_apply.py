@@ -60,6 +60,13 @@ def test_tasks_of_sequences() -> None:
     assert taskloom.lowrank_apply(x[0, 0], A, B).shape == (10,)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_tasks_of_any_integer_type(dtype: torch.dtype) -> None:
+    x, (A, B) = weights(4, 20), adapters(3, 20, 10, 2)
+    task = torch.tensor([2, 0, 1, 2])
+    assert_same_bits(taskloom.lowrank_apply(x, A, B, task=task.to(dtype)), taskloom.lowrank_apply(x, A, B, task=task))
+
+
 @pytest.mark.parametrize("grouped", [True, False])
 def test_gradients(grouped: bool) -> None:
     leaves = [weights(5, 4, dtype=F64), *adapters(3, 4, 3, 2, F64), weights(3, seed=3, dtype=F64), weights(3, 4, seed=4, dtype=F64)]

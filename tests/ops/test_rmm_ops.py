@@ -41,6 +41,19 @@ def test_exact_where_directions_are_of_very_different_lengths(tasks: int, width:
     assert float((basis @ basis.mT - identity).abs().max()) <= 1e-12
 
 
+@pytest.mark.parametrize("length", [1e-140, 1e-100, 1e100, 1e140])
+@pytest.mark.parametrize(("tasks", "width"), [(5, 9), (9, 5)])
+def test_exact_at_any_length(tasks: int, width: int, length: float) -> None:
+    vectors = normal(tasks, 9, width, dtype=torch.float64)
+    mean, basis, coefficients = taskloom.rmm_fit(length * vectors, min(width, tasks - 1))
+    restored = mean[:, None] + coefficients.transpose(0, 1) @ basis
+    # The length is divided out: its square is near the ends of the range.
+    assert _error(restored.transpose(0, 1) / length, vectors) <= 1e-12
+    rank = 2
+    _, basis, _ = taskloom.rmm_fit(length * vectors, rank)
+    assert _error(basis.abs(), taskloom.rmm_fit(vectors, rank)[1].abs()) <= 1e-10
+
+
 @pytest.mark.parametrize(("tasks", "width"), [(8, 16), (9, 5), (6, 6)])
 def test_squared_error_is_that_of_the_singular_values_left_out(tasks: int, width: int) -> None:
     vectors = normal(tasks, 30, width)
@@ -151,6 +164,8 @@ def test_a_task_that_is_none_is_named(backend: str, wrong: int) -> None:
         ((torch.ones(3, 4, 5, dtype=torch.int64), 1), TypeError, r"vectors: expected float32, .*, got torch\.int64"),
         ((torch.ones(3, 4, 5), 0), ValueError, r"rank: expected 1 to 2, .* 5 entries and one less than the tasks \(3\), got 0"),
         ((torch.ones(3, 4, 5), 3), ValueError, "rank: expected 1 to 2, .*, got 3"),
+        ((torch.ones(3, 4, 5), 1.0), TypeError, "rank: expected an integer, got float"),
+        ((torch.ones(3, 4, 5), True), TypeError, "rank: expected an integer, got bool"),
         ((torch.ones(3, 4, 5), 4, False), ValueError, r"rank: expected 1 to 3, .* and the tasks \(3\), got 4"),
     ],
 )

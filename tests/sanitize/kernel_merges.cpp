@@ -6,6 +6,8 @@
 #include "common/dtype.h"
 #include "groups.h"
 #include "lowrank/kernel_merge.h"
+#include "lowrank/kernel_ranks.h"
+#include "teams.h"
 
 namespace taskloom::sanitize {
 namespace {
@@ -31,6 +33,72 @@ std::vector<char> numbers(bool wide, int64_t count, Random& random) {
 struct Shape {
   int64_t n, m, chunks, width;
 };
+
+// Factors with all that the passes need of them; mixk's statistics of rows, which keep what they make where there is room.
+struct Made {
+  std::vector<char> a, b, coef, strips, row_max, row_sum;
+  KernelFactors f{};
+
+  Made(const Shape& shape, MergeKernel kernel, bool wide, Random& random)
+      : a(numbers(wide, shape.chunks * shape.n * shape.width, random)),
+        b(numbers(wide, shape.chunks * shape.m * shape.width, random)),
+        coef(numbers(wide, shape.chunks, random)) {
+    f.wide = wide, f.kernel = kernel, f.gate = MergeGate::hard;
+    f.n = shape.n, f.m = shape.m, f.chunks = shape.chunks, f.width = shape.width;
+    f.alpha = 0.7, f.gamma = 0.4, f.beta = 0.3;
+    const auto rows = static_cast<size_t>(f.strips() * strip_rows * (wide ? 8 : 4));
+    strips.resize(rows * static_cast<size_t>(f.chunks * f.width));
+    row_max.resize(rows), row_sum.resize(rows);
+    kernel_merge_loops().pack(wide, a.data(), f.chunks, f.n, f.width, strips.data());
+    f.a = strips.data(), f.b = b.data(), f.coef = coef.data();
+  }
+  Made(const Made&) = delete;
+
+  void find_row_stats(void* keep) {
+    f.keep = keep;
+    f.kept = nullptr, f.kept_entries = false, f.row_max = f.row_sum = nullptr;
+    if (f.kernel != MergeKernel::mixk) return;
+    for (int64_t strip = 0; strip < f.strips(); ++strip) kernel_merge_loops().row_stats(f, strip, row_max.data(), row_sum.data());
+    f.row_max = row_max.data(), f.row_sum = row_sum.data(), f.kept = f.keep;
+  }
+};
+
+// Every entry's magnitude in order, by a merge without a gate.
+template <class T>
+std::vector<T> ordered_entries(Made& made) {
+  const auto count = static_cast<size_t>(made.f.n * made.f.m);
+  std::vector<T> values(count);
+  made.find_row_stats(nullptr);
+  made.f.gate = MergeGate::none;
+  const DType dtype = made.f.wide ? DType::f64 : DType::f32;
+  for (int64_t strip = 0; strip < made.f.strips(); ++strip)
+    kernel_merge_loops().merge(made.f, strip, 0, made.f.m, {}, dtype, values.data());
+  made.f.gate = MergeGate::hard;
+  for (T& value : values) value = value < 0 ? -value : value;
+  std::sort(values.begin(), values.end());
+  return values;
+}
+
+template <class T>
+void check_ranks(Made& made, Random& random) {
+  const std::vector<T> ordered = ordered_entries<T>(made);
+  const int64_t total = made.f.n * made.f.m;
+  for (const int64_t rank : {int64_t{0}, random.below(total), total * 9 / 10, total - 1}) {
+    for (const bool keeps : {false, true}) {
+      const Buffer room(keeps ? total * static_cast<int64_t>(sizeof(T)) : 0, Placement::page);
+      for (const int64_t threads : {1, 2, 5}) {
+        made.find_row_stats(keeps ? room.data() : nullptr);
+        const Ordered found = ordered_magnitudes(made.f, rank, threads == 1 ? serial() : team(), threads);
+        T at, next;
+        std::memcpy(&at, &found.at, sizeof at);
+        std::memcpy(&next, &found.next, sizeof next);
+        EXPECT(at == ordered[static_cast<size_t>(rank)]);
+        EXPECT(next == ordered[static_cast<size_t>(std::min(rank + 1, total - 1))] || rank == total - 1);
+        EXPECT(made.f.kept_entries == keeps);
+      }
+    }
+  }
+}
 
 void one_shape(const Shape& shape, Random& random) {
   const bool wide = random.below(4) == 0;
@@ -86,6 +154,23 @@ void one_shape(const Shape& shape, Random& random) {
 }
 
 }  // namespace
+
+// The sizes on both sides of that up to which no sample is drawn; equal entries, of which a bracket has too many.
+void kernel_ranks() {
+  Random random(31);
+  for (const Shape& shape : {Shape{1, 1, 1, 1}, Shape{65, 70, 2, 3}, Shape{70, 129, 1, 4}, Shape{250, 270, 2, 2}, Shape{259, 301, 1, 3}}) {
+    for (const MergeKernel kernel : {MergeKernel::pwl, MergeKernel::rbf, MergeKernel::mixk}) {
+      for (const bool wide : {false, true}) {
+        for (const bool equal : {false, true}) {
+          begin_case("kernel_ranks n=%ld m=%ld kernel=%d wide=%d equal=%d", shape.n, shape.m, static_cast<int>(kernel), wide, equal);
+          Made made(shape, kernel, wide, random);
+          if (equal) std::fill(made.strips.begin(), made.strips.end(), 0), std::fill(made.b.begin(), made.b.end(), 0);
+          wide ? check_ranks<double>(made, random) : check_ranks<float>(made, random);
+        }
+      }
+    }
+  }
+}
 
 void kernel_merges() {
   Random random(17);

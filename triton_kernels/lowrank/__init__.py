@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from taskloom.triton_kernels.lowrank.kernel_linear import kernel_linear, kernel_linear_backward
-from taskloom.triton_kernels.lowrank.kernel_merge import kernel_merge, kernel_merge_backward, kernel_quantile
+from taskloom.triton_kernels.lowrank.kernel_merge import (
+    kernel_merge,
+    kernel_merge_backward,
+    kernel_merge_out,
+    kernel_quantile,
+)
 from taskloom.triton_kernels.lowrank.lowrank_apply import lowrank_apply, lowrank_apply_backward
 from taskloom.triton_kernels.lowrank.lowrank_merge import (
     lowrank_merge,
@@ -21,6 +26,7 @@ __all__ = [
     "kernel_linear_backward",
     "kernel_merge",
     "kernel_merge_backward",
+    "kernel_merge_out",
     "kernel_quantile",
     "lowrank_apply",
     "lowrank_apply_backward",

@@ -1,9 +1,10 @@
-"""kernel_merge, kernel_quantile and kernel_merge_backward. The host never waits for the device."""
+"""kernel_merge, kernel_merge_out, kernel_quantile and kernel_merge_backward. The host never waits for the device."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -193,6 +194,26 @@ def kernel_quantile(
     return find_threshold(factors, find_row_stats(factors), sparsity, gate)
 
 
+def _merge_into(
+    A: Tensor,
+    B: Tensor,
+    coef: Tensor,
+    alpha: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    base: Tensor | None,
+    kernel: str,
+    sparsity: float,
+    gate: str,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    factors = lay_out(A, B, coef, alpha, gamma, beta, kernel, accumulation_dtype(A, B, coef, alpha, gamma, beta, base))
+    stats = find_row_stats(factors)
+    threshold = find_threshold(factors, stats, sparsity, gate)
+    merge(factors, stats, threshold, base, out, gate)
+    return threshold, stats
+
+
 def kernel_merge(
     A: Tensor,
     B: Tensor,
@@ -206,12 +227,13 @@ def kernel_merge(
     gate: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch :func:`taskloom.kernel_merge`; the merged matrix, the threshold and the statistics of rows."""
-    factors = lay_out(A, B, coef, alpha, gamma, beta, kernel, accumulation_dtype(A, B, coef, alpha, gamma, beta, base))
-    stats = find_row_stats(factors)
-    threshold = find_threshold(factors, stats, sparsity, gate)
     out = torch.empty(B.shape[1], A.shape[1], dtype=A.dtype if base is None else base.dtype, device=A.device)
-    merge(factors, stats, threshold, base, out, gate)
-    return out, threshold, stats
+    return out, *_merge_into(A, B, coef, alpha, gamma, beta, base, kernel, sparsity, gate, out)
+
+
+def kernel_merge_out(*arguments: Any) -> None:
+    """Launch :func:`taskloom.kernel_merge` into its last argument ``out``, which may be base itself."""
+    _merge_into(*arguments)
 
 
 def kernel_merge_backward(

@@ -86,7 +86,7 @@ def _tiles(task: Tensor, tasks: int) -> tuple[Tensor, Tensor]:
 
     There are as many tiles as any distribution of tasks may take; those left over have no rows.
     """
-    ids = task.clamp(min=-1).long()
+    ids = task.long().clamp(min=-1)
     torch._assert_async((ids < tasks).all(), f"lowrank_apply: task: expected values below {tasks}, the number of adapters")
     order = torch.argsort(ids, stable=True)
     groups = torch.arange(-1, tasks, device=task.device)

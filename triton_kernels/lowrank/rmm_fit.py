@@ -1,4 +1,4 @@
-"""rmm_fit on GPUs: torch's batched eigenproblems of each position's smaller Gram matrix; there is no kernel of ours."""
+"""rmm_fit for GPUs without the CUDA library: torch's batched eigenproblems of each position's smaller Gram matrix."""
 
 from __future__ import annotations
 

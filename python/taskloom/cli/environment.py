@@ -22,6 +22,7 @@ EXTRAS = {
     "hub": "models named by a Hugging Face id that are not in the cache yet",
     "demo": "taskloom demo",
     "peft": "adapters compared with PEFT's own, in the tests",
+    "vit": "adapters in timm's vision transformers",
     "triton": "Triton kernels on GPUs",
     "transformer": "merges of a small real transformer",
 }

@@ -85,6 +85,18 @@ _add(
 
 _add(
     Method(
+        name="dtr",
+        wing="channels",
+        title="Denoising task routing (DTR)",
+        paper="Denoising Task Routing for Diffusion Models, 2024, arXiv 2310.07138",
+        family="routed",
+        claim="Diffusion models do better when each timestep sees a window of the channels that slides with it; random channels do harm.",
+        needs=(("sklearn", "scikit-learn"),),
+    )
+)
+
+_add(
+    Method(
         name="rmm",
         wing="merging",
         title="Reversible model merging (RMM)",

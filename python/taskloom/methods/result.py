@@ -107,7 +107,7 @@ def read_result(path: Path | Traversable) -> MethodResult:
     Raises
     ------
     MethodError
-        If it is not one, or one of another version.
+        If it is not one, is one of another version, or cannot be read.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -115,6 +115,8 @@ def read_result(path: Path | Traversable) -> MethodResult:
             raise MethodError(f"{path}: version {content['version']} of a method's result, expected {VERSION}")
         names: Sequence[str] = ("method", "title", "paper", "quick", "device", "seeds", "versions", "machine", "seconds")
         return MethodResult(**{name: content[name] for name in names}, claims=[_claim(claim) for claim in content["claims"]])
+    except OSError as error:
+        raise MethodError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise MethodError(f"{path}: not the result of a method's run ({type(error).__name__}: {error})") from error
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryFile
 
 import torch
 
@@ -35,8 +36,13 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise MethodError(f"device: expected a torch device such as 'cpu' or 'cuda', got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise MethodError(f"device: {name!r} was asked for, and torch {torch.__version__} sees no CUDA device")
+    if device.type not in ("cpu", "cuda"):
+        raise MethodError(f"device: expected 'cpu' or 'cuda', got {name!r}, which experiments were not written for")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise MethodError(f"device: {name!r} was asked for, and torch {torch.__version__} sees no CUDA device")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise MethodError(f"device: {name!r} was asked for, and there are {torch.cuda.device_count()} CUDA devices")
     return device
 
 
@@ -107,12 +113,16 @@ def run_method(
     ------
     MethodError
         If a package is missing, the device cannot be had, ``seeds`` is below 1, or an arm's value is not finite.
+    OSError
+        If files cannot be written to ``out``; that is tried before anything runs.
     """
     if seeds < 1:
         raise MethodError(f"seeds: expected at least 1, got {seeds}")
     plot = plot and out is not None
     _check_packages(method, plot)
     where = _device(device)
+    if out is not None:
+        _check_folder(out)
     begin = time.perf_counter()
     places = list(range(seeds))
     claims = [_run_claim(method, claim, places, quick, where, show) for claim in method.claims()]
@@ -142,15 +152,33 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
+def _check_folder(out: Path) -> None:
+    """Raise OSError unless files can be written to a folder; no trace is left of the attempt."""
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    finally:
+        for folder in missing:
+            if folder.is_dir():
+                folder.rmdir()
+
+
 def _write(result: MethodResult, out: Path, plot: bool) -> None:
     """Both files are complete before either takes the place of an earlier one."""
-    out.mkdir(parents=True, exist_ok=True)
     fresh = {RESULT_NAME: (json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n").encode()}
     if plot:
         from taskloom.methods.plot import plot_result
 
         fresh[PLOT_NAME] = plot_result(result)
-    for name, content in fresh.items():
-        (out / f"{name}.partial").write_bytes(content)
-    for name in fresh:
-        (out / f"{name}.partial").replace(out / name)
+    out.mkdir(parents=True, exist_ok=True)
+    partial = {name: out / f"{name}.partial" for name in fresh}
+    try:
+        for name, content in fresh.items():
+            partial[name].write_bytes(content)
+        for name in fresh:
+            partial[name].replace(out / name)
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Modules made of the ops: adapters beside linear layers, their way into a model and onto the disk; layers of changing width."""
+"""Modules made of the ops: adapters beside layers, their way into a model and onto the disk; layers of some channels or changing width."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from taskloom.nn.slim_export import export
 from taskloom.nn.slim_layers import SlimConv2d, SlimLinear
 from taskloom.nn.slim_norm2d import SlimNorm2d
 from taskloom.nn.slim_widths import Width, Widths, make_divisible, use_width
+from taskloom.nn.task_window import RoutedResidual, TaskWindow
 from taskloom.nn.use_tasks import use_tasks
+from taskloom.nn.window_layers import WindowConv2d, WindowLinear
 
 __all__ = [
     "BASE",
@@ -23,12 +25,16 @@ __all__ = [
     "LayerConfig",
     "LowRankConfig",
     "LowRankLinear",
+    "RoutedResidual",
     "SlimConv2d",
     "SlimLinear",
     "SlimNorm2d",
     "SplitLinear",
+    "TaskWindow",
     "Width",
     "Widths",
+    "WindowConv2d",
+    "WindowLinear",
     "adapter_state_dict",
     "calibrate",
     "export",

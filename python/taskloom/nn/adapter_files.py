@@ -33,7 +33,13 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LowRankLinear]:
 
 
 def _saved_modules(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
-    return {path: module for path, module in model.named_modules() if any(path == name or path.endswith(f".{name}") for name in names)}
+    found: dict[str, nn.Module] = {}
+    for name in names:
+        named = {path: module for path, module in model.named_modules() if path == name or path.endswith(f".{name}")}
+        if not named:
+            raise ValueError(f"modules_to_save: {name!r} names no module of {type(model).__name__}")
+        found |= named
+    return found
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default", modules_to_save: tuple[str, ...] = ()) -> dict[str, Tensor]:
@@ -46,7 +52,7 @@ def adapter_state_dict(model: nn.Module, adapter_name: str = "default", modules_
     adapter_name
         Default ``"default"``.
     modules_to_save
-        Names of modules whose own tensors belong to the adapter.
+        Names of modules whose own tensors belong to the adapter, as for :func:`taskloom.nn.inject`. Default: none.
 
     Returns
     -------
@@ -56,7 +62,7 @@ def adapter_state_dict(model: nn.Module, adapter_name: str = "default", modules_
     Raises
     ------
     ValueError
-        If no layer has an adapter of that name.
+        If no layer has an adapter of that name, or a name of ``modules_to_save`` means nothing.
     """
     state = {
         f"{PREFIX}{path}.{part}": tensor
@@ -122,7 +128,8 @@ def save_adapter(
     Raises
     ------
     ValueError
-        If no layer has an adapter of that name, or its layers differ in what a PEFT file says once for all.
+        If no layer has an adapter of that name, its layers differ in what a PEFT file says once for all, or a name of
+        ``modules_to_save`` means nothing.
     """
     config = _described(model, _layers(model, adapter_name), adapter_name, modules_to_save)
     write_adapter(adapter_state_dict(model, adapter_name, modules_to_save), config, folder)
@@ -136,13 +143,25 @@ def write_adapter(state: Mapping[str, Tensor], config: Mapping[str, Any], folder
     target.mkdir(parents=True, exist_ok=True)
     tensors, described = target / f".{_TENSORS}.part", target / f".{_CONFIG}.part"
     try:
-        save_file({key: tensor.contiguous().cpu() for key, tensor in state.items()}, tensors, metadata={"format": "pt"})
+        save_file(_apart(state), tensors, metadata={"format": "pt"})
         described.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         os.replace(tensors, target / _TENSORS)
         os.replace(described, target / _CONFIG)
     finally:
         for part in (tensors, described):
             part.unlink(missing_ok=True)
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, and copied where another one has the same memory: a file holds each by itself."""
+    found: dict[str, Tensor] = {}
+    memory = set()
+    for key, tensor in state.items():
+        own = tensor.contiguous().cpu()
+        place = own.untyped_storage().data_ptr()
+        found[key] = own.clone() if place in memory else own
+        memory.add(place)
+    return found
 
 
 def part_of(key: str) -> tuple[str, str] | None:

@@ -29,17 +29,21 @@ class SplitLinear(nn.Module):
     Raises
     ------
     ValueError
-        If the outputs do not divide among the parts.
+        If the outputs do not divide among the parts, or two parts have one name.
     """
 
     def __init__(self, fused: nn.Linear, names: Sequence[str] = ("q", "k", "v")) -> None:
         super().__init__()
+        if len(set(names)) != len(names):
+            raise ValueError(f"names: expected each once, got {', '.join(map(repr, names))}")
         if not names or fused.out_features % len(names):
             raise ValueError(f"names: {fused.out_features} outputs do not divide among {len(names)} parts")
         self.names = tuple(names)
         biases = [None] * len(names) if fused.bias is None else list(fused.bias.chunk(len(names)))
         for name, weight, bias in zip(names, fused.weight.chunk(len(names)), biases, strict=True):
             self.add_module(name, _part(weight, bias))
+        # Layers that take the place of a part look at it for their own mode.
+        self.train(fused.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs ``[..., out]`` of x ``[..., in]``."""
@@ -58,7 +62,8 @@ class SplitLinear(nn.Module):
             if type(part) is not nn.Linear:
                 raise TypeError(f"{name}: expected nn.Linear, got {type(part).__name__}; merge its adapters and put its base layer back")
         weight = torch.cat([part.weight for part in parts])
-        return _part(weight, None if parts[0].bias is None else torch.cat([part.bias for part in parts]))
+        fused = _part(weight, None if parts[0].bias is None else torch.cat([part.bias for part in parts]))
+        return fused.train(self.training)
 
 
 def split_fused(model: nn.Module, target: str = "qkv", names: Sequence[str] = ("q", "k", "v")) -> list[str]:

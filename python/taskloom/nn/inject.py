@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Self
@@ -40,6 +41,21 @@ class LayerConfig(ABC):
         """The configuration of the layer at a path; here the same for all."""
         return self
 
+    def check(self, layer: nn.Module) -> None:
+        """Raise where ``layer`` cannot be adapted by this configuration; nothing is changed.
+
+        Raises
+        ------
+        TypeError
+            If it is no ``nn.Linear``.
+        ValueError
+            If it is adapted already.
+        """
+        if self.is_adapted(layer):
+            raise ValueError(f"expected a layer that is not adapted yet, got {type(layer).__name__}")
+        if not isinstance(layer, nn.Linear):
+            raise TypeError(f"expected nn.Linear, got {type(layer).__name__}")
+
     @abstractmethod
     def build(self, linear: nn.Linear) -> nn.Module:
         """The adapted layer that takes the place of ``linear``."""
@@ -70,17 +86,54 @@ def _saved(config: LayerConfig, path: str) -> bool:
     return any(re.match(rf"(^|.*\.){re.escape(name)}($|\..*)", path) for name in config.modules_to_save)
 
 
-def _targets(model: nn.Module, config: LayerConfig) -> dict[str, nn.Module]:
-    modules = dict(model.named_modules())
-    adapted = {path for path, module in modules.items() if config.is_adapted(module)}
-    every = config.target_modules == "all-linear"
-    found: dict[str, nn.Module] = {}
-    for path, module in modules.items():
-        if not path or _inside(path, adapted) or _saved(config, path) or matches(config.exclude_modules, path):
-            continue
-        if isinstance(module, nn.Linear) if every else matches(config.target_modules, path):
-            found[path] = module
+def _paths(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """All paths of each module: a module may be in several places."""
+    found: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(module, []).append(path)
     return found
+
+
+def _targets(model: nn.Module, config: LayerConfig) -> dict[nn.Module, list[str]]:
+    """The modules that are meant by one of their paths, with all of these."""
+    places = _paths(model)
+    # A layer that another configuration adapted would not call what took the place of its base.
+    around = (module for module in places if config.is_adapted(module) or isinstance(getattr(module, "base_layer", None), nn.Linear))
+    adapted = {path for module in around for path in places[module]}
+    every = config.target_modules == "all-linear"
+    found: dict[nn.Module, list[str]] = {}
+    for module, paths in places.items():
+        if any(not path or _inside(path, adapted) or _saved(config, path) or matches(config.exclude_modules, path) for path in paths):
+            continue
+        if (
+            isinstance(module, nn.Linear) or config.is_adapted(module)
+            if every
+            else any(matches(config.target_modules, path) for path in paths)
+        ):
+            found[module] = paths
+    return found
+
+
+def _check_targets(model: nn.Module, config: LayerConfig, targets: Mapping[nn.Module, list[str]]) -> None:
+    """Raise where a target cannot be adapted, and warn where its weight belongs to something else too."""
+    readers = {id(one.out_proj) for one in model.modules() if isinstance(one, nn.MultiheadAttention)}
+    owners: dict[nn.Parameter, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, []).append(path)
+    for module, (path, *others) in targets.items():
+        if id(module) in readers:
+            raise TypeError(
+                f"target_modules: {path}: nn.MultiheadAttention reads its weight and never calls it; name it in exclude_modules"
+            )
+        try:
+            config.for_module(path).check(module)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise type(error)(f"target_modules: {path}: {error}") from None
+        weight = module._parameters.get("weight")
+        own = {f"{one}.weight" for one in (path, *others)}
+        tied = [] if weight is None else [one for one in owners[weight] if one not in own]
+        if tied:
+            warnings.warn(f"inject: {path}.weight is {', '.join(tied)} too; merging adapters into it changes both", stacklevel=3)
 
 
 def _missing(model: nn.Module, config: LayerConfig) -> ValueError:
@@ -110,23 +163,31 @@ def inject(model: nn.Module, config: LayerConfig, *, freeze: bool = True) -> lis
     Returns
     -------
     list of str
-        The paths of the layers that were replaced, or that took one more adapter, in the model's order.
+        The paths of the layers that were replaced, or that took one more adapter, in the model's order. A layer that is in several places
+        is replaced in all of them if one is meant; its first path is told.
 
     Raises
     ------
     ValueError
-        If ``target_modules`` or a name of ``modules_to_save`` means nothing in the model; close names are told.
+        If ``target_modules`` or a name of ``modules_to_save`` means nothing in the model; close names are told. If a target is adapted
+        already and cannot take this configuration too.
     TypeError
-        If a target is no ``nn.Linear``. Nothing is changed in either case, except that ``qkv`` layers may have been taken apart.
+        If a target is no ``nn.Linear``, or one that the adapted layer could not compute in its stead: quantised, parametrised, with a
+        forward pass of its own, or read by ``nn.MultiheadAttention``.
+    RuntimeError
+        If an adapter of a target is merged. Nothing is changed in any case, except that ``qkv`` layers may have been taken apart.
+
+    Warns
+    -----
+    UserWarning
+        If a target's weight is another module's too, such as that of an embedding.
     """
     if config.split_qkv:
         split_fused(model)
     targets = _targets(model, config)
     if not targets:
         raise _missing(model, config)
-    for path, module in targets.items():
-        if not isinstance(module, nn.Linear) and not config.is_adapted(module):
-            raise TypeError(f"target_modules: {path}: expected nn.Linear, got {type(module).__name__}")
+    _check_targets(model, config, targets)
     paths = [path for path, _ in model.named_modules()]
     for name in config.modules_to_save:
         if not any(path == name or path.endswith(f".{name}") for path in paths):
@@ -136,13 +197,14 @@ def inject(model: nn.Module, config: LayerConfig, *, freeze: bool = True) -> lis
         for path, parameter in model.named_parameters():
             if not _inside(path, adapted):
                 parameter.requires_grad_(_saved(config, path.rpartition(".")[0]))
-    for path, module in targets.items():
+    for module, (path, *others) in targets.items():
         own = config.for_module(path)
         if own.extend(module):
             continue
         assert isinstance(module, nn.Linear)
         built = own.build(module)
         built.train(module.training)
-        parent, _, last = path.rpartition(".")
-        setattr(model.get_submodule(parent), last, built)
-    return list(targets)
+        for place in (path, *others):
+            parent, _, last = place.rpartition(".")
+            setattr(model.get_submodule(parent), last, built)
+    return [path for path, *_ in targets.values()]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from taskloom.nn.base_layers import check_base_layer
 from taskloom.nn.inject import LayerConfig
 from taskloom.ops import kernel_linear, kernel_merge
 from taskloom.ops.lowrank._kernel_arguments import check_gate, check_kernel, check_sparsity
@@ -43,7 +44,8 @@ class KernelConfig(LayerConfig):
     learn_coef
         Whether the chunks' weights are trained too. Default False.
     target_modules
-        As of :class:`LayerConfig`; default ``("q", "k", "v", "proj", "fc1", "fc2")``, the layers of a vision transformer.
+        As of :class:`LayerConfig`; default ``("q", "k", "v", "attn.proj", "fc1", "fc2")``, the layers of a vision transformer of timm
+        whose ``qkv`` is taken apart.
     """
 
     r: int = 32
@@ -55,7 +57,7 @@ class KernelConfig(LayerConfig):
     dropout: float = 0.0
     drop_path: float = 0.0
     learn_coef: bool = False
-    target_modules: str | Sequence[str] = ("q", "k", "v", "proj", "fc1", "fc2")
+    target_modules: str | Sequence[str] = ("q", "k", "v", "attn.proj", "fc1", "fc2")
 
     def __post_init__(self) -> None:
         for name in ("r", "chunks"):
@@ -74,6 +76,11 @@ class KernelConfig(LayerConfig):
                 raise ValueError(f"KernelConfig: {name}: expected a probability from 0 to below 1, got {getattr(self, name)}")
         if not (math.isfinite(self.scale) and self.scale):
             raise ValueError(f"KernelConfig: scale: expected a finite number other than 0, got {self.scale}")
+
+    def check(self, layer: nn.Module) -> None:
+        """Raise TypeError or ValueError where :class:`KernelLinear` cannot take the place of ``layer``."""
+        super().check(layer)
+        check_base_layer("linear", layer)
 
     def build(self, linear: nn.Linear) -> KernelLinear:
         """The layer around ``linear``."""
@@ -111,7 +118,7 @@ class KernelLinear(nn.Module):
     Raises
     ------
     TypeError
-        If ``linear`` is not a ``torch.nn.Linear``.
+        If ``linear`` is not a ``torch.nn.Linear``, or one that is quantised, parametrised or has a forward pass of its own.
     ValueError
         If the configuration is not valid.
 
@@ -131,8 +138,7 @@ class KernelLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, config: KernelConfig | None = None, **options: object) -> None:
         super().__init__()
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"KernelLinear: linear: expected a torch.nn.Linear, got {type(linear).__name__}")
+        check_base_layer("KernelLinear: linear", linear)
         fields = vars(config or KernelConfig()) | options
         self.config = KernelConfig(**fields)
         self.base_layer = linear.requires_grad_(False)
@@ -316,6 +322,14 @@ class KernelLinear(nn.Module):
         self.sparsity = float(state["sparsity"])
         for name, tensor in own.items():
             tensor.copy_(state[name])
+
+    def get_extra_state(self) -> Tensor:
+        """What ``state_dict`` holds beside parameters and buffers: the sparsity, which an allocator may have changed."""
+        return torch.tensor(self._sparsity, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the sparsity from a state dict."""
+        self.sparsity = float(state)
 
     def extra_repr(self) -> str:
         """What :func:`repr` says beside the base layer."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from taskloom.nn.base_layers import check_base_layer
 from taskloom.nn.lowrank_parts import BASE, Magnitude, Settings, Tasks
 from taskloom.ops import dora_merge, lowrank_apply, lowrank_merge, lowrank_merge_, lowrank_norm, lowrank_unmerge_
 from taskloom.reference.arithmetic import accumulation_dtype
@@ -34,7 +35,7 @@ class LowRankLinear(nn.Module):
     Raises
     ------
     TypeError
-        If ``base_layer`` is no ``nn.Linear``.
+        If ``base_layer`` is no ``nn.Linear``, or one that is quantised, parametrised or has a forward pass of its own.
 
     Notes
     -----
@@ -44,8 +45,7 @@ class LowRankLinear(nn.Module):
 
     def __init__(self, base_layer: nn.Linear) -> None:
         super().__init__()
-        if not isinstance(base_layer, nn.Linear):
-            raise TypeError(f"base_layer: expected nn.Linear, got {type(base_layer).__name__}")
+        check_base_layer("base_layer", base_layer)
         self.base_layer = base_layer.requires_grad_(False)
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
         self.lora_dropout, self.lora_magnitude_vector = nn.ModuleDict(), nn.ModuleDict()
@@ -101,8 +101,10 @@ class LowRankLinear(nn.Module):
 
         Raises
         ------
+        TypeError
+            If the rank is no integer.
         ValueError
-            If the name is taken or cannot be one, the rank is below 1, or the dropout is outside [0, 1).
+            If the name is taken or cannot be one, the rank is below 1, alpha is not finite, or the dropout is outside [0, 1).
         RuntimeError
             If an adapter is merged, whose norms DoRA would start from.
 
@@ -111,15 +113,15 @@ class LowRankLinear(nn.Module):
         A starts from He's uniform distribution and B from zeros, as in PEFT. The factors are float32 where the base is a 16-bit type, else
         of the base's dtype.
         """
-        if name in self.settings or name == BASE or not name or "." in name:
-            taken = "is taken" if name in self.settings else "cannot be an adapter's name"
-            raise ValueError(f"name: {name!r} {taken}")
+        self.check_new(name)
+        if isinstance(r, bool) or not isinstance(r, int):
+            raise TypeError(f"r: expected an integer, got {type(r).__name__}")
         if r < 1:
             raise ValueError(f"r: expected a rank of at least 1, got {r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
-        if self.merged_adapters:
-            raise RuntimeError(f"add_adapter: {', '.join(self.merged_adapters)} are merged; unmerge first")
+        if alpha is not None and not math.isfinite(alpha):
+            raise ValueError(f"alpha: expected a finite number, got {alpha}")
         weight = self.base_layer.weight
         like = {"device": weight.device, "dtype": accumulation_dtype(weight)}
         settings = Settings(r, float(r if alpha is None else alpha), use_rslora, use_dora)
@@ -134,6 +136,15 @@ class LowRankLinear(nn.Module):
         self.settings[name] = settings
         if not self.active_adapters:
             self.active_adapters = [name]
+
+    def check_new(self, name: str) -> None:
+        """Raise where no adapter of that name can be added: ValueError for the name, RuntimeError where others are merged."""
+        # Containers of modules refuse the names of their own attributes.
+        if name in self.settings or name == BASE or not name or "." in name or hasattr(self.lora_A, name):
+            taken = "is taken" if name in self.settings else "cannot be an adapter's name"
+            raise ValueError(f"name: {name!r} {taken}")
+        if self.merged_adapters:
+            raise RuntimeError(f"add_adapter: {', '.join(self.merged_adapters)} are merged; unmerge first")
 
     def delete_adapter(self, name: str) -> None:
         """Take an adapter out.
@@ -160,10 +171,9 @@ class LowRankLinear(nn.Module):
         Raises
         ------
         ValueError
-            If there is no adapter of a name.
+            If there is no adapter of a name, or one is named twice.
         """
-        chosen = [names] if isinstance(names, str) else list(names)
-        self._check(*chosen)
+        chosen = self._chosen(names)
         self.active_adapters = chosen
         for name in self.settings:
             for parameter in self.adapter_parameters(name):
@@ -246,7 +256,7 @@ class LowRankLinear(nn.Module):
             y = y + (self._dora_part(x, name) if name in self.lora_magnitude_vector else self._applied(self._dropped(x, name), [name]))
         return y
 
-    def merge(self, safe: bool = False, adapters: Sequence[str] | None = None, *, keep_base: bool = True) -> None:
+    def merge(self, safe: bool = False, adapters: str | Sequence[str] | None = None, *, keep_base: bool = True) -> None:
         """Merge adapters into the base's weight, in one pass over it.
 
         Parameters
@@ -262,12 +272,12 @@ class LowRankLinear(nn.Module):
         Raises
         ------
         ValueError
-            If there is no adapter of a name, or the result is not finite and ``safe`` was asked for. The weight is as it was then.
+            If there is no adapter of a name, one is named twice, or the result is not finite and ``safe`` was asked for. The weight is as
+            it was then.
         RuntimeError
             If adapters are merged already.
         """
-        names = self.active_adapters if adapters is None else list(adapters)
-        self._check(*names)
+        names = self._chosen(self.active_adapters if adapters is None else adapters)
         if self.merged_adapters:
             raise RuntimeError(f"merge: {', '.join(self.merged_adapters)} are merged already; unmerge first")
         if not names:
@@ -333,6 +343,14 @@ class LowRankLinear(nn.Module):
             if name not in self.settings:
                 raise ValueError(f"adapter {name!r} is unknown, the layer has {', '.join(map(repr, self.settings)) or 'none'}")
 
+    def _chosen(self, names: str | Sequence[str]) -> list[str]:
+        """The names as a list, each of them once."""
+        chosen = [names] if isinstance(names, str) else list(names)
+        self._check(*chosen)
+        if len(set(chosen)) != len(chosen):
+            raise ValueError(f"adapters: expected each once, got {', '.join(map(repr, chosen))}")
+        return chosen
+
     def _listed(self, names: Sequence[str]) -> tuple[list[Tensor], list[Tensor], list[float]]:
         pairs = [self.factors(name) for name in names]
         return [A for A, _ in pairs], [B for _, B in pairs], [self.settings[name].scaling for name in names]
@@ -356,9 +374,10 @@ class LowRankLinear(nn.Module):
         weight, scaling = self.base_layer.weight, self.settings[name].scaling
         with torch.no_grad():
             norms = lowrank_norm(weight, A, B, scaling)
-        ratio = (magnitude / norms).to(x.dtype)
         dropped = self._dropped(x, name)
-        return (ratio - 1) * nn.functional.linear(dropped, weight) + ratio * lowrank_apply(dropped, A[None], B[None], scaling)
+        plain = nn.functional.linear(dropped, weight)
+        ratio = (magnitude / norms).to(plain.dtype)
+        return (ratio - 1) * plain + ratio * lowrank_apply(dropped, A[None], B[None], scaling)
 
     def _numbers(self, tasks: Tasks, x: Tensor) -> Tensor:
         if isinstance(tasks, Tensor):

@@ -42,7 +42,19 @@ from taskloom.ops.masked import (
     unpack_mask,
     weighted_ce,
 )
-from taskloom.ops.routed import prefix_conv2d, prefix_linear, prefix_norm, ragged_prefix_conv2d
+from taskloom.ops.routed import (
+    channel_scale,
+    prefix_conv2d,
+    prefix_linear,
+    prefix_norm,
+    ragged_prefix_conv2d,
+    window_conv2d,
+    window_group_norm_silu,
+    window_layer_norm,
+    window_linear,
+    window_norm_conv2d,
+    window_norm_linear,
+)
 
 __all__ = [
     "Explanation",
@@ -50,6 +62,7 @@ __all__ = [
     "SparseMergeStatistics",
     "backend",
     "block_scale_merge",
+    "channel_scale",
     "dora_merge",
     "explain",
     "kernel_linear",
@@ -87,4 +100,10 @@ __all__ = [
     "threshold_from_histograms",
     "unpack_mask",
     "weighted_ce",
+    "window_conv2d",
+    "window_group_norm_silu",
+    "window_layer_norm",
+    "window_linear",
+    "window_norm_conv2d",
+    "window_norm_linear",
 ]

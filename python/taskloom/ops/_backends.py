@@ -61,11 +61,18 @@ def _below_autograd(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 OPS: dict[str, Op] = {}
+# What the native CPU kernel of an op would do with given arguments, in a sentence; for ops that have more than one way.
+_PATHS: dict[str, Callable[..., str]] = {}
 
 
 def register_op(name: str, *, transforms: Transforms, autograd: bool) -> None:
     """Make an op of the loaded libraries known to :func:`choose`."""
     OPS[name] = Op(name, native_devices(name), transforms, autograd)
+
+
+def describe_path(name: str, path: Callable[..., str]) -> None:
+    """Let :func:`explain` say which of an op's ways on the CPU its arguments take; ``path`` takes those of its public wrapper."""
+    _PATHS[name] = path
 
 
 def _checked(name: str, where: str) -> str:
@@ -209,21 +216,27 @@ def kernel(name: str, *tensors: Tensor) -> Callable[..., Any] | None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend an op would take: the chosen one (None: it would raise), and per backend why it cannot serve (None: it can)."""
+    """Which backend an op would take: the chosen one (None: it would raise), and per backend why it cannot serve (None: it can).
+
+    ``path`` says in a sentence which way the op would go there, where it has more than one and its arguments were given.
+    """
 
     op: str
     requested: str
     device: str
     chosen: Backend | None
     obstacles: dict[Backend, str | None]
+    path: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.op} on {self.device} (backend {self.requested!r}): {self.chosen or 'none, it raises'}"]
         lines += [f"  {name:<10}{obstacle or 'can serve'}" for name, obstacle in self.obstacles.items()]
+        if self.path is not None:
+            lines.append(f"  path: {self.path}")
         return "\n".join(lines)
 
 
-def explain(op: str, *tensors: Tensor, device: str | None = None) -> Explanation:
+def explain(op: str, *tensors: Tensor, device: str | None = None, **arguments: Any) -> Explanation:
     """Say which backend an op would take, and why not the others.
 
     Parameters
@@ -234,11 +247,16 @@ def explain(op: str, *tensors: Tensor, device: str | None = None) -> Explanation
         Its tensors; they give the device.
     device
         The device (``"cpu"``, ``"cuda"``, ``"cuda:1"``) where there are no tensors at hand; default ``"cpu"``.
+    **arguments
+        The op's other arguments by name, as ``start=`` and ``width=`` of ``"window_linear"``: where its kernel on the CPU has more than one
+        way, :attr:`Explanation.path` says which one these would take.
 
     Raises
     ------
     ValueError
         If there is no op of that name, or the tensors are on different devices.
+    TypeError
+        If arguments were given, and the op has one way only.
     """
     if op not in OPS:
         from difflib import get_close_matches
@@ -251,4 +269,8 @@ def explain(op: str, *tensors: Tensor, device: str | None = None) -> Explanation
     obstacles = {candidate: _obstacle(OPS[op], candidate, where) for candidate in _ORDER}
     requested = _requested.name
     able = [candidate for candidate in _ORDER if obstacles[candidate] is None and requested in ("auto", candidate)]
-    return Explanation(op, requested, where.type, able[0] if able else None, obstacles)
+    chosen = able[0] if able else None
+    if arguments and op not in _PATHS:
+        raise TypeError(f"{op} has one way only on each backend, so that {', '.join(arguments)} would change nothing")
+    path = _PATHS[op](*tensors, **arguments) if arguments and chosen == "native" and where.type == "cpu" else None
+    return Explanation(op, requested, where.type, chosen, obstacles, path)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 
+from taskloom.reference.arithmetic import autocast_dtype
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -18,6 +20,12 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
     raise TypeError(f"{op}: {name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def cast_for_autocast(x: Tensor) -> Tensor:
+    """The input as autocast would give it to a torch.nn.Linear."""
+    dtype = autocast_dtype(x)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
 def check_floating_like(op: str, name: str, tensor: Tensor, like: Tensor, of: str) -> None:
@@ -130,7 +138,12 @@ def _memory(tensor: Tensor) -> tuple[int, int]:
     return begin, begin + (last + 1) * tensor.element_size()
 
 
-def check_apart(op: str, target: Tensor, **others: Tensor) -> None:
+def is_same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same elements of the same memory, or nothing can be told of it."""
+    return one is other or (_memory(one) == _memory(other) and one.dtype == other.dtype and one.stride() == other.stride())
+
+
+def check_apart(op: str, target: Tensor, *, called: str = "target", **others: Tensor) -> None:
     """Raise ValueError where memory of ``target`` lies between the first and the last element of another argument."""
     if is_compiling():
         return
@@ -138,4 +151,4 @@ def check_apart(op: str, target: Tensor, **others: Tensor) -> None:
     for name, other in others.items():
         other_begin, other_end = _memory(other)
         if begin < other_end and other_begin < end:
-            raise ValueError(f"{op}: target: must not share memory with {name}")
+            raise ValueError(f"{op}: {called}: must not share memory with {name}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from taskloom.methods.merging.rmm.space import product_error
 from taskloom.nn import LowRankConfig, inject, save_adapter
 
 Adapters = dict[str, dict[str, Factors]]
+F32 = torch.float32
 SIZES = {"up": (7, 5), "down": (5, 9)}
 
 
@@ -141,6 +144,24 @@ def test_save_and_load_give_the_same_space(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="expected a file of format"):
         RMMSpace.load(tmp_path / "other.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "part.safetensors", metadata={"format": "taskloom-rmm-1", "errors": '{"up": []}'})
+    (tmp_path / "text.safetensors").write_text("no tensors in here")
+    for name in ("part", "text"):
+        with pytest.raises(ValueError, match=rf"{name}.safetensors: not a space that was saved"):
+            RMMSpace.load(tmp_path / f"{name}.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:fit_rmm")
+def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(tensors: object, path: Path, metadata: object) -> None:
+        path.write_text("half")
+        raise OSError("No space left on device")
+
+    space = fit_rmm(_adapters(3), p=1)
+    monkeypatch.setattr("taskloom.methods.merging.rmm.space.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        space.save(tmp_path / "space.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore:fit_rmm")
@@ -223,6 +244,52 @@ def test_gradients_reach_x() -> None:
     assert torch.autograd.gradcheck(lambda rows: layer(rows, torch.tensor([0, 2, 1, 2])), (x,))
 
 
+@pytest.mark.filterwarnings("ignore:fit_rmm")
+def test_a_kept_reconstruction_follows_the_module() -> None:
+    first, second = (RMMLinear(nn.Linear(9, 5), fit_rmm(_adapters(3, 4, F32, seed), p=1), "down") for seed in (0, 1))
+    x = torch.randn(4, 9, requires_grad=True)
+    with torch.inference_mode():
+        first(x, 1)
+    first(x, 1).sum().backward()
+    assert x.grad is not None
+    first.load_state_dict(second.state_dict())
+    torch.testing.assert_close(first(x, 1), second(x, 1))
+    assert first.double()(x.double(), 1).dtype == torch.float64
+
+
+@pytest.mark.filterwarnings("ignore:fit_rmm")
+def test_under_autocast_it_is_a_linear_layer() -> None:
+    layer = RMMLinear(nn.Linear(9, 5), fit_rmm(_adapters(3, 4, F32), p=1), "down")
+    x = torch.randn(4, 9)
+    for task in (1, torch.tensor([0, 2, 1, 2])):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x, task)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), layer(x, task), rtol=3e-2, atol=3e-1)
+
+
+@pytest.mark.filterwarnings("ignore:fit_rmm")
+def test_types_may_differ_between_tasks() -> None:
+    adapters = _adapters(3, 4, F32)
+    a, b = adapters["t0"]["up"]
+    mixed = _with(adapters, "t0", "up", (a.bfloat16(), b.bfloat16()))
+    assert fit_rmm(mixed, p=2).layers["up"].a.mean.dtype == F32
+    assert (
+        fit_rmm({task: {layer: (a.half(), b.half()) for layer, (a, b) in one.items()} for task, one in adapters.items()}, p=1)
+        .layers["up"]
+        .b.basis.dtype
+        == torch.float16
+    )
+
+
+def test_checkpoints_that_are_not_finite() -> None:
+    base = {"w.weight": torch.zeros(4, 4)}
+    with pytest.raises(ValueError, match=r"tuned: task 'a': 'w.weight' differs from the base by values that are not finite"):
+        from_checkpoints(base, {"a": {"w.weight": torch.full((4, 4), torch.nan)}}, 2)
+    with pytest.raises(TypeError, match="rank: expected an integer, got float"):
+        from_checkpoints(base, {"a": {"w.weight": torch.ones(4, 4)}}, 2.0)  # type: ignore[arg-type]
+
+
 def test_checkpoints_are_cut_to_a_rank(tmp_path: Path) -> None:
     base = {"w.weight": torch.randn(6, 8), "w.bias": torch.randn(6), "same.weight": torch.randn(3, 3)}
     low = torch.randn(6, 2) @ torch.randn(2, 8)
@@ -251,6 +318,11 @@ def test_baselines() -> None:
     assert torch.equal(dropped, merge_separate(adapters, "dare", density=0.5, seed=1)["up"][0])
     with pytest.raises(ValueError, match="method: expected"):
         merge_separate(adapters, "median")  # type: ignore[arg-type]
+    for merge in (merge_separate, merge_products):
+        with pytest.raises(ValueError, match="adapters: expected at least one task, got none"):
+            merge({})
+        with pytest.raises(ValueError, match=r"adapters: task 't1': expected the layers up, down, got up"):
+            merge({**adapters, "t1": {"up": adapters["t1"]["up"]}})
 
 
 def _with(adapters: Adapters, task: str, layer: str, factors: Factors) -> Adapters:
@@ -278,6 +350,33 @@ def _with(adapters: Adapters, task: str, layer: str, factors: Factors) -> Adapte
 def test_bad_adapters(adapters: Adapters, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit_rmm(adapters, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"p": 1.0}, TypeError, "p: expected an integer, got float"),
+        ({"p": True}, TypeError, "p: expected an integer, got bool"),
+        ({"storage": "half"}, TypeError, "storage: expected a number, got str"),
+        ({"storage": math.nan}, ValueError, "storage: expected at least .*, got nan"),
+        ({"p": 1, "dtype": torch.float16}, ValueError, "dtype: expected float32 or float64, got torch.float16"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fit_rmm(_adapters(3), **options)
+
+
+@pytest.mark.filterwarnings("ignore:fit_rmm")
+def test_factors_of_integers_or_nan() -> None:
+    space = fit_rmm(_adapters(3), p=1)
+    for value, error in ((torch.ones(7, 4, dtype=torch.int64), TypeError), (torch.full((7, 4), torch.nan), ValueError)):
+        adapters = _with(_adapters(3), "t1", "up", (value, torch.ones(4, 5)))
+        with pytest.raises(error, match="task 't1': layer 'up': A"):
+            fit_rmm(adapters)
+        with pytest.raises(error, match="adapter: layer 'up': A"):
+            space.add_task("new", adapters["t1"])
+    assert space.tasks == ["t0", "t1", "t2"]
 
 
 @pytest.mark.filterwarnings("ignore:fit_rmm")
@@ -331,6 +430,8 @@ def test_unknown_names() -> None:
     with pytest.raises(ValueError, match="expected 9 in and 5 out features as layer 'down', got 4 and 5"):
         RMMLinear(nn.Linear(4, 5), space, "down")
     layer = RMMLinear(nn.Linear(9, 5), space, "down")
+    with pytest.raises(TypeError, match="task: expected a task's place or a tensor of them, got str"):
+        layer(torch.ones(2, 9), "t0")
     with pytest.raises(ValueError, match="none was given and set_task was not called"):
         layer(torch.ones(2, 9))
     with pytest.raises(IndexError, match="below 3, got 3"):

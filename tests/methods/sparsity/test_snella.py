@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,64 +27,13 @@ from taskloom.methods.sparsity.snella import (
     snell_config,
     snella_config,
 )
-
-
-class Attention(nn.Module):
-    """As timm's: one layer for queries, keys and values."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, -1)
-        return self.proj(torch.softmax(q @ k.mT, -1) @ v)
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm1, self.attn, self.norm2 = nn.LayerNorm(width), Attention(width), nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            OrderedDict([("fc1", nn.Linear(width, 2 * width)), ("act", nn.GELU()), ("fc2", nn.Linear(2 * width, width))])
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class Transformer(nn.Module):
-    """A vision transformer with timm's names."""
-
-    def __init__(self, width: int = 12, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, 4, 4)})
-        self.cls_token = nn.Parameter(torch.randn(1, 1, width))
-        self.blocks = nn.Sequential(Block(width), Block(width))
-        self.head = nn.Linear(width, 5)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.patch_embed["proj"](images).flatten(2).mT
-        x = self.blocks(torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1))
-        return self.head(x[:, 0])
-
+from vision_models import Transformer
 
 IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0])
 NAMES = [
     f"blocks.{place}.{name}" for place in range(2) for name in ("attn.qkv.q", "attn.qkv.k", "attn.qkv.v", "attn.proj", "mlp.fc1", "mlp.fc2")
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only cost time at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _config(**options: Any) -> KernelLoraConfig:

@@ -1,1 +1,1 @@
-"""Methods that run a network on a part of its channels."""
+"""Methods that give each task channels of its own in one network."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ def listed_factors(
     op: str, A: Tensor | Sequence[Tensor], B: Tensor | Sequence[Tensor], base: Tensor, of: str
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The factors of each adapter, checked against the matrix that they are added to."""
+    for name, factors in (("A", A), ("B", B)):
+        if not isinstance(factors, Iterable):
+            raise TypeError(f"{op}: {name}: expected a tensor or a sequence of tensors, got {type(factors).__name__}")
     right = [A] if isinstance(A, Tensor) else list(A)
     left = [B] if isinstance(B, Tensor) else list(B)
     if len(left) != len(right):
@@ -41,7 +44,14 @@ def listed_factors(
     return right, left
 
 
+def check_numbers(op: str, name: str, values: object) -> None:
+    """Raise TypeError unless these are a number or several; a tensor is neither."""
+    if isinstance(values, Tensor) or not isinstance(values, (int, float, Iterable)):
+        raise TypeError(f"{op}: {name}: expected a number or a sequence of numbers, got {type(values).__name__}")
+
+
 def _numbers(op: str, name: str, values: float | Sequence[float], count: int) -> list[float]:
+    check_numbers(op, name, values)
     listed = [values] * count if isinstance(values, (int, float)) else list(values)
     if len(listed) != count:
         raise ValueError(f"{op}: {name}: expected one number or one for each of {count} adapters, got {len(listed)}")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from taskloom.ops._backends import active_transform
-from taskloom.ops._checks import check_floating
+from taskloom.ops._checks import check_apart, check_dtype, check_floating, is_same_memory
+from taskloom.reference.arithmetic import accumulation_dtype
 from taskloom.reference.lowrank.kernel_merge import GATES, KERNELS
 
 # alpha, gamma and beta where none are given: a kernel that is neither scaled nor moved.
@@ -59,7 +60,7 @@ def _check_factors(op: str, A: Tensor, B: Tensor, coef: Tensor) -> None:
         raise ValueError(f"{op}: coef: expected shape ({A.shape[0]},), one value for each chunk, got {tuple(coef.shape)}")
 
 
-def _check_scalar(op: str, name: str, value: float | Tensor | None, neutral: float, like: Tensor) -> Tensor:
+def _check_scalar(op: str, name: str, value: float | Tensor | None, neutral: float, like: Tensor, dtype: torch.dtype) -> Tensor:
     if value is None:
         return like.new_full((), neutral)
     if isinstance(value, Tensor):
@@ -69,17 +70,18 @@ def _check_scalar(op: str, name: str, value: float | Tensor | None, neutral: flo
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name}: expected a number or a tensor of one value, got {type(value).__name__}")
-    return like.new_full((), float(value), dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+    return like.new_full((), float(value), dtype=dtype)
 
 
-def _check_gamma(op: str, gamma: float | Tensor | None) -> None:
+def _check_gamma(op: str, gamma: float | Tensor | None, dtype: torch.dtype) -> None:
     # The value of a tensor on a GPU would have to be waited for; there a gamma of 0 gives NaN.
     if torch.compiler.is_compiling() or gamma is None or active_transform() is not None:
         return
     if isinstance(gamma, Tensor):
         zero = gamma.device.type == "cpu" and type(gamma) in (Tensor, torch.nn.Parameter) and not gamma.detach().all()
     else:
-        zero = gamma == 0
+        # Half of the smallest float32 is rounded to 0.
+        zero = gamma == 0 or (dtype == torch.float32 and isinstance(gamma, (int, float)) and abs(gamma) <= 2.0**-150)
     if zero:
         raise ValueError(f"{op}: gamma: expected a value other than 0, by which mixk divides")
 
@@ -116,8 +118,9 @@ def kernel_arguments(
     beta: float | Tensor | None,
     sparsity: float,
     gate: str | None,
+    *beside: Tensor | None,
 ) -> KernelArguments:
-    """The arguments checked, with scalars as tensors."""
+    """The arguments checked, with scalars as tensors; numbers in the dtype of the arithmetic, which ``beside`` has a say in too."""
     check_kernel(op, kernel)
     check_gate(op, gate)
     _check_factors(op, A, B, coef)
@@ -128,10 +131,12 @@ def kernel_arguments(
             if value is not None:
                 raise ValueError(f"{op}: {name}: the kernel {kernel} has no {name}, expected None")
         return KernelArguments(A, B, coef, None, None, None, kernel, share, gate)
-    if kernel == "mixk":
-        _check_gamma(op, gamma)
     like, neutral = coef.detach(), _NEUTRAL[kernel]
-    checked = [_check_scalar(op, name, value, start, like) for (name, value), start in zip(scalars.items(), neutral, strict=True)]
+    given = (one for one in (A, B, *scalars.values(), *beside) if isinstance(one, Tensor))
+    dtype = accumulation_dtype(coef, *given)
+    if kernel == "mixk":
+        _check_gamma(op, gamma, dtype)
+    checked = [_check_scalar(op, name, value, start, like, dtype) for (name, value), start in zip(scalars.items(), neutral, strict=True)]
     return KernelArguments(A, B, coef, checked[0], checked[1], checked[2], kernel, share, gate)
 
 
@@ -142,3 +147,20 @@ def check_base(op: str, base: Tensor | None, m: int, n: int) -> None:
     check_floating(op, "base", base)
     if base.shape != (m, n):
         raise ValueError(f"{op}: base: expected shape ({m}, {n}), (rows of B, rows of A), got {tuple(base.shape)}")
+
+
+def check_out(op: str, out: Tensor, given: KernelArguments, base: Tensor | None) -> None:
+    """Raise unless ``out`` is a matrix that the merge can be written to: base itself, or apart from everything that is read."""
+    check_dtype(op, "out", out, given.A.dtype if base is None else base.dtype)
+    shape = (given.B.shape[1], given.A.shape[1])
+    if out.shape != shape:
+        raise ValueError(f"{op}: out: expected shape {shape}, (rows of B, rows of A), got {tuple(out.shape)}")
+    if not out.is_contiguous():
+        raise ValueError(f"{op}: out: expected a contiguous tensor, got strides {out.stride()}")
+    named = dict(zip(("A", "B", "coef", "alpha", "gamma", "beta"), given.tensors, strict=True)) | {"base": base}
+    others = {name: one for name, one in named.items() if one is not None}
+    if torch.is_grad_enabled() and any(one.requires_grad for one in (out, *others.values())):
+        raise RuntimeError(f"{op}: out: writing into a tensor has no gradient; call it under torch.no_grad() or on detached tensors")
+    if base is not None and is_same_memory(out, base):
+        del others["base"]
+    check_apart(op, out, called="out", **others)

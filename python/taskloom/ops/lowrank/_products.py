@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from taskloom.reference.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype, without_autocast
 
 # Entries of a tile: a few megabytes.
 TILE = 1 << 20
@@ -29,6 +29,7 @@ def _own(values: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(values.shape, dtype=dtype, device=values.device).copy_(values)
 
 
+@without_autocast
 def lowrank_merge_backward(
     gradient: Tensor,
     base: Tensor | None,
@@ -108,7 +109,7 @@ def _thin_products(
 
 def _groups(task: Tensor, tasks: int) -> tuple[Tensor, list[tuple[int, int, int]]]:
     """Rows in the order of their tasks, and each task's (task, begin, end) in it; rows without an adapter come first."""
-    keys = task.clamp(min=-1).long() + 1
+    keys = task.long().clamp(min=-1) + 1
     order = torch.argsort(keys, stable=True)
     counts = torch.bincount(keys, minlength=tasks + 1).tolist()
     if len(counts) > tasks + 1:
@@ -127,6 +128,7 @@ def _stacked(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return A.to(dtype).reshape(tasks * rank, columns), B.to(dtype).permute(1, 0, 2).reshape(B.shape[1], tasks * rank)
 
 
+@without_autocast
 def lowrank_apply(x: Tensor, A: Tensor, B: Tensor, weight: Tensor, task: Tensor | None, start: Tensor | None) -> Tensor:
     """Start + the adapters' part: two thin products for each task that rows have, on rows sorted once."""
     dtype = accumulation_dtype(x, A, B, weight, start)
@@ -146,6 +148,7 @@ def lowrank_apply(x: Tensor, A: Tensor, B: Tensor, weight: Tensor, task: Tensor 
     return torch.empty(size, dtype=x.dtype, device=x.device).index_copy_(0, order, y.to(x.dtype))
 
 
+@without_autocast
 def lowrank_apply_backward(
     gradient: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: Tensor, task: Tensor | None, needed: Sequence[bool]
 ) -> list[Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from taskloom.ops._backends import choose, kernels
-from taskloom.ops._checks import check_floating
+from taskloom.ops._checks import cast_for_autocast, check_floating
 from taskloom.ops._register import register
 from taskloom.ops.lowrank._kernel_arguments import check_base, kernel_arguments
 from taskloom.ops.lowrank.kernel_merge import as_given, fake_gradients, fake_statistics
@@ -20,14 +20,6 @@ def _check_input(op: str, x: Tensor, n: int) -> None:
     check_floating(op, "x", x)
     if x.dim() == 0 or x.shape[-1] != n:
         raise ValueError(f"{op}: x: expected a last dimension of {n}, the rows of A, got shape {tuple(x.shape)}")
-
-
-def _cast_for_autocast(x: Tensor) -> Tensor:
-    """The input as autocast would give it to a torch.nn.Linear."""
-    kind = x.device.type
-    if x.dtype in (torch.float32, torch.bfloat16, torch.float16) and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
 
 
 def kernel_linear(
@@ -78,14 +70,14 @@ def kernel_linear(
     Differentiable once with respect to x, A, B, coef, alpha, gamma, beta, base and bias.
     """
     op = "kernel_linear"
-    given = kernel_arguments(op, A, B, coef, kernel, alpha, gamma, beta, sparsity, gate)
+    given = kernel_arguments(op, A, B, coef, kernel, alpha, gamma, beta, sparsity, gate, x, base, bias)
     _check_input(op, x, A.shape[1])
     check_base(op, base, B.shape[1], A.shape[1])
     if bias is not None:
         check_floating(op, "bias", bias)
         if bias.shape != (B.shape[1],):
             raise ValueError(f"{op}: bias: expected shape ({B.shape[1]},), the rows of B, got {tuple(bias.shape)}")
-    x = _cast_for_autocast(x)
+    x = cast_for_autocast(x)
     chosen = choose(op, x, *given.given, *(one for one in (base, bias) if one is not None))
     if chosen == "reference":
         scalars = (given.alpha, given.gamma, given.beta)
@@ -136,7 +128,7 @@ def kernel_linear_backward(
     Source: this library. Not differentiable.
     """
     op = "kernel_linear_backward"
-    given = kernel_arguments(op, A, B, coef, kernel, alpha, gamma, beta, 0.0, gate)
+    given = kernel_arguments(op, A, B, coef, kernel, alpha, gamma, beta, 0.0, gate, threshold)
     _check_input(op, x, A.shape[1])
     check_base(op, base, B.shape[1], A.shape[1])
     check_floating(op, "gradient", gradient)

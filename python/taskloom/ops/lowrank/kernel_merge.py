@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from taskloom.ops._backends import choose, kernels
-from taskloom.ops._checks import check_floating
+from taskloom.ops._checks import check_floating, mark_changed
 from taskloom.ops._register import register
-from taskloom.ops.lowrank._kernel_arguments import check_base, kernel_arguments
+from taskloom.ops.lowrank._kernel_arguments import check_base, check_out, kernel_arguments
 from taskloom.reference import lowrank as reference
 from taskloom.reference.arithmetic import accumulation_dtype
 
@@ -77,6 +77,7 @@ def kernel_merge(
     sparsity: float = 0.0,
     gate: str | None = "magnitude",
     base: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Merge two thin factors into a matrix by a kernel, sparsify it by its magnitudes, and add it to a base.
 
@@ -106,6 +107,9 @@ def kernel_merge(
         there; None E everywhere. The comparison is strict: with ties none of them is kept, and sparsity 0 drops the smallest entry.
     base
         ``[m, n]``, the frozen weight of a ``torch.nn.Linear``. Default None: nothing is added.
+    out
+        A contiguous ``[m, n]`` tensor of the result's dtype that the merge is written to and that is returned; it may be base itself, and
+        must not share memory with anything else. Default None: a new tensor.
 
     Returns
     -------
@@ -119,7 +123,9 @@ def kernel_merge(
         If a tensor is not of these dtypes, or sparsity or a scalar is no number.
     ValueError
         If shapes do not fit, sparsity is not in [0, 1], there is no such kernel or gate, gamma is 0 (on GPUs that gives NaN), or tensors
-        are on different devices.
+        are on different devices, or ``out`` is not contiguous or shares memory with an argument, base itself excepted.
+    RuntimeError
+        If ``out`` is given and a tensor requires grad while gradients are recorded.
 
     Notes
     -----
@@ -131,9 +137,19 @@ def kernel_merge(
     number of threads.
     """
     op = "kernel_merge"
-    given = kernel_arguments(op, A, B, coef, kernel, alpha, gamma, beta, sparsity, gate)
+    given = kernel_arguments(op, A, B, coef, kernel, alpha, gamma, beta, sparsity, gate, base)
     check_base(op, base, B.shape[1], A.shape[1])
-    chosen = choose(op, *given.given, *([] if base is None else [base]))
+    start = () if base is None else (base,)
+    if out is not None:
+        check_out(op, out, given, base)
+        chosen = choose("kernel_merge_out", *given.given, *start, out)
+        if chosen == "reference":
+            scalars = (given.alpha, given.gamma, given.beta)
+            return out.copy_(reference.kernel_merge(A, B, coef, kernel, *scalars, given.sparsity, gate, base))
+        kernels(chosen).kernel_merge_out.default(*given.tensors, base, kernel, given.sparsity, given.gate_name, out)
+        mark_changed(out)
+        return out
+    chosen = choose(op, *given.given, *start)
     if chosen == "reference":
         return reference.kernel_merge(A, B, coef, kernel, given.alpha, given.gamma, given.beta, given.sparsity, gate, base)
     merged: Tensor = kernels(chosen).kernel_merge.default(*given.tensors, base, kernel, given.sparsity, given.gate_name)[0]
@@ -183,7 +199,7 @@ def kernel_merge_backward(
     Source: this library. Not differentiable.
     """
     op = "kernel_merge_backward"
-    given = kernel_arguments(op, A, B, coef, kernel, alpha, gamma, beta, 0.0, gate)
+    given = kernel_arguments(op, A, B, coef, kernel, alpha, gamma, beta, 0.0, gate, threshold)
     check_floating(op, "gradient", gradient)
     if gradient.shape != (B.shape[1], A.shape[1]):
         raise ValueError(f"{op}: gradient: expected shape {(B.shape[1], A.shape[1])}, got {tuple(gradient.shape)}")
@@ -243,6 +259,10 @@ def _fake_kernel_merge(
     return merged, *fake_statistics(A, accumulation_dtype(A, B, coef, alpha, gamma, beta, base), kernel)
 
 
+def _fake_kernel_merge_out(*arguments: Any) -> None:
+    return None
+
+
 def _fake_kernel_merge_backward(
     gradient: Tensor,
     A: Tensor,
@@ -293,4 +313,5 @@ def _kernel_merge_backward(ctx: Any, gradient: Tensor, *of_statistics: Tensor | 
 
 register("kernel_quantile", fake=_fake_kernel_quantile)
 register("kernel_merge", fake=_fake_kernel_merge, backward=_kernel_merge_backward, setup_context=_setup_kernel_merge)
+register("kernel_merge_out", fake=_fake_kernel_merge_out, mutates=True)
 register("kernel_merge_backward", fake=_fake_kernel_merge_backward)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from taskloom.ops._backends import active_transform, kernel
-from taskloom.ops._checks import check_floating, check_shape
+from taskloom.ops._checks import cast_for_autocast, check_floating, check_shape
 from taskloom.ops._register import implement_on_cpu, register
 from taskloom.ops.lowrank import _products
 from taskloom.ops.lowrank._factors import Numbers, adapter_weights
 from taskloom.reference import lowrank as reference
+from taskloom.reference.arithmetic import autocast_dtype
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -55,7 +56,7 @@ def _check_base(op: str, x: Tensor, B: Tensor, base: Tensor | None, bias: Tensor
             continue
         check_floating(op, name, one)
         check_shape(op, name, one, shape, "the factors say")
-        if one.dtype != x.dtype:
+        if one.dtype != x.dtype and (autocast_dtype(x) is None or torch.float64 in (one.dtype, x.dtype)):
             raise TypeError(f"{op}: {name}: expected {x.dtype} as x, got {one.dtype}")
 
 
@@ -93,7 +94,7 @@ def lowrank_apply(
     Parameters
     ----------
     x
-        Rows of shape ``[..., in]``; float32, bfloat16, float16 or float64.
+        Rows of shape ``[..., in]``; float32, bfloat16, float16 or float64. Under autocast they are cast as for a ``torch.nn.Linear``.
     A, B
         Factors of T adapters, ``[T, r, in]`` and ``[T, out, r]``, or two lists of ``[r_t, in]`` and ``[out, r_t]``, whose ranks are then
         filled up with zeros. Any of these dtypes.
@@ -103,7 +104,7 @@ def lowrank_apply(
         Integers: the adapter of each row, of x's leading shape or a first part of it (``[batch]`` for x ``[batch, length, in]``); negative
         for none. Default None: every row gets the sum of all adapters.
     base, bias
-        ``[out, in]`` and ``[out]`` in x's dtype; default None: only the adapters.
+        ``[out, in]`` and ``[out]`` in x's dtype (under autocast they are cast to it); default None: only the adapters.
     scale
         Constant factor of the weight, one number or one per adapter: PEFT's ``lora_alpha / r``. Default 1.0.
 
@@ -133,6 +134,7 @@ def lowrank_apply(
     op = "lowrank_apply"
     right, left = _padded(op, "A", A, 0), _padded(op, "B", B, 1)
     _check_factors(op, x, right, left)
+    x = cast_for_autocast(x)
     _check_base(op, x, left, base, bias)
     weights = adapter_weights(op, weight, scale, len(right), x, right, left)
     rows = x.reshape(-1, x.shape[-1])
@@ -143,13 +145,14 @@ def lowrank_apply(
     if run is None:
         if chosen is not None:
             _check_values(op, chosen, len(right))
-        y = reference.lowrank_apply(rows, right, left, weights, chosen, base, bias)
+        cast = [None if one is None else one.to(x.dtype) for one in (base, bias)]
+        y = reference.lowrank_apply(rows, right, left, weights, chosen, *cast)
     else:
         start = None
         if base is not None:
             start = torch.nn.functional.linear(rows, base, bias)
         elif bias is not None:
-            start = bias.expand(len(rows), -1)
+            start = bias.to(x.dtype).expand(len(rows), -1)
         y = run(rows, right, left, weights, chosen, start)
     return y.reshape(*x.shape[:-1], left.shape[1])
 

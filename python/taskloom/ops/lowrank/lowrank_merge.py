@@ -11,7 +11,7 @@ from taskloom.ops._backends import kernel
 from taskloom.ops._checks import check_floating, check_shape, check_untracked, check_writable, mark_changed, plain_number
 from taskloom.ops._register import implement_on_cpu, register
 from taskloom.ops.lowrank import _products
-from taskloom.ops.lowrank._factors import Numbers, adapter_weights, check_matrix, listed_factors
+from taskloom.ops.lowrank._factors import Numbers, adapter_weights, check_matrix, check_numbers, listed_factors
 from taskloom.reference import lowrank as reference
 from taskloom.reference.arithmetic import accumulation_dtype
 
@@ -180,8 +180,10 @@ def lowrank_unmerge_(
         check_matrix(op, "base", base)
         check_shape(op, "base", base, target.shape, "target")
         listed_factors(op, A, B, target, "target")
+        check_writable(op, "target", target)
         check_untracked(op, None, target=target)
         return target.copy_(base)
+    check_numbers(op, "weight", weight)
     weights = [weight] if isinstance(weight, (int, float)) else list(weight)
     negative = [-plain_number(op, "weight", one) for one in weights]
     return lowrank_merge_(target, A, B, negative[0] if isinstance(weight, (int, float)) else negative, scale=scale)

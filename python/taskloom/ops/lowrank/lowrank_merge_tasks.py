@@ -60,7 +60,7 @@ def lowrank_merge_tasks(
     Raises
     ------
     TypeError
-        If a tensor has another dtype, or ``scale`` is no number.
+        If a tensor has another dtype, ``scale`` is no number, or ``select`` no integer.
     ValueError
         If shapes or counts do not fit, ``select`` is no adapter's number, or only one of ``select`` and ``out`` is given.
 
@@ -75,6 +75,8 @@ def lowrank_merge_tasks(
     if (select is None) != (out is None):
         raise ValueError(f"{op}: select and out: expected both or neither, as one names the task and the other where its merge goes")
     if select is not None and out is not None:
+        if isinstance(select, bool) or not isinstance(select, int):
+            raise TypeError(f"{op}: select: expected an integer, got {type(select).__name__}")
         if not 0 <= select < len(A):
             raise ValueError(f"{op}: select: expected the number of one of {len(A)} adapters, got {select}")
         return lowrank_merge_(out, A[select], B[select], weights[select], base=base)

@@ -39,7 +39,7 @@ def rmm_fit(vectors: Tensor, rank: int, center: bool = True) -> tuple[Tensor, Te
     Raises
     ------
     TypeError
-        If vectors is of another dtype.
+        If vectors is of another dtype, or rank no integer.
     ValueError
         If vectors has not three dimensions, or rank is out of range.
     RuntimeError
@@ -49,13 +49,15 @@ def rmm_fit(vectors: Tensor, rank: int, center: bool = True) -> tuple[Tensor, Te
     -----
     Source: reversible model merging, arXiv 2510.14163. The arithmetic is float64 for every dtype: cyclic Jacobi on the smaller of the
     Gram matrices of a position, whose directions are made orthonormal once more. The result is rounded once, and does not depend on the
-    number of threads.
+    number of threads. The CUDA kernel does the same arithmetic; it takes at most 4096 tasks of 16384 entries.
     """
     op = "rmm_fit"
     check_floating(op, "vectors", vectors)
     if vectors.dim() != 3:
         raise ValueError(f"{op}: vectors: expected shape [n, P, r], got {tuple(vectors.shape)}")
     tasks, _, width = vectors.shape
+    if isinstance(rank, bool) or not isinstance(rank, (int, torch.SymInt)):
+        raise TypeError(f"{op}: rank: expected an integer, got {type(rank).__name__}")
     largest = min(width, tasks - 1 if center else tasks)
     if not 1 <= rank <= largest:
         less = "one less than the tasks" if center else "the tasks"

@@ -12,7 +12,7 @@ from taskloom.ops._checks import check_floating
 from taskloom.ops._register import implement_on_cpu, register
 from taskloom.ops.lowrank._positions import check_positions
 from taskloom.reference import lowrank as reference
-from taskloom.reference.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype, without_autocast
 from taskloom.reference.lowrank.rmm import rmm_inner
 
 
@@ -81,7 +81,8 @@ def rmm_linear(
     TypeError
         If a tensor has another dtype.
     ValueError
-        If shapes or devices do not fit, or a row's task is none of the n (in compiled code: RuntimeError).
+        If shapes or devices do not fit, or a row's task is none of the n (in compiled code RuntimeError; on a GPU that is a device-side
+        assertion, as in torch's own indexing).
 
     Notes
     -----
@@ -111,7 +112,7 @@ def rmm_linear(
 
 
 def check_task_range(task: Tensor, tasks: int) -> None:
-    """Raise RuntimeError unless every task is one of ``tasks``; waits for the device."""
+    """Raise RuntimeError unless every task is one of ``tasks``."""
     if task.numel() and not bool(((task >= 0) & (task < tasks)).all()):
         raise RuntimeError(f"task: expected 0 to {tasks - 1} at every row")
 
@@ -131,8 +132,9 @@ def _setup_rmm_linear(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> N
     ctx.save_for_backward(*inputs)
 
 
+@without_autocast
 def _positions_gradients(
-    needed: tuple[bool, bool, bool], outer: Tensor, task: Tensor, inner: Tensor, basis: Tensor, coefficients: Tensor
+    outer: Tensor, task: Tensor, inner: Tensor, basis: Tensor, coefficients: Tensor, needed: tuple[bool, bool, bool]
 ) -> list[Tensor | None]:
     """Gradients of mean, basis and coefficients where row s has the gradient ``outer[s, q] inner[s]`` for its task's vector at q."""
     for_mean, for_basis, for_coefficients = needed
@@ -161,10 +163,10 @@ def _rmm_linear_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...
     found: list[Tensor | None] = [None] * 6
     if any(needed[2:5]):
         inner = rmm_inner(x, chosen, mean_b, basis_b, coef_b, dtype)
-        found[:3] = _positions_gradients(needed[2:5], gradient.to(dtype), chosen, inner, basis_a, coef_a)
+        found[:3] = _positions_gradients(gradient.to(dtype), chosen, inner, basis_a, coef_a, needed[2:5])
     if any(needed[5:8]):
         inner = rmm_inner(gradient, chosen, mean_a, basis_a, coef_a, dtype)
-        found[3:] = _positions_gradients(needed[5:8], x.to(dtype), chosen, inner, basis_b, coef_b)
+        found[3:] = _positions_gradients(x.to(dtype), chosen, inner, basis_b, coef_b, needed[5:8])
     parts = [None if one is None else one.to(own.dtype) for one, own in zip(found, ctx.saved_tensors[2:], strict=True)]
     return for_x, None, *parts
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from taskloom.ops.routed._prefix_checks import empty_result
+from taskloom.ops.routed._prefix_checks import empty_result, is_channels_last
 from taskloom.ops.routed._prefix_products import outside_autocast
 from taskloom.reference.arithmetic import accumulation_dtype
 
 
 def _prefix(values: Tensor | None, channels: int, dtype: torch.dtype) -> Tensor | None:
     return None if values is None else values[:channels].to(dtype)
+
+
+def _vector(values: Tensor | None, x: Tensor, dtype: torch.dtype, missing: float) -> Tensor:
+    """The prefix of a vector; one is always given, because its dtype is that of the statistics of 16-bit values."""
+    found = _prefix(values, x.shape[1], dtype)
+    return x.new_full((x.shape[1],), missing, dtype=dtype) if found is None else found
 
 
 def _normalised(values: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
@@ -42,20 +49,26 @@ def prefix_norm(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass for the statistics, one to normalise, and one in place for the positive part."""
-    dtype = accumulation_dtype(x, weight, bias, running_mean, running_var)
-    channels, values = x.shape[1], x.to(dtype)
-    if kind != "batch":
-        var, mean = torch.var_mean(values.reshape(x.shape[0], groups, -1), 2, correction=0)
-    elif running_mean is not None and running_var is not None:
+    """Torch's normalisation, which takes 16-bit values with vectors of float32 on a CPU, and the positive part in place."""
+    dtype, channels = accumulation_dtype(x, weight, bias, running_mean, running_var), x.shape[1]
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    # Without a copy where torch takes x as it is.
+    values = (x if x.is_cpu and dtype == torch.float32 else x.to(dtype)).contiguous(memory_format=layout)
+    vectors = _vector(weight, x, dtype, 1.0), _vector(bias, x, dtype, 0.0)
+    if kind == "batch" and running_mean is not None and running_var is not None:
         mean, var = running_mean[:channels].to(dtype, copy=True), running_var[:channels].to(dtype, copy=True)
+        y = torch.native_batch_norm(values, *vectors, mean, var, False, 0.0, eps)[0]
     else:
-        var, mean = torch.var_mean(values, [dim for dim in range(x.dim()) if dim != 1], correction=0)
-    y = _normalised(values, _prefix(weight, channels, dtype), _prefix(bias, channels, dtype), mean, var, eps)
+        if kind == "batch":
+            y, mean, rstd = torch.native_batch_norm(values, *vectors, None, None, True, 0.0, eps)
+        else:
+            y, mean, rstd = torch.native_group_norm(values, *vectors, x.shape[0], channels, math.prod(x.shape[2:]), groups, eps)
+        var = rstd.pow(-2).sub_(eps).clamp_(min=0)
     if relu:
         y.relu_()
-    out = empty_result(x, x.shape)
-    return (y if y.dtype == x.dtype and y.stride() == out.stride() else out.copy_(y)), mean, var
+    # Where a size is 1, a layout has many strides.
+    usual = y.dtype == x.dtype and 1 not in x.shape and y.is_contiguous(memory_format=layout)
+    return (y if usual else empty_result(x, x.shape).copy_(y)), mean, var
 
 
 @outside_autocast
@@ -83,7 +96,7 @@ def prefix_norm_backward(
     if kind == "batch":
         found = torch.ops.aten.native_batch_norm_backward(g, values, multiplier, mean, var, mean, rstd, not running, eps, mask)
     else:
-        sizes = (x.shape[0], channels, values[0, 0].numel() if values.numel() else 0, mean.shape[1])
+        sizes = (x.shape[0], channels, math.prod(x.shape[2:]), mean.shape[1])
         found = torch.ops.aten.native_group_norm_backward(g, values, mean, rstd, multiplier, *sizes, mask)
     results = [found[0].to(x.dtype).contiguous()] if needed[0] else []
     for one, part, wanted in ((weight, found[1], needed[1]), (bias, found[2], needed[2])):

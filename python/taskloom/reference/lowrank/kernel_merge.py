@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from taskloom.reference.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype, without_autocast
 
 KERNELS = ("linear", "pwl", "sigmoid", "rbf", "mixk")
 GATES = ("magnitude", "soft", "hard")
@@ -28,6 +28,7 @@ def _distances(A: Tensor, B: Tensor) -> Tensor:
     return torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)
 
 
+@without_autocast
 def kernel_values(
     A: Tensor, B: Tensor, coef: Tensor, kernel: str, alpha: Tensor | None, gamma: Tensor | None, beta: Tensor | None
 ) -> Tensor:
@@ -137,6 +138,7 @@ def kernel_merge(
     return merged.to(A.dtype) if base is None else (base.to(dtype) + merged).to(base.dtype)
 
 
+@without_autocast
 def kernel_merge_backward(
     gradient: Tensor,
     A: Tensor,
@@ -166,6 +168,7 @@ def kernel_merge_backward(
     return by_leaf[id(a)].to(dtype), by_leaf[id(b)].to(dtype), by_leaf[id(c)].to(dtype), torch.stack(numbers).detach().to(dtype)
 
 
+@without_autocast
 def kernel_linear(
     x: Tensor,
     A: Tensor,
@@ -189,6 +192,7 @@ def kernel_linear(
     return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
 
 
+@without_autocast
 def kernel_linear_backward(
     gradient: Tensor,
     x: Tensor,

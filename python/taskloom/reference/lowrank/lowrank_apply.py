@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from taskloom.reference.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype, without_autocast
 
 
 def _shares(rows: int, weight: Tensor, task: Tensor | None, tasks: int) -> Tensor:
@@ -18,6 +18,7 @@ def _shares(rows: int, weight: Tensor, task: Tensor | None, tasks: int) -> Tenso
     return share * torch.nn.functional.one_hot(task.clamp(min=0).long(), tasks) * (task >= 0)[:, None]
 
 
+@without_autocast
 def lowrank_apply(
     x: Tensor, A: Tensor, B: Tensor, weight: Tensor, task: Tensor | None = None, base: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
@@ -37,6 +38,7 @@ def lowrank_apply(
     return y.to(x.dtype)
 
 
+@without_autocast
 def lowrank_apply_backward(
     gradient: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: Tensor, task: Tensor | None, needed: Sequence[bool]
 ) -> list[Tensor]:

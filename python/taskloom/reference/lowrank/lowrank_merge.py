@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from taskloom.reference.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype, without_autocast
 
 
 def _sum(base: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -18,6 +18,7 @@ def _sum(base: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], weight: Tensor,
     return base.to(dtype) + total
 
 
+@without_autocast
 def lowrank_merge(base: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], weight: Tensor, row_scale: Tensor | None = None) -> Tensor:
     """Round row_scale * (base + sum_i weight[i] * B[i] A[i]) once to base's dtype.
 
@@ -28,6 +29,7 @@ def lowrank_merge(base: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], weight
     return (total if row_scale is None else row_scale.to(dtype)[:, None] * total).to(base.dtype)
 
 
+@without_autocast
 def lowrank_merge_(
     target: Tensor, base: Tensor | None, A: Sequence[Tensor], B: Sequence[Tensor], weight: Tensor, row_scale: Tensor | None = None
 ) -> Tensor:
@@ -37,6 +39,7 @@ def lowrank_merge_(
     return target.copy_(lowrank_merge(start.to(dtype), A, B, weight, row_scale))
 
 
+@without_autocast
 def lowrank_merge_backward(
     gradient: Tensor,
     base: Tensor | None,
@@ -74,6 +77,7 @@ def lowrank_merge_tasks(base: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> T
     return torch.stack([lowrank_merge(base, [A[t]], [B[t]], weight[t : t + 1]) for t in range(len(A))])
 
 
+@without_autocast
 def lowrank_norm(base: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], weight: Tensor) -> Tensor:
     """The 2-norm of each row of base + sum_i weight[i] * B[i] A[i], in the dtype of the arithmetic; squares are summed in float64."""
     dtype = accumulation_dtype(base, weight, *A, *B)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from taskloom.reference.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype, without_autocast
 
 
+@without_autocast
 def rmm_fit(vectors: Tensor, rank: int, center: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [P, r], basis [P, p, r] and coefficients [n, P, p] of ``vectors`` [n, P, r], at each position alone; p is ``rank``.
 
@@ -34,6 +35,7 @@ def rounding_floor(wide: Tensor, dtype: torch.dtype) -> Tensor:
     return length[:, None] * max(computed, torch.finfo(dtype).eps)
 
 
+@without_autocast
 def rmm_reconstruct(mean: Tensor, basis: Tensor, coefficients: Tensor) -> Tensor:
     """Mean + coefficients basis at each position: [P, r] of [P, r], [P, p, r] and one task's [P, p]; rounded once."""
     dtype = accumulation_dtype(mean, basis, coefficients)
@@ -41,6 +43,7 @@ def rmm_reconstruct(mean: Tensor, basis: Tensor, coefficients: Tensor) -> Tensor
     return (mean.to(dtype) + added).to(mean.dtype)
 
 
+@without_autocast
 def rmm_linear(
     x: Tensor,
     task: Tensor,
@@ -65,6 +68,7 @@ def rmm_linear(
     return y.to(x.dtype)
 
 
+@without_autocast
 def rmm_inner(x: Tensor, task: Tensor, mean: Tensor, basis: Tensor, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
     """X V_t per row with its task's vectors V_t [P, r]: [N, r] in ``dtype`` of x [N, P]."""
     rows = x.to(dtype)

@@ -24,6 +24,17 @@ def _merge(factors: list[Tensor], method: Separate, weight: float, density: floa
     return taskloom.sparse_merge(None, factors, weights, select="dropout", density=density, rescale="density", seed=seed, key=key)
 
 
+def _by_layer(adapters: Mapping[str, Adapter]) -> dict[str, list[Factors]]:
+    """All tasks' factors of each layer."""
+    if not adapters:
+        raise ValueError("adapters: expected at least one task, got none")
+    names = list(next(iter(adapters.values())))
+    for task, adapter in adapters.items():
+        if set(adapter) != set(names):
+            raise ValueError(f"adapters: task {task!r}: expected the layers {', '.join(names)}, got {', '.join(adapter)}")
+    return {layer: [adapter[layer] for adapter in adapters.values()] for layer in names}
+
+
 def merge_separate(
     adapters: Mapping[str, Adapter], method: Separate = "sum", weight: float = 1.0, *, density: float = 0.2, seed: int = 0
 ) -> dict[str, Factors]:
@@ -49,8 +60,7 @@ def merge_separate(
     if method not in ("sum", "ties", "dare"):
         raise ValueError(f"method: expected 'sum', 'ties' or 'dare', got {method!r}")
     merged = {}
-    for layer in next(iter(adapters.values())):
-        found = [adapter[layer] for adapter in adapters.values()]
+    for layer, found in _by_layer(adapters).items():
         a = _merge([factor.contiguous() for factor, _ in found], method, weight, density, seed, f"{layer}.A")
         b = _merge([factor.contiguous() for _, factor in found], method, weight, density, seed, f"{layer}.B")
         merged[layer] = (a, b)
@@ -60,8 +70,7 @@ def merge_separate(
 def merge_products(adapters: Mapping[str, Adapter], weight: float = 1.0) -> dict[str, Tensor]:
     """Combined merging: ``weight * sum_i A_i B_i`` of each layer, a full-rank change that has to be stored whole."""
     merged = {}
-    for layer in next(iter(adapters.values())):
-        found = [adapter[layer] for adapter in adapters.values()]
+    for layer, found in _by_layer(adapters).items():
         stacked = torch.cat([a for a, _ in found], 1), torch.cat([b for _, b in found], 0)
         merged[layer] = weight * (stacked[0] @ stacked[1])
     return merged

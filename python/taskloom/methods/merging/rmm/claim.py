@@ -24,7 +24,7 @@ def _with_deltas(digits: ProjectedDigits, task: int, deltas: Mapping[str, Tensor
     state = dict(digits.tuned[task])
     for layer, delta in deltas.items():
         name = f"{layer}.weight"
-        state[name] = digits.base[name] + delta
+        state[name] = digits.base[name] + delta.cpu()
     return state
 
 
@@ -52,7 +52,11 @@ def _measure(trial: Trial) -> Values:
     digits = projected_digits.build(trial.seed, tasks=config["tasks"], finetune_steps=config["finetune_steps"])
     trial.progress(0.5)
     tuned = {f"task-{place}": state for place, state in enumerate(digits.tuned)}
-    adapters = from_checkpoints(digits.base, tuned, config["rank"], names=_LAYERS)
+    # The networks are trained and evaluated on the CPU; what the method itself computes runs where the trial says.
+    adapters = {
+        task: {layer: (a.to(trial.device), b.to(trial.device)) for layer, (a, b) in adapter.items()}
+        for task, adapter in from_checkpoints(digits.base, tuned, config["rank"], names=_LAYERS).items()
+    }
     values = {"low-rank models": _mean_accuracy(digits, [_products(adapter) for adapter in adapters.values()], "test")}
     for p in (*config["p"], config["tasks"] - 1):
         with warnings.catch_warnings():

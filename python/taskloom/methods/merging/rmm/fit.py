@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from taskloom.methods.merging.rmm.space import Adapter, Factors, Layer, Positions, RMMSpace, product_error
+from taskloom.methods.merging.rmm.space import Adapter, Factors, Layer, Positions, RMMSpace, check_factors, product_error
 from taskloom.ops import rmm_fit
 
 _DEFAULT_STORAGE = 0.5
-
-
-def _check_finite(task: str, layer: str, factors: Factors) -> None:
-    for name, factor in zip(("A", "B"), factors, strict=True):
-        if not torch.isfinite(factor).all():
-            raise ValueError(f"adapters: task {task!r}: layer {layer!r}: {name} holds values that are not finite")
 
 
 def _padded(factors: Factors, rank: int) -> Factors:
@@ -34,7 +29,7 @@ def _stacked(adapters: Mapping[str, Adapter], layer: str, pad_rank: bool) -> lis
             raise ValueError(
                 f"adapters: task {task!r}: layer {layer!r}: expected A [m, r] and B [r, d], got {tuple(a.shape)} and {tuple(b.shape)}"
             )
-        _check_finite(task, layer, (a, b))
+        check_factors(f"adapters: task {task!r}: layer {layer!r}", (a, b))
     sizes = {(a.shape[0], b.shape[1]) for a, b in found.values()}
     if len(sizes) > 1:
         raise ValueError(f"adapters: layer {layer!r}: expected one size (m, d) for all tasks, got {sorted(sizes)}")
@@ -43,7 +38,9 @@ def _stacked(adapters: Mapping[str, Adapter], layer: str, pad_rank: bool) -> lis
         listed = ", ".join(f"{task} {rank}" for task, rank in ranks.items())
         raise ValueError(f"adapters: layer {layer!r}: expected one rank for all tasks, got {listed}; pad_rank=True fills up with zeros")
     rank = max(ranks.values())
-    return [_padded(factors, rank) for factors in found.values()]
+    # What is stored must not round one task to the type of another.
+    dtype = reduce(torch.promote_types, (factor.dtype for factors in found.values() for factor in factors))
+    return [_padded((a.to(dtype), b.to(dtype)), rank) for a, b in found.values()]
 
 
 def _ratio(p: int, rank: int, tasks: int) -> float:
@@ -60,13 +57,17 @@ def _choose_p(p: int | None, storage: float | None, layers: Mapping[str, list[Fa
         return sum(positions * rank * tasks * _ratio(p, rank, tasks) for positions, rank in weights.values()) / own
 
     largest = min(min(rank for _, rank in weights.values()), tasks - 1 if center else tasks)
+    if storage is not None and not isinstance(storage, (int, float)):
+        raise TypeError(f"storage: expected a number, got {type(storage).__name__}")
     if p is not None:
+        if isinstance(p, bool) or not isinstance(p, int):
+            raise TypeError(f"p: expected an integer, got {type(p).__name__}")
         if storage is not None:
             raise ValueError("storage: expected nothing where p is given")
         if not 1 <= p <= largest:
             raise ValueError(f"p: expected 1 to {largest}, the least of the rank and the tasks{' less one' if center else ''}, got {p}")
         return p
-    if storage is not None and share(1) > storage:
+    if storage is not None and not share(1) <= storage:
         raise ValueError(f"storage: expected at least {share(1):.4f}, which p = 1 takes, got {storage}")
     fitting = [candidate for candidate in range(1, largest + 1) if share(candidate) <= (storage or _DEFAULT_STORAGE)]
     return max(fitting, default=1)
@@ -103,7 +104,7 @@ def fit_rmm(
     pad_rank
         Fill up smaller ranks with zeros. Default False: they are an error.
     dtype
-        float32 (default) or float64: what the fit computes in. What is stored has the adapters' dtype.
+        float32 (default) or float64: what the fit computes in. What is stored has the adapters' dtype, the widest where they differ.
 
     Returns
     -------
@@ -112,6 +113,8 @@ def fit_rmm(
 
     Raises
     ------
+    TypeError
+        If a factor is not floating point, p is no integer, or storage no number.
     ValueError
         If there are fewer than 2 adapters, layers, shapes or ranks differ, a factor is not finite, or p or storage cannot be had.
 
@@ -121,6 +124,8 @@ def fit_rmm(
     defined up to a change of gauge (A Q, Q^-1 B), and the fit depends on it; one change common to all adapters by an orthogonal Q alters
     nothing.
     """
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype: expected float32 or float64, got {dtype}")
     if len(adapters) < 2:
         raise ValueError(f"adapters: expected at least 2 tasks, got {len(adapters)}")
     names = list(next(iter(adapters.values())))

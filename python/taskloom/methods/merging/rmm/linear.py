@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 
@@ -63,12 +66,24 @@ class RMMLinear(nn.Module):
         mean, basis, coefficients = (self.get_buffer(f"{factor}_{part}") for part in _PARTS)
         return mean, basis, coefficients
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._cached = None
+        module: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return module
+
+    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
+        self._cached = None
+        super()._load_from_state_dict(*arguments, **named)
+
     def _factors(self, task: int) -> tuple[Tensor, Tensor]:
-        mean, basis, coefficients = self._parts("a")
-        if self._cached is None or self._cached[0] != task or self._cached[1].device != mean.device:
-            a = rmm_reconstruct(mean, basis, coefficients[task].contiguous())
-            mean, basis, coefficients = self._parts("b")
-            self._cached = task, a, rmm_reconstruct(mean, basis, coefficients[task].contiguous())
+        if self._cached is None or self._cached[0] != task:
+            # What inference mode makes could not be used for a backward later.
+            with torch.inference_mode(False), torch.no_grad():
+                a, b = (
+                    rmm_reconstruct(mean, basis, coefficients[task].contiguous())
+                    for mean, basis, coefficients in (self._parts("a"), self._parts("b"))
+                )
+            self._cached = task, a, b
         return self._cached[1], self._cached[2]
 
     def forward(self, x: Tensor, task: int | Tensor | None = None) -> Tensor:
@@ -83,6 +98,8 @@ class RMMLinear(nn.Module):
 
         Raises
         ------
+        TypeError
+            If a task is no integer.
         ValueError
             If there is no task, or its shape does not fit.
         IndexError
@@ -93,6 +110,8 @@ class RMMLinear(nn.Module):
             raise ValueError("task: expected a task's place or a tensor of them; none was given and set_task was not called")
         y: Tensor = self.base(x)
         if not isinstance(chosen, Tensor):
+            if isinstance(chosen, bool) or not isinstance(chosen, int):
+                raise TypeError(f"task: expected a task's place or a tensor of them, got {type(chosen).__name__}")
             if not 0 <= chosen < len(self.tasks):
                 raise IndexError(f"task: expected a place below {len(self.tasks)}, got {chosen}")
             a, b = self._factors(chosen)
@@ -100,7 +119,8 @@ class RMMLinear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         places = self._places(chosen, x.shape[:-1])
         added = rmm_linear(rows, places, *self._parts("a"), *self._parts("b"))
-        return y + added.view(y.shape)
+        # Under autocast the base's output is narrower than x.
+        return y + added.view(y.shape).to(y.dtype)
 
     def _places(self, task: Tensor, shape: torch.Size) -> Tensor:
         if task.shape == shape:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from taskloom.methods.merging.rmm.space import Factors
 from taskloom.nn.adapter_files import part_of
-from taskloom.nn.lowrank_config import pattern_value
+from taskloom.nn.lowrank_config import check_plain_lora, pattern_value
 
 State = Mapping[str, Tensor]
 
@@ -35,6 +35,10 @@ def _check_config(source: str, config: Mapping[str, Any]) -> None:
         raise TypeError(f"{source}: expected a LoRA adapter, got {kind}")
     if config.get("use_dora"):
         raise ValueError(f"{source}: DoRA adapters are not low-rank changes of a weight")
+    try:
+        check_plain_lora(config)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         raise ValueError(f"{source}: adapters that carry biases are refused, this one has bias={config.get('bias')!r}")
 
@@ -139,19 +143,19 @@ def from_checkpoints(
 
     Raises
     ------
+    TypeError
+        If the rank is no integer.
     ValueError
-        If a weight is missing, of another shape, or smaller than the rank.
+        If a weight is missing, of another shape, or smaller than the rank, or its change is not finite.
     """
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank: expected an integer, got {type(rank).__name__}")
     if rank < 1:
         raise ValueError(f"rank: expected 1 or more, got {rank}")
     origin = base if isinstance(base, Mapping) else load_file(base)
     states = {task: one if isinstance(one, Mapping) else load_file(one) for task, one in tuned.items()}
     if names is None:
         matrices = [name for name, value in origin.items() if value.dim() == 2 and value.is_floating_point()]
-
-        def changed(name: str) -> bool:
-            return any(name in state and not torch.equal(state[name], origin[name]) for state in states.values())
-
         names = [
             name for name in matrices if any(name in state and not torch.equal(state[name], origin[name]) for state in states.values())
         ]
@@ -163,6 +167,9 @@ def from_checkpoints(
             if rank > min(origin[name].shape):
                 raise ValueError(f"rank: expected at most {min(origin[name].shape)}, the smaller side of {name!r}, got {rank}")
             dtype = torch.promote_types(origin[name].dtype, torch.float32)
-            a, b = truncated_svd(state[name].to(dtype) - origin[name].to(dtype), rank)
+            delta = state[name].to(dtype) - origin[name].to(dtype)
+            if not torch.isfinite(delta).all():
+                raise ValueError(f"tuned: task {task!r}: {name!r} differs from the base by values that are not finite")
+            a, b = truncated_svd(delta, rank)
             adapters[task][name.removesuffix(".weight")] = (a.to(origin[name].dtype), b.to(origin[name].dtype))
     return adapters

@@ -7,9 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -63,6 +65,15 @@ class Layer:
         return self.a.vectors(task), self.b.vectors(task).T.contiguous()
 
 
+def check_factors(where: str, factors: Factors) -> None:
+    """Raise unless both factors are floating point and finite."""
+    for name, factor in zip(("A", "B"), factors, strict=True):
+        if not factor.is_floating_point():
+            raise TypeError(f"{where}: {name}: expected a floating-point tensor, got {factor.dtype}")
+        if not torch.isfinite(factor).all():
+            raise ValueError(f"{where}: {name} holds values that are not finite")
+
+
 def product_error(factors: Factors, approximation: Factors) -> float:
     """Relative Frobenius error of a product A B, from Gram matrices of the factors: nothing weight-sized is made."""
     left = torch.cat([factors[0], -approximation[0]], 1).double()
@@ -72,6 +83,10 @@ def product_error(factors: Factors, approximation: Factors) -> float:
     error = float((gram_left * gram_right).sum().clamp(min=0))
     size = float((gram_left[:rank, :rank] * gram_right[:rank, :rank]).sum().clamp(min=0))
     return (error / size) ** 0.5 if size > 0 else (0.0 if error == 0 else float("inf"))
+
+
+def _read_positions(file: Any, name: str) -> Positions:
+    return Positions(*(file.get_tensor(f"{name}.{part}") for part in ("mean", "basis", "coefficients")))
 
 
 class RMMSpace:
@@ -183,8 +198,10 @@ class RMMSpace:
 
         Raises
         ------
+        TypeError
+            If a factor is not floating point.
         ValueError
-            If the task is there already, or its layers or shapes are others.
+            If the task is there already, its layers or shapes are others, or a factor is not finite.
         """
         if task in self.tasks:
             raise ValueError(f"task: {task!r} is there already")
@@ -196,6 +213,7 @@ class RMMSpace:
             expected = ((layer.a.mean.shape[0], layer.rank), (layer.rank, layer.b.mean.shape[0]))
             if (tuple(a.shape), tuple(b.shape)) != expected:
                 raise ValueError(f"adapter: layer {name!r}: expected shapes {expected}, got {(tuple(a.shape), tuple(b.shape))}")
+            check_factors(f"adapter: layer {name!r}", (a, b))
             grown = [
                 Positions(held.mean, held.basis, torch.cat([held.coefficients, held.project(vectors)[None]]))
                 for held, vectors in ((layer.a, a), (layer.b, b.T))
@@ -209,14 +227,19 @@ class RMMSpace:
         return errors
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write everything into one safetensors file."""
+        """Write everything into one safetensors file, which takes its name only when it is whole."""
         tensors = {}
         for name, layer in self.layers.items():
             for factor, positions in (("a", layer.a), ("b", layer.b)):
                 for part in ("mean", "basis", "coefficients"):
                     tensors[f"{name}.{factor}.{part}"] = getattr(positions, part).contiguous()
         facts = {"format": _FORMAT, "tasks": json.dumps(self.tasks), "errors": json.dumps(self._errors)}
-        save_file(tensors, path, metadata=facts)
+        unfinished = Path(path).with_name(f".{Path(path).name}.part")
+        try:
+            save_file(tensors, unfinished, metadata=facts)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RMMSpace:
@@ -227,16 +250,13 @@ class RMMSpace:
         ValueError
             If the file is something else.
         """
-        with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
-            if facts.get("format") != _FORMAT:
-                raise ValueError(f"{path}: expected a file of format {_FORMAT!r}, got {facts.get('format')!r}")
-            errors = json.loads(facts["errors"])
-            layers = {}
-            for name in errors:
-                parts = [
-                    Positions(*(file.get_tensor(f"{name}.{factor}.{part}") for part in ("mean", "basis", "coefficients")))
-                    for factor in ("a", "b")
-                ]
-                layers[name] = Layer(*parts)
-        return cls(json.loads(facts["tasks"]), layers, errors)
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = file.metadata() or {}
+                if facts.get("format") != _FORMAT:
+                    raise ValueError(f"expected a file of format {_FORMAT!r}, got {facts.get('format')!r}")
+                errors = json.loads(facts["errors"])
+                layers = {name: Layer(_read_positions(file, f"{name}.a"), _read_positions(file, f"{name}.b")) for name in errors}
+            return cls(json.loads(facts["tasks"]), layers, errors)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise ValueError(f"{path}: not a space that was saved: {error}") from error

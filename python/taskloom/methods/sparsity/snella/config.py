@@ -9,6 +9,7 @@ from typing import Any, Self
 from torch import nn
 
 from taskloom.nn import KernelConfig, KernelLinear
+from taskloom.nn.base_layers import check_base_layer
 from taskloom.nn.inject import LayerConfig, matches
 
 # timm's names after qkv is taken apart. "proj" alone would also mean the convolution of the patch embedding.
@@ -65,6 +66,11 @@ class KernelLoraConfig(LayerConfig):
     def for_module(self, path: str) -> Self:
         """The configuration of the layer at a path: without dropout where ``no_dropout_modules`` name it."""
         return replace(self, dropout=0.0) if matches(self.no_dropout_modules, path) else self
+
+    def check(self, layer: nn.Module) -> None:
+        """Raise TypeError or ValueError where :class:`taskloom.nn.KernelLinear` cannot take the place of ``layer``."""
+        super().check(layer)
+        check_base_layer("linear", layer)
 
     def build(self, linear: nn.Linear) -> KernelLinear:
         """The layer with its kernel update."""

@@ -127,13 +127,15 @@ def fold_kernel_lora(model: nn.Module) -> nn.Module:
     ValueError
         If the model has no kernel update.
     """
-    for path, layer in kernel_layers(model).items():
+    for layer in kernel_layers(model).values():
         if not layer.merged:
             layer.merge()
-        folded = layer.base_layer
-        if not path:
-            return folded
-        _replace(model, path, folded)
+        if layer is model:
+            return layer.base_layer
+    # A layer may be in several places.
+    for path, layer in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(layer, KernelLinear):
+            _replace(model, path, layer.base_layer)
     for path, split in [(path, module) for path, module in model.named_modules() if isinstance(module, SplitLinear)]:
         if path and all(type(part) is nn.Linear for part in split.children()):
             _replace(model, path, split.fuse())

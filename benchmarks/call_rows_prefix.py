@@ -1,4 +1,4 @@
-"""What one call of each op of the routed family costs on tensors of a few entries, beside torch's own layers of the same."""
+"""What one call of each op on prefixes of channels costs on tensors of a few entries, beside torch's own layers of the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIMIT = 6.0
 Call = Callable[[], Any]
 
 
-def _prefix_calls() -> list[tuple[str, Call, Call, str, Call | None]]:
+def calls() -> list[tuple[str, Call, Call, str, Call | None]]:
     ops = torch.ops.taskloom
     rows, layer, gradient = torch.randn(3, 4), torch.randn(6, 8), torch.randn(3, 2)
     x, weight, back = torch.randn(2, 4, 5, 5), torch.randn(6, 8, 3, 3), torch.randn(2, 2, 3, 3)
@@ -92,8 +92,3 @@ def _prefix_calls() -> list[tuple[str, Call, Call, str, Call | None]]:
             lambda: ops.prefix_norm_backward.default(x, x, ones, ones, mean, var, "layer", False, 1e-5, False, [True] * 3),
         ),
     ]
-
-
-def calls() -> list[tuple[str, Call, Call, str, Call | None]]:
-    """Op, ours, peer, the peer's name and the native op alone."""
-    return _prefix_calls()

@@ -1,0 +1,114 @@
+"""Where a dense layer of masked samples becomes faster than products of windows: what the constants of the two ops come from.
+
+    python benchmarks/bench_window_crossover.py [--json NAME.json]
+
+For each share of channels both ways are forced, and timed in turn by the time of the one thread that makes them. A ratio above 1 says that
+the products of windows are the faster way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import environment
+import taskloom
+from spread import spread, summary
+from taskloom.ops.routed import _conv_products, _linear_products
+
+SHARES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9)
+IMAGES = ((64, 56), (256, 28), (512, 14))
+SEQUENCES = ((64, 1), (64, 4), (64, 16), (32, 64), (8, 256))
+CHANNELS = 1024
+SAMPLES = 8
+
+Call = Callable[[], Any]
+
+
+def _starts(samples: int, most: int) -> Tensor:
+    return torch.randint(0, most + 1, (samples,), generator=torch.Generator().manual_seed(3))
+
+
+def _calls(y: Callable[..., Tensor], x: Tensor, weight: Tensor) -> Iterator[tuple[str, Call]]:
+    """Forward, and backward for x and the weight."""
+    yield "forward", lambda: y(x, weight)
+    leaves = (x.detach().requires_grad_(), weight.detach().requires_grad_())
+    made = y(*leaves)
+    gradient = torch.ones_like(made)
+    yield "backward", lambda: torch.autograd.grad(made, leaves, gradient, retain_graph=True)
+
+
+def layers() -> Iterator[tuple[str, float, Callable[..., Tensor], Tensor, Tensor]]:
+    """Name, share of channels, the layer as a function, x and weight."""
+    for channels, side in IMAGES:
+        x, weight = torch.randn(SAMPLES, channels, side, side), torch.randn(channels, channels, 3, 3)
+        for share in SHARES:
+            width = int(share * channels)
+            named = {"start": _starts(SAMPLES, channels - width), "width": width, "padding": 1}
+            yield f"conv2d, {channels} channels, {side} by {side}", share, _bound(taskloom.window_conv2d, named), x, weight
+    weight = torch.randn(CHANNELS, CHANNELS)
+    for samples, rows in SEQUENCES:
+        x = torch.randn(samples, rows, CHANNELS)
+        for share in SHARES:
+            width = int(share * CHANNELS)
+            named = {"start": _starts(samples, CHANNELS - width), "width": width}
+            yield f"linear, {samples} samples of {rows} rows", share, _bound(taskloom.window_linear, named), x, weight
+
+
+def _bound(layer: Callable[..., Tensor], named: dict[str, Any]) -> Callable[..., Tensor]:
+    return lambda x, weight: layer(x, weight, **named)
+
+
+def _seconds(call: Call, dense: bool) -> float:
+    with (
+        patch.object(_conv_products, "is_dense", lambda *_: dense),
+        patch.object(_linear_products, "is_dense", lambda *_: dense),
+    ):
+        begin = time.thread_time()
+        call()
+        return time.thread_time() - begin
+
+
+def measure(call: Call, rounds: int) -> dict[str, Any]:
+    """Seconds of both ways, and the dense way's over the windows', round by round."""
+    taken: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(rounds + 1):
+        for dense, times in taken.items():
+            times.append(_seconds(call, dense))
+    windows, dense_times = taken[False][1:], taken[True][1:]
+    ratios = [theirs / own for own, theirs in zip(windows, dense_times, strict=True)]
+    return {"windows": summary(windows), "dense": summary(dense_times), "dense_over_windows": summary(ratios)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Where a dense layer becomes faster than products of windows.")
+    parser.add_argument("--json", type=Path, help="file to keep the figures in, under benchmarks/results")
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    shown = Table("layer", "pass", "share of channels", "windows, ms", "dense / windows")
+    found = []
+    for name, share, layer, x, weight in layers():
+        for direction, call in _calls(layer, x, weight):
+            one = measure(call, given.rounds)
+            found.append({"layer": name, "pass": direction, "share": share, **one})
+            milliseconds = f"{1e3 * one['windows']['median']:.2f}"
+            shown.add_row(name, direction, f"{share:.2f}", milliseconds, spread(one["dense_over_windows"]))
+    Console(width=140).print(shown)
+    if given.json:
+        facts = {"device": environment.device(), "versions": environment.versions(), "threads": 1, **environment.commit()}
+        (Path(__file__).parent / "results" / given.json.name).write_text(json.dumps({**facts, "layers": found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""A window of channels for each task, and residual blocks whose branch sees the window of each sample's task."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from taskloom.ops.routed._windows import INTEGERS
+from taskloom.reference.routed.windows import window_mask
+
+
+class TaskWindow(nn.Module):
+    """The window of channels of each task, looked up in a table.
+
+    Where the windows lie is a method's choice (``taskloom.methods.channels`` has denoising task routing's); this is its table. The
+    tables are buffers that move with the model and are not saved: they are made anew from the method's settings.
+
+    Parameters
+    ----------
+    start
+        Integers ``[T]``: the first channel of each task's window.
+    width
+        The number of channels of every window, or integers ``[T]``.
+    channels
+        Channels that the windows lie in.
+
+    Raises
+    ------
+    TypeError
+        If a table does not hold integers.
+    ValueError
+        If a table has another shape or no task, or a window has no channel or leaves the channels.
+
+    Attributes
+    ----------
+    num_tasks, channels
+        Sizes.
+    """
+
+    start: Tensor
+    width: Tensor | None
+
+    def __init__(self, start: Tensor, width: Tensor | int, channels: int) -> None:
+        super().__init__()
+        for name, table in (("start", start), ("width", width)):
+            if isinstance(table, Tensor) and table.dtype not in INTEGERS:
+                raise TypeError(f"TaskWindow: {name}: expected integers, got {table.dtype}")
+        if start.dim() != 1 or not len(start):
+            raise ValueError(f"TaskWindow: start: expected shape (T,) with at least one task, got {tuple(start.shape)}")
+        if isinstance(width, Tensor) and width.shape != start.shape:
+            raise ValueError(f"TaskWindow: width: expected shape {tuple(start.shape)} as start, got {tuple(width.shape)}")
+        begin = start.detach().long()
+        widths = torch.as_tensor(width).long().to(begin.device).expand(len(begin))
+        wrong = (begin < 0) | (widths < 1) | (begin + widths > channels)
+        if bool(wrong.any()):
+            task = int(wrong.int().argmax())
+            raise ValueError(
+                f"TaskWindow: start: expected windows of at least 1 channel within {channels}, got start {int(begin[task])} and width "
+                f"{int(widths[task])} for task {task}"
+            )
+        self.num_tasks, self.channels = len(begin), channels
+        self._one_width = int(widths[0]) if bool((widths == widths[0]).all()) else None
+        self.register_buffer("start", begin.int().clone(), persistent=False)
+        self.register_buffer("width", None if self._one_width is not None else widths.int().clone(), persistent=False)
+
+    def forward(self, task: Tensor) -> tuple[Tensor, Tensor | int]:
+        """The windows of tasks: (start, width), as the routed ops take them.
+
+        Parameters
+        ----------
+        task
+            Integers from 0 to T - 1, ``[N]`` or ``[]``.
+
+        Returns
+        -------
+        tuple
+            start, int32 of task's shape, and width: one number where every task's is the same, else int32 of task's shape.
+
+        Raises
+        ------
+        TypeError
+            If task does not hold integers.
+        IndexError
+            If a task is outside of 0 to T - 1. On a GPU that is a device-side assertion, as in torch's own indexing, and negative numbers
+            count from the end.
+        """
+        if not isinstance(task, Tensor) or task.dtype not in INTEGERS:
+            raise TypeError(f"TaskWindow: task: expected integers, got {task.dtype if isinstance(task, Tensor) else type(task).__name__}")
+        if task.is_cpu and not torch.compiler.is_compiling() and task.numel():
+            least, most = (int(one) for one in torch.aminmax(task))
+            if least < 0 or most >= self.num_tasks:
+                raise IndexError(f"TaskWindow: task: expected 0 to {self.num_tasks - 1}, got {least if least < 0 else most}")
+        places = task.long()
+        if self.width is None:
+            assert self._one_width is not None
+            return self.start[places], self._one_width
+        return self.start[places], self.width[places]
+
+    def extra_repr(self) -> str:
+        """What the layer's line shows."""
+        width = "of several widths" if self._one_width is None else f"width={self._one_width}"
+        return f"num_tasks={self.num_tasks}, channels={self.channels}, {width}"
+
+
+class RoutedResidual(nn.Module):
+    """A residual block whose branch sees the window of each sample's task: ``x + branch(mask * x)``. The identity path is not masked.
+
+    Parameters
+    ----------
+    branch
+        What is added. A layer with ``takes_window`` (:class:`WindowLinear`, :class:`WindowConv2d`), or a ``nn.Sequential`` that begins with
+        one, is given x and the window, and no masked copy is made. Any other module is called with a copy of x that is 0 outside
+        the windows.
+    window
+        Tasks to (start, width), such as a :class:`TaskWindow`.
+    channel_dim
+        Where x has its channels. Default -1; 1 for images.
+
+    Notes
+    -----
+    Source: equation of denoising task routing, Park et al., ICLR 2024, arXiv 2310.07138, section 4.
+    """
+
+    def __init__(self, branch: nn.Module, window: nn.Module, channel_dim: int = -1) -> None:
+        super().__init__()
+        self.branch, self.window, self.channel_dim = branch, window, channel_dim
+
+    def forward(self, x: Tensor, task: Tensor, *args: Any) -> Tensor:
+        """``x + branch(mask * x, *args)``.
+
+        Parameters
+        ----------
+        x
+            ``[N, ..., C]``, or with channels along ``channel_dim``.
+        task
+            Integers ``[N]``, or ``[]`` for all samples.
+        *args
+            What else the branch takes.
+        """
+        start, width = self.window(task)
+        # Not children(), which leaves out a module that comes again.
+        first, *rest = self.branch if isinstance(self.branch, nn.Sequential) and len(self.branch) else (self.branch,)
+        if not getattr(first, "takes_window", False):
+            return x + cast(Tensor, self.branch(masked(x, start, width, self.channel_dim), *args))
+        made = first(x, start, width, *args)
+        for module in rest:
+            made = module(made)
+        return x + cast(Tensor, made)
+
+
+def masked(x: Tensor, start: Tensor, width: Tensor | int, channel_dim: int) -> Tensor:
+    """A copy of x that is 0 outside each sample's window."""
+    channels = x.shape[channel_dim]
+    widths = width if isinstance(width, Tensor) else None
+    seen = window_mask(len(x), channels, start, channels if isinstance(width, Tensor) else width, widths)
+    shape = [1] * x.dim()
+    shape[0], shape[channel_dim] = x.shape[0], channels
+    return x.masked_fill(~seen.view(shape), 0)
