@@ -182,3 +182,10 @@ def test_compiled_at_two_widths() -> None:
         with use_width(model, width):
             torch.testing.assert_close(run(X), model(X))
     torch.compiler.reset()
+
+
+def test_layers_run_without_data() -> None:
+    with torch.device("meta"):
+        linear, conv, x = SlimLinear(16, 24), SlimConv2d(3, 16, 3, padding=1), torch.empty(2, 3, 8, 8)
+    assert conv(x, 0.5).shape == (2, 8, 8, 8)
+    assert linear(conv(x).mean((2, 3)), 0.5).shape == (2, 16)

@@ -73,6 +73,18 @@ def _add(method: Method) -> None:
 
 _add(
     Method(
+        name="controllable_mtl",
+        wing="channels",
+        title="Controllable multi-task networks (ECMT)",
+        paper="Efficient Controllable Multi-Task Architectures, ICCV 2023, arXiv 2308.11744",
+        family="routed",
+        claim="Channel widths of one network's encoder and decoders trade computation and tasks against each other after training.",
+        needs=(("sklearn", "scikit-learn"),),
+    )
+)
+
+_add(
+    Method(
         name="dtr",
         wing="channels",
         title="Denoising task routing (DTR)",

@@ -14,7 +14,8 @@ from taskloom.ops import prefix_conv2d, prefix_linear
 def _as_autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors in the dtype that autocast asks for, as torch casts those of its own layers; as they are outside of it."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    # torch knows of no autocast on the meta device, and raises if asked.
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x, *others
     dtype = torch.get_autocast_dtype(kind)
     return tuple(None if one is None else one.to(dtype) for one in (x, *others))
