@@ -65,7 +65,7 @@ def _print_result(result: MethodResult, out: Path) -> None:
 
 @click.command()
 @click.argument("method")
-@click.option("--seeds", type=click.IntRange(1, 1000), default=3, show_default=True, help="Runs of each experiment.")
+@click.option("--seeds", type=click.IntRange(1, 1000), help="Runs of each experiment.  [default: 3; 1 with --quick]")
 @click.option("--quick", is_flag=True, help="A small run of a few seconds, which says nothing of the claim.")
 @click.option("--device", default="cpu", show_default=True, help="A torch device.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help=f"Folder of result.json and result.png; {_RUNS}/METHOD.")
@@ -74,7 +74,7 @@ def _print_result(result: MethodResult, out: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--debug", is_flag=True, help="Show a traceback for errors.")
 def run(
-    method: str, seeds: int, quick: bool, device: str, out: Path | None, no_plot: bool, check: bool, as_json: bool, debug: bool
+    method: str, seeds: int | None, quick: bool, device: str, out: Path | None, no_plot: bool, check: bool, as_json: bool, debug: bool
 ) -> None:
     """Show the claim of METHOD: its small experiment on each seed, beside the paper's baselines.
 
@@ -90,7 +90,7 @@ def run(
                 if bar is not None:
                     bar(stage, int(share * _STEPS), _STEPS)
 
-            result = run_method(found, seeds=seeds, quick=quick, device=device, out=folder, plot=not no_plot, show=show)
+            result = run_method(found, seeds=seeds or (1 if quick else 3), quick=quick, device=device, out=folder, plot=not no_plot, show=show)
     except (MethodError, OSError) as error:
         if debug:
             raise
