@@ -90,7 +90,9 @@ def run(
                 if bar is not None:
                     bar(stage, int(share * _STEPS), _STEPS)
 
-            result = run_method(found, seeds=seeds or (1 if quick else 3), quick=quick, device=device, out=folder, plot=not no_plot, show=show)
+            result = run_method(
+                found, seeds=seeds or (1 if quick else 3), quick=quick, device=device, out=folder, plot=not no_plot, show=show
+            )
     except (MethodError, OSError) as error:
         if debug:
             raise
