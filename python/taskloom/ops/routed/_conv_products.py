@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from taskloom.ops.routed import _conv_loops
 from taskloom.ops.routed._linear_products import for_bias, shifted, summed_parts, within
 from taskloom.ops.routed._products import add_product, product, product_dtype, tiles
 from taskloom.ops.routed._windows import Group, Window, groups
@@ -187,6 +188,9 @@ def window_conv2d(
     if is_dense(planned, x, out_start, geometry):
         for part, _, masked in _masked_parts(x, window):
             y[part] = torch.nn.functional.conv2d(masked, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
+        return y
+    if _conv_loops.are_faster(x, weight, geometry):
+        _conv_loops.convolve(x, weight, bias, planned, geometry, y)
         return y
     columns = _Columns(geometry, _widest(planned), product_dtype(x.dtype))
     flat = y.view(len(x), len(weight), geometry.outputs)
