@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from taskloom.ops import _library
+from taskloom.ops.routed._products import product_dtype
 from taskloom.ops.routed._windows import Group
 
 if TYPE_CHECKING:
     from taskloom.ops.routed._conv_products import Geometry
 
-# CPU levels with fused multiply-adds; without, the loops would call a function for each.
-FUSED_LEVELS = ("v3", "v4")
+# The level where they were faster at every size; at v3 they were about as fast as products, at v2 they call a function for every fused
+# multiply-add.
+LEVEL = "v4"
+# From this share of the channels on torch's own convolution is the faster one.
+DENSE_FROM = 0.85
 # Fewer outputs leave lanes of the loops without work.
 LEAST_OUTPUTS = 16
 
@@ -23,11 +27,11 @@ LEAST_OUTPUTS = 16
 def are_faster(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether the loops are faster than products of columns: what benchmarks/bench_window_crossover.py showed."""
     return (
-        x.dtype == torch.float32
+        product_dtype(x.dtype) == torch.float32
         and geometry.taps > 1
         and len(weight) >= LEAST_OUTPUTS
         and x.is_contiguous()
-        and _library.cpu_level() in FUSED_LEVELS
+        and _library.cpu_level() == LEVEL
     )
 
 
