@@ -3,7 +3,7 @@
     python benchmarks/bench_window_crossover.py [--json NAME.json]
 
 For each share of channels every way is forced, and timed in turn by the time of the one thread that makes them. A ratio above 1 says that
-the products of windows are the faster way. A convolution goes forward by loops of our own too.
+the products of windows are the faster way. A convolution, and its input's gradient, go by loops of our own too.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def main() -> None:
     found = []
     for name, share, layer, x, weight in layers():
         for direction, call in _calls(layer, x, weight):
-            others = ("dense", "loops") if "conv2d" in name and direction == "forward" else ("dense",)
+            others = ("dense", "loops") if name.startswith("conv2d") else ("dense",)
             one = measure(call, given.rounds, others)
             found.append({"layer": name, "pass": direction, "share": share, **one})
             milliseconds = f"{1e3 * one['windows']['median']:.2f}"

@@ -30,6 +30,7 @@ struct WindowConv2d {
   int64_t samples, channels, weight_channels, outputs;
   Sizes2d size, kernel, stride, padding, dilation, out;
   const ChannelWindow* windows;  // of each sample; within channels, weight_channels and outputs
+  bool turned;                   // the kernel's taps last to first: the gradient of an input from that of its output
 };
 
 // Samples and outputs of one piece of work; `outputs` is at most window_conv2d_outputs.

@@ -146,6 +146,29 @@ void pack_weights(const WindowConv2d& conv, const Plan& plan, int64_t first, int
   }
 }
 
+// The same of a weight that is turned.
+template <DType dtype>
+void pack_turned(const WindowConv2d& conv, const Plan& plan, int64_t first, int64_t outputs, float* rows, float* to) {
+  constexpr int64_t some = rows_size / panel;
+  for (int64_t i = 0; i < rows_size; ++i) rows[i] = 0;
+  for (int64_t c = 0; c < plan.channels; ++c) {
+    const int64_t from = ((plan.first + c) * conv.outputs + first) * plan.taps;
+    for (int64_t tap = 0; tap < plan.taps; tap += some) {
+      const int64_t n = smaller(plan.taps - tap, some);
+      if (n == plan.taps) {
+        load_block(dtype, conv.weight, from, outputs * n, rows);
+      } else {
+        for (int64_t o = 0; o < outputs; ++o) load_block(dtype, conv.weight, from + o * plan.taps + tap, n, rows + o * n);
+        for (int64_t i = outputs * n; i < panel * n; ++i) rows[i] = 0;
+      }
+      float* out = to + ((c + 1) * plan.taps - 1 - tap) * panel;
+      for (int64_t t = 0; t < n; ++t) {
+        for (int64_t o = 0; o < panel; ++o) out[o - t * panel] = rows[o * n + t];
+      }
+    }
+  }
+}
+
 // sums[p, o] += the chain of products of weights[k, o] and the inputs of `pixels` pixels, for the panel's outputs. The pixels' inputs lie
 // next to each other, or, where `apart`, `pixel[p]` entries from the first.
 template <int64_t pixels, bool apart>
@@ -348,8 +371,8 @@ void run_of(const WindowConv2d& conv, const WindowConv2dPart& part, void* scratc
   if (conv.bias != nullptr) load_block(dtype, conv.bias, part.first_output, part.outputs, bias);
   for (int64_t of = 0; of < used; ++of) {
     const int64_t first = of * panel;
-    pack_weights<dtype>(conv, plan, part.first_output + first, smaller(part.outputs - first, panel), rows,
-                        work.weights + of * plan.panel_size);
+    const auto pack = conv.turned ? pack_turned<dtype> : pack_weights<dtype>;
+    pack(conv, plan, part.first_output + first, smaller(part.outputs - first, panel), rows, work.weights + of * plan.panel_size);
   }
   const int64_t apart = plan.by_row ? 1 : conv.dilation.down;
   for (int64_t i = 0; i < conv.kernel.down; ++i) {

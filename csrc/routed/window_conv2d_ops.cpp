@@ -39,17 +39,49 @@ const ChannelWindow* windows_of(const Tensor& windows, const WindowConv2d& conv)
   return found;
 }
 
-// Samples of one part: all of them, unless threads would have nothing to do; their weights are packed anew for each part.
-int64_t samples_of_part(const WindowConv2d& conv, int64_t blocks) {
-  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  if (threads <= 1 || blocks >= 4 * threads) return conv.samples;
-  const int64_t wanted = std::min(chunk_count(2 * threads, blocks), conv.samples);
-  return chunk_count(conv.samples, wanted);
+bool same_outputs(const ChannelWindow& a, const ChannelWindow& b) { return a.first_output == b.first_output && a.outputs == b.outputs; }
+
+// Appends parts of these samples: `end` - `begin` outputs, in blocks.
+void add_blocks(int64_t sample, int64_t samples, int64_t begin, int64_t end, std::vector<WindowConv2dPart>& parts) {
+  for (int64_t output = begin; output < end; output += window_conv2d_outputs) {
+    parts.push_back({sample, samples, output, std::min(window_conv2d_outputs, end - output)});
+  }
 }
 
-// Writes into y what windows [N, 4] of (first channel, channels, first output, outputs) see, and nothing outside their outputs.
+// Whether each sample's outputs had better be packed for it alone, from their first on: blocks of all outputs are packed once, but have
+// outputs on both sides of a window's edges. Packing a panel takes as long as computing it for 16 pixels.
+bool have_own_blocks(const WindowConv2d& conv) {
+  if (!conv.turned) return false;
+  constexpr int64_t packing = 16, panel = 32;
+  const int64_t pixels = conv.out.down * conv.out.across;
+  return std::all_of(conv.windows, conv.windows + conv.samples,
+                     [&](const ChannelWindow& window) { return packing * window.outputs < panel * pixels; });
+}
+
+// All outputs of all samples, unless threads would have nothing to do: each part packs its weights anew.
+std::vector<WindowConv2dPart> parts_of(const WindowConv2d& conv) {
+  std::vector<WindowConv2dPart> parts;
+  if (have_own_blocks(conv)) {
+    for (int64_t n = 0, samples = 1; n < conv.samples; n += samples) {
+      const ChannelWindow& window = conv.windows[n];
+      for (samples = 1; n + samples < conv.samples && same_outputs(window, conv.windows[n + samples]); ++samples) {
+      }
+      add_blocks(n, samples, window.first_output, window.first_output + window.outputs, parts);
+    }
+    return parts;
+  }
+  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t blocks = chunk_count(conv.outputs, window_conv2d_outputs);
+  const bool whole = threads <= 1 || blocks >= 4 * threads;
+  const int64_t samples = whole ? conv.samples : chunk_count(conv.samples, std::min(chunk_count(2 * threads, blocks), conv.samples));
+  for (int64_t n = 0; n < conv.samples; n += samples) add_blocks(n, std::min(samples, conv.samples - n), 0, conv.outputs, parts);
+  return parts;
+}
+
+// Writes into y what windows [N, 4] of (first channel, channels, first output, outputs) see, and nothing outside their outputs. A turned
+// weight [channels, outputs, kh, kw] gives x's gradient from that of the output.
 void window_conv2d_into(const Tensor& x, const Tensor& weight, Optional bias, const Tensor& windows, std::vector<int64_t> stride,
-                        std::vector<int64_t> padding, std::vector<int64_t> dilation, Tensor y) {
+                        std::vector<int64_t> padding, std::vector<int64_t> dilation, bool turned, Tensor y) {
   STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && y.dim() == 4, "x, weight, y: expected four dimensions");
   STD_TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && y.is_contiguous(), "x, weight, y: expected contiguous tensors");
   WindowConv2d conv{};
@@ -60,8 +92,9 @@ void window_conv2d_into(const Tensor& x, const Tensor& weight, Optional bias, co
   conv.samples = x.size(0);
   conv.channels = x.size(1);
   conv.size = {x.size(2), x.size(3)};
-  conv.outputs = weight.size(0);
-  conv.weight_channels = weight.size(1);
+  conv.outputs = weight.size(turned ? 1 : 0);
+  conv.weight_channels = weight.size(turned ? 0 : 1);
+  conv.turned = turned;
   conv.kernel = {weight.size(2), weight.size(3)};
   conv.stride = pair_of(stride, "stride", 1);
   conv.padding = pair_of(padding, "padding", 0);
@@ -74,7 +107,7 @@ void window_conv2d_into(const Tensor& x, const Tensor& weight, Optional bias, co
                   "y: expected [", conv.samples, ", ", conv.outputs, ", ", conv.out.down, ", ", conv.out.across, "]");
   if (bias) {
     check_dtype(*bias, x.scalar_type(), "bias", "tensor of x's dtype");
-    check_numel(*bias, conv.outputs, "bias", "weight's first dimension");
+    check_numel(*bias, conv.outputs, "bias", "weight's outputs");
     STD_TORCH_CHECK(bias->is_contiguous(), "bias: expected a contiguous tensor");
     conv.bias = bias->const_data_ptr();
   }
@@ -83,10 +116,9 @@ void window_conv2d_into(const Tensor& x, const Tensor& weight, Optional bias, co
   conv.x = x.const_data_ptr();
   conv.weight = weight.const_data_ptr();
   conv.y = y.mutable_data_ptr();
-  const int64_t blocks = chunk_count(conv.outputs, window_conv2d_outputs), samples = samples_of_part(conv, blocks);
-  torch_parallel()(blocks * chunk_count(conv.samples, samples), [&](int64_t index) {
-    const int64_t output = index % blocks * window_conv2d_outputs, sample = index / blocks * samples;
-    const WindowConv2dPart part{sample, std::min(samples, conv.samples - sample), output, std::min(window_conv2d_outputs, conv.outputs - output)};
+  const std::vector<WindowConv2dPart> parts = parts_of(conv);
+  torch_parallel()(static_cast<int64_t>(parts.size()), [&](int64_t index) {
+    const WindowConv2dPart& part = parts[static_cast<size_t>(index)];
     const ThreadScratch scratch(ScratchUse::weight, window_conv2d_loops().scratch(conv, part));
     window_conv2d_loops().run(conv, part, scratch.data());
   });
@@ -96,7 +128,8 @@ void window_conv2d_into(const Tensor& x, const Tensor& weight, Optional bias, co
 
 STABLE_TORCH_LIBRARY(taskloom_loops, m) {
   m.def(
-      "window_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor windows, int[] stride, int[] padding, int[] dilation, Tensor(a!) y) "
+      "window_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor windows, int[] stride, int[] padding, int[] dilation, bool turned, "
+      "Tensor(a!) y) "
       "-> ()");
 }
 

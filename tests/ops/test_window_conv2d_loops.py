@@ -37,6 +37,12 @@ GEOMETRIES = {
 }  # fmt: skip
 
 
+def has_convolved_gradient(geometry: tuple[int, int, Pair, Pair, Pair, Pair, Pair]) -> bool:
+    """Whether an input's gradient is a convolution of the whole of the output's."""
+    kernel, stride, padding, dilation = geometry[3:]
+    return stride == (1, 1) and all(one <= apart * (taps - 1) for one, apart, taps in zip(padding, dilation, kernel, strict=True))
+
+
 def by_loops(x: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor, geometry: tuple[Pair, Pair, Pair]) -> Tensor:
     """What the loops write, in memory of zeros; rows of ``windows`` are first channel, channels, first output, outputs."""
     sizes = [
@@ -44,7 +50,7 @@ def by_loops(x: Tensor, weight: Tensor, bias: Tensor | None, windows: Tensor, ge
         for size, taps, step, beside, apart in zip(x.shape[2:], weight.shape[2:], *geometry, strict=True)
     ]
     y = torch.zeros((len(x), len(weight), *sizes), dtype=x.dtype)
-    torch.ops.taskloom_loops.window_conv2d.default(x, weight, bias, windows, *map(list, geometry), y)
+    torch.ops.taskloom_loops.window_conv2d.default(x, weight, bias, windows, *map(list, geometry), False, y)
     return y
 
 
@@ -76,6 +82,51 @@ def test_every_level_and_number_of_threads(geometry: tuple[int, int, Pair, Pair,
     assert_close(found[0], expected.float())
     for other in found[1:]:
         assert_same_bits(other, found[0])
+
+
+@pytest.mark.parametrize("geometry", [one for one in GEOMETRIES.values() if has_convolved_gradient(one)], ids=str)
+@pytest.mark.usefixtures("restored_threads", "restored_level")
+def test_inputs_gradient(geometry: tuple[int, int, Pair, Pair, Pair, Pair, Pair]) -> None:
+    outputs, channels, size, kernel, _, padding, dilation = geometry
+    beside = tuple(apart * (taps - 1) - one for apart, taps, one in zip(dilation, kernel, padding, strict=True))
+    windows = sample_windows(5, channels, outputs)
+    x, weight = weights(5, channels, *size), weights(outputs, channels, *kernel, seed=1)
+    start, width, out_start, out_width = windows.unbind(1)
+    window, out_window = (start, channels, width), (out_start, outputs, out_width)
+    sizes = ((1, 1), padding, dilation)
+    gradient = weights(*reference.window_conv2d(x, weight, None, *window, *out_window, *sizes).shape, seed=3)
+    given = (gradient.double(), x.double(), weight.double(), *window, *out_window, *sizes, (True, False, False))
+    expected = reference.window_conv2d_backward(*given)[0]
+    turned = windows[:, [2, 3, 0, 1]].contiguous()
+    found: list[Tensor] = []
+    for level in LEVELS:
+        _library.force_cpu_level(level)
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            made = torch.zeros_like(x)
+            run = torch.ops.taskloom_loops.window_conv2d.default
+            run(gradient, weight, None, turned, [1, 1], list(beside), list(dilation), True, made)
+            found.append(made)
+    assert_close(found[0], expected.float())
+    for other in found[1:]:
+        assert_same_bits(other, found[0])
+
+
+@pytest.mark.skipif(LEVELS[-1] != _conv_loops.LEVEL, reason="the op takes the loops at level v4 only")
+@pytest.mark.parametrize("side", [5, 12])
+def test_the_op_takes_them_backward(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = weights(4, 90, side, side).requires_grad_(), weights(48, 90, 3, 3, seed=1)
+    named = {"start": torch.tensor([0, 37, 37, 50]), "width": 40, "padding": 1}
+    calls: list[int] = []
+    own = _conv_loops.convolve_backward
+    monkeypatch.setattr(_conv_loops, "convolve_backward", lambda *given: (calls.append(1), own(*given)))
+    found = {}
+    for backend in ("native", "reference"):
+        with taskloom.backend(backend):
+            y = taskloom.window_conv2d(x, weight, **named)
+            found[backend] = torch.autograd.grad(y, x, weights(*y.shape, seed=3))[0]
+    assert calls == [1]
+    assert_close(found["native"], found["reference"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -129,11 +180,11 @@ def test_what_the_loops_refuse() -> None:
         windows = fitting.clone()
         windows[0, place] = wrong
         with pytest.raises(RuntimeError, match="windows: expected those of"):
-            run(x, weight, None, windows, [1, 1], [0, 0], [1, 1], y)
+            run(x, weight, None, windows, [1, 1], [0, 0], [1, 1], False, y)
     with pytest.raises(RuntimeError, match="y: expected"):
-        run(x, weight, None, fitting, [1, 1], [1, 1], [1, 1], y)
+        run(x, weight, None, fitting, [1, 1], [1, 1], [1, 1], False, y)
     with pytest.raises(RuntimeError, match="contiguous"):
-        run(x.transpose(2, 3), weight, None, fitting, [1, 1], [0, 0], [1, 1], y)
+        run(x.transpose(2, 3), weight, None, fitting, [1, 1], [0, 0], [1, 1], False, y)
     with pytest.raises(RuntimeError, match="got float64"):
-        run(x.double(), weight.double(), None, fitting, [1, 1], [0, 0], [1, 1], y.double())
+        run(x.double(), weight.double(), None, fitting, [1, 1], [0, 0], [1, 1], False, y.double())
     assert not y.any()

@@ -27,6 +27,7 @@ WindowConv2d random_shape(Random& random) {
   conv.weight_channels = conv.channels + random.below(2);
   conv.outputs = 1 + random.below(100);
   conv.kernel = below(3, 1, random);
+  conv.turned = random.below(3) == 0;
   conv.stride = below(3, 1, random);
   conv.dilation = below(2, 1, random);
   conv.padding = below(4, 0, random);
@@ -51,9 +52,9 @@ std::vector<ChannelWindow> random_windows(const WindowConv2d& conv, Random& rand
 void one_shape(Random& random) {
   WindowConv2d conv = random_shape(random);
   const Placement placement = random.pick(placements);
-  begin_case("window_conv2d samples=%ld channels=%ld outputs=%ld size=%ldx%ld kernel=%ldx%ld stride=%ldx%ld %s placement=%d", conv.samples,
-             conv.channels, conv.outputs, conv.size.down, conv.size.across, conv.kernel.down, conv.kernel.across, conv.stride.down,
-             conv.stride.across, dtype_name(conv.dtype), static_cast<int>(placement));
+  begin_case("window_conv2d samples=%ld channels=%ld outputs=%ld size=%ldx%ld kernel=%ldx%ld stride=%ldx%ld turned=%d %s placement=%d",
+             conv.samples, conv.channels, conv.outputs, conv.size.down, conv.size.across, conv.kernel.down, conv.kernel.across,
+             conv.stride.down, conv.stride.across, conv.turned, dtype_name(conv.dtype), static_cast<int>(placement));
   const std::vector<ChannelWindow> windows = random_windows(conv, random);
   const int64_t inputs = conv.samples * conv.channels * conv.size.down * conv.size.across;
   const int64_t entries = conv.outputs * conv.weight_channels * conv.kernel.down * conv.kernel.across;

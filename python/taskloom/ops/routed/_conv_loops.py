@@ -35,12 +35,35 @@ def are_faster(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     )
 
 
+def _windows(samples: int, planned: Sequence[Group], turned: bool) -> Tensor:
+    """First channel, channels, first output and outputs of each sample, [N, 4]."""
+    windows = torch.empty((samples, 4), dtype=torch.int64)
+    for group in planned:
+        seen, made = (group.made, group.seen) if turned else (group.seen, group.made)
+        windows[group.samples] = torch.tensor([seen.start, seen.stop - seen.start, made.start, made.stop - made.start])
+    return windows
+
+
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, planned: Sequence[Group], geometry: Geometry, y: Tensor) -> None:
     """Write to y [N, O, H', W'] what the groups' samples see, and nothing outside the outputs of their windows."""
-    windows = torch.empty((len(x), 4), dtype=torch.int64)
-    for group in planned:
-        seen, made = group.seen, group.made
-        windows[group.samples] = torch.tensor([seen.start, seen.stop - seen.start, made.start, made.stop - made.start])
     beside = None if bias is None else bias.contiguous()
     sizes = (list(geometry.stride), list(geometry.padding), list(geometry.dilation))
-    torch.ops.taskloom_loops.window_conv2d.default(x, weight.contiguous(), beside, windows, *sizes, y)
+    windows = _windows(len(x), planned, turned=False)
+    torch.ops.taskloom_loops.window_conv2d.default(x, weight.contiguous(), beside, windows, *sizes, False, y)
+
+
+def _beside(geometry: Geometry) -> list[int]:
+    """The padding with which the turned kernel gives x's gradient."""
+    return [apart * (taps - 1) - beside for apart, taps, beside in zip(geometry.dilation, geometry.kernel, geometry.padding, strict=True)]
+
+
+def are_faster_backward(gradient: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """The same for x's gradient, which is a convolution where the stride is 1."""
+    return geometry.stride == (1, 1) and min(_beside(geometry)) >= 0 and are_faster(gradient, weight, geometry)
+
+
+def convolve_backward(gradient: Tensor, weight: Tensor, planned: Sequence[Group], geometry: Geometry, made: Tensor) -> None:
+    """Write to made [N, C, H, W] the gradient of what the groups' samples see, and nothing outside of it."""
+    sizes = ([1, 1], _beside(geometry), list(geometry.dilation))
+    windows = _windows(len(gradient), planned, turned=True)
+    torch.ops.taskloom_loops.window_conv2d.default(gradient, weight.contiguous(), None, windows, *sizes, True, made)

@@ -242,8 +242,12 @@ def window_conv2d_backward(
 
 
 def _for_x(back: Tensor, x: Tensor, weight: Tensor, planned: Sequence[Group], geometry: Geometry) -> Tensor:
-    columns = _Columns(geometry, _widest(planned), accumulation_dtype(x))
     made = torch.zeros(x.shape, dtype=x.dtype)
+    gradient = back.view(len(x), len(weight), *geometry.out)
+    if _conv_loops.are_faster_backward(gradient, weight, geometry):
+        _conv_loops.convolve_backward(gradient, weight, planned, geometry, made)
+        return made
+    columns = _Columns(geometry, _widest(planned), accumulation_dtype(x))
     for group in planned:
         left = _view(weight, group, group.made, geometry.taps).T
         for sample in group.samples:
