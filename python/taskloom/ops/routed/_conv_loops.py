@@ -24,12 +24,12 @@ DENSE_FROM = 0.85
 LEAST_OUTPUTS = 16
 
 
-def are_faster(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+def are_faster(x: Tensor, outputs: int, geometry: Geometry) -> bool:
     """Whether the loops are faster than products of columns: what benchmarks/bench_window_crossover.py showed."""
     return (
         product_dtype(x.dtype) == torch.float32
         and geometry.taps > 1
-        and len(weight) >= LEAST_OUTPUTS
+        and outputs >= LEAST_OUTPUTS
         and x.is_contiguous()
         and _library.cpu_level() == LEVEL
     )
@@ -57,9 +57,10 @@ def _beside(geometry: Geometry) -> list[int]:
     return [apart * (taps - 1) - beside for apart, taps, beside in zip(geometry.dilation, geometry.kernel, geometry.padding, strict=True)]
 
 
-def are_faster_backward(gradient: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+def are_faster_backward(gradient: Tensor, planned: Sequence[Group], geometry: Geometry) -> bool:
     """The same for x's gradient, which is a convolution where the stride is 1."""
-    return geometry.stride == (1, 1) and min(_beside(geometry)) >= 0 and are_faster(gradient, weight, geometry)
+    narrowest = min((group.width for group in planned if group.width), default=0)
+    return geometry.stride == (1, 1) and min(_beside(geometry)) >= 0 and are_faster(gradient, narrowest, geometry)
 
 
 def convolve_backward(gradient: Tensor, weight: Tensor, planned: Sequence[Group], geometry: Geometry, made: Tensor) -> None:

@@ -190,7 +190,7 @@ def window_conv2d(
     planned = groups("window_conv2d", len(x), x.shape[1], window, len(weight), out_window)
     shape = (len(x), len(weight), *geometry.out)
     y = x.new_empty(shape) if out_start is None else x.new_zeros(shape)
-    by_loops = _conv_loops.are_faster(x, weight, geometry)
+    by_loops = _conv_loops.are_faster(x, len(weight), geometry)
     if is_dense(planned, x, out_start, geometry, dense_from(by_loops)):
         for part, _, masked in _masked_parts(x, window):
             y[part] = torch.nn.functional.conv2d(masked, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
@@ -244,7 +244,7 @@ def window_conv2d_backward(
 def _for_x(back: Tensor, x: Tensor, weight: Tensor, planned: Sequence[Group], geometry: Geometry) -> Tensor:
     made = torch.zeros(x.shape, dtype=x.dtype)
     gradient = back.view(len(x), len(weight), *geometry.out)
-    if _conv_loops.are_faster_backward(gradient, weight, geometry):
+    if _conv_loops.are_faster_backward(gradient, planned, geometry):
         _conv_loops.convolve_backward(gradient, weight, planned, geometry, made)
         return made
     columns = _Columns(geometry, _widest(planned), accumulation_dtype(x))
