@@ -10,10 +10,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import rows_prefix
 import rows_window
+import rows_window_norms
 from harness import Row
 
-ROWS: tuple[Row, ...] = (*rows_window.ROWS,)
+ROWS: tuple[Row, ...] = (*rows_window.ROWS, *rows_window_norms.ROWS, *rows_prefix.ROWS)
 
 
 @pytest.mark.parametrize(

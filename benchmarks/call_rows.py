@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import call_rows_lowrank
-import call_rows_routed
+import call_rows_prefix
+import call_rows_window_norms
+import call_rows_windows
 import taskloom
 from taskloom.ops.lowrank import kernel_linear_backward, kernel_merge_backward
 from taskloom.ops.masked import block_scale_merge_backward
@@ -300,7 +302,7 @@ def rows() -> list[CallRow]:
     """Every op: the plain ones, then the differentiable ones without and with a gradient that is recorded."""
     families = [
         CallRow(op, "", ours, peer, name, family.LIMIT, native)
-        for family in (call_rows_lowrank, call_rows_routed)
+        for family in (call_rows_lowrank, call_rows_windows, call_rows_window_norms, call_rows_prefix)
         for op, ours, peer, name, native in family.calls()
     ]
     return [*_plain_rows(), *_differentiable_rows(False), *_differentiable_rows(True), *families]

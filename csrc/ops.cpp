@@ -92,4 +92,42 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
   m.def(
       "window_conv2d_backward(Tensor gradient, Tensor x, Tensor weight, Tensor start, SymInt width, Tensor? widths, Tensor? out_start, "
       "SymInt out_width, Tensor? out_widths, SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool[] needed) -> Tensor[]");
+  m.def("prefix_linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features) -> Tensor");
+  m.def("prefix_linear_backward(Tensor gradient, Tensor x, Tensor weight, Tensor? bias, bool[] needed) -> Tensor[]");
+  m.def(
+      "prefix_conv2d(Tensor x, Tensor weight, Tensor? bias, SymInt out_channels, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+      "SymInt groups) -> Tensor");
+  m.def(
+      "prefix_conv2d_backward(Tensor gradient, Tensor x, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, SymInt[] "
+      "dilation, SymInt groups, bool[] needed) -> Tensor[]");
+  m.def(
+      "ragged_prefix_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor in_channels, Tensor out_channels, SymInt[] stride, SymInt[] "
+      "padding, SymInt[] dilation, bool zero_tail) -> Tensor");
+  m.def(
+      "ragged_prefix_conv2d_backward(Tensor gradient, Tensor x, Tensor weight, Tensor? bias, Tensor in_channels, Tensor out_channels, "
+      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool[] needed) -> Tensor[]");
+  m.def(
+      "prefix_norm(Tensor x, Tensor? weight, Tensor? bias, str kind, SymInt groups, Tensor? running_mean, Tensor? running_var, float eps, "
+      "bool relu) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "prefix_norm_backward(Tensor gradient, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, str kind, bool running, "
+      "float eps, bool relu, bool[] needed) -> Tensor[]");
+  m.def(
+      "window_layer_norm(Tensor x, Tensor? shift, Tensor? scale, Tensor start, SymInt width, Tensor? widths, float eps, bool outside) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "window_layer_norm_backward(Tensor gradient, Tensor x, Tensor? shift, Tensor? scale, Tensor start, SymInt width, Tensor? widths, "
+      "Tensor mean, Tensor rstd, Tensor? for_mean, Tensor? for_rstd, bool outside, bool for_x, bool for_modulation) -> (Tensor, Tensor, "
+      "Tensor)");
+  m.def(
+      "window_group_norm_silu(Tensor x, Tensor? weight, Tensor? bias, int groups, Tensor start, SymInt width, Tensor? widths, float eps, "
+      "bool outside) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "window_group_norm_silu_backward(Tensor gradient, Tensor x, Tensor? weight, Tensor? bias, int groups, Tensor start, SymInt width, "
+      "Tensor? widths, Tensor mean, Tensor rstd, Tensor? for_mean, Tensor? for_rstd, bool outside, bool for_x, bool for_affine) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def("channel_scale(Tensor x, Tensor scale, Tensor? bias, Tensor? start, SymInt width, Tensor? widths, str activation) -> Tensor");
+  m.def(
+      "channel_scale_backward(Tensor gradient, Tensor x, Tensor scale, Tensor? bias, Tensor? start, SymInt width, Tensor? widths, str "
+      "activation, bool for_x, bool for_scale, bool for_bias) -> (Tensor, Tensor, Tensor)");
 }

@@ -19,14 +19,16 @@ import rows_kernel
 import rows_lowrank
 import rows_mask
 import rows_merge
-import rows_routed
+import rows_prefix_layers
 import rows_train
+import rows_windows
 import torch
 from attempt import Attempt
 from contest import Contest, Row, gate
 from sections import Clock
 from timing import Timer, Timing, copy_bandwidth
 
+import rows_window_norms
 import taskloom
 from taskloom.ops._backends import OPS
 
@@ -40,7 +42,9 @@ ROWS: tuple[Row, ...] = tuple(
             *rows_lowrank.ROWS,
             *rows_kernel.ROWS,
             *rows_bases.ROWS,
-            *rows_routed.ROWS,
+            *rows_prefix_layers.ROWS,
+            *rows_windows.ROWS,
+            *rows_window_norms.ROWS,
         ),
         key=lambda row: (not row.aim, row.op not in ("masked_adamw_", "masked_sgd_")),
     )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         SparseMergeStatistics,
         backend,
         block_scale_merge,
+        channel_scale,
         dora_merge,
         explain,
         kernel_linear,
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
         masked_update_,
         multi_task_vector,
         pack_mask,
+        prefix_conv2d,
+        prefix_linear,
+        prefix_norm,
+        ragged_prefix_conv2d,
         rmm_fit,
         rmm_linear,
         rmm_reconstruct,
@@ -52,7 +57,11 @@ if TYPE_CHECKING:
         unpack_mask,
         weighted_ce,
         window_conv2d,
+        window_group_norm_silu,
+        window_layer_norm,
         window_linear,
+        window_norm_conv2d,
+        window_norm_linear,
     )
 
 _SUBPACKAGES = ("archive", "merge", "methods", "nn", "ops", "optim", "reference", "triton_kernels")
@@ -63,6 +72,7 @@ __all__ = [
     "SparseMergeStatistics",
     "backend",
     "block_scale_merge",
+    "channel_scale",
     "dora_merge",
     "explain",
     "kernel_linear",
@@ -87,6 +97,10 @@ __all__ = [
     "masked_update_",
     "multi_task_vector",
     "pack_mask",
+    "prefix_conv2d",
+    "prefix_linear",
+    "prefix_norm",
+    "ragged_prefix_conv2d",
     "rmm_fit",
     "rmm_linear",
     "rmm_reconstruct",
@@ -97,7 +111,11 @@ __all__ = [
     "unpack_mask",
     "weighted_ce",
     "window_conv2d",
+    "window_group_norm_silu",
+    "window_layer_norm",
     "window_linear",
+    "window_norm_conv2d",
+    "window_norm_linear",
 ]
 
 

@@ -73,6 +73,30 @@ def _add(method: Method) -> None:
 
 _add(
     Method(
+        name="controllable_mtl",
+        wing="channels",
+        title="Controllable multi-task networks (ECMT)",
+        paper="Efficient Controllable Multi-Task Architectures, ICCV 2023, arXiv 2308.11744",
+        family="routed",
+        claim="Channel widths of one network's encoder and decoders trade computation and tasks against each other after training.",
+        needs=(("sklearn", "scikit-learn"),),
+    )
+)
+
+_add(
+    Method(
+        name="dtr",
+        wing="channels",
+        title="Denoising task routing (DTR)",
+        paper="Denoising Task Routing for Diffusion Models, 2024, arXiv 2310.07138",
+        family="routed",
+        claim="Diffusion models do better when each timestep sees a window of the channels that slides with it; random channels do harm.",
+        needs=(("sklearn", "scikit-learn"),),
+    )
+)
+
+_add(
+    Method(
         name="rmm",
         wing="merging",
         title="Reversible model merging (RMM)",

@@ -1,4 +1,4 @@
-"""Modules made of the ops: adapters beside linear layers, their way into a model and onto the disk, and layers that see some channels."""
+"""Modules made of the ops: adapters beside layers, their way into a model and onto the disk; layers of some channels or changing width."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from taskloom.nn.kernel_linear import KernelConfig, KernelLinear
 from taskloom.nn.lowrank_config import LowRankConfig
 from taskloom.nn.lowrank_linear import LowRankLinear
 from taskloom.nn.lowrank_parts import BASE
+from taskloom.nn.slim_calibrate import calibrate
+from taskloom.nn.slim_export import export
+from taskloom.nn.slim_layers import SlimConv2d, SlimLinear
+from taskloom.nn.slim_norm2d import SlimNorm2d
+from taskloom.nn.slim_widths import Width, Widths, make_divisible, use_width
 from taskloom.nn.task_window import RoutedResidual, TaskWindow
 from taskloom.nn.use_tasks import use_tasks
 from taskloom.nn.window_layers import WindowConv2d, WindowLinear
@@ -21,14 +26,23 @@ __all__ = [
     "LowRankConfig",
     "LowRankLinear",
     "RoutedResidual",
+    "SlimConv2d",
+    "SlimLinear",
+    "SlimNorm2d",
     "SplitLinear",
     "TaskWindow",
+    "Width",
+    "Widths",
     "WindowConv2d",
     "WindowLinear",
     "adapter_state_dict",
+    "calibrate",
+    "export",
     "inject",
     "load_adapter",
+    "make_divisible",
     "save_adapter",
     "split_fused",
     "use_tasks",
+    "use_width",
 ]

@@ -43,8 +43,17 @@ from taskloom.ops.masked import (
     weighted_ce,
 )
 from taskloom.ops.routed import (
+    channel_scale,
+    prefix_conv2d,
+    prefix_linear,
+    prefix_norm,
+    ragged_prefix_conv2d,
     window_conv2d,
+    window_group_norm_silu,
+    window_layer_norm,
     window_linear,
+    window_norm_conv2d,
+    window_norm_linear,
 )
 
 __all__ = [
@@ -53,6 +62,7 @@ __all__ = [
     "SparseMergeStatistics",
     "backend",
     "block_scale_merge",
+    "channel_scale",
     "dora_merge",
     "explain",
     "kernel_linear",
@@ -77,6 +87,10 @@ __all__ = [
     "masked_update_",
     "multi_task_vector",
     "pack_mask",
+    "prefix_conv2d",
+    "prefix_linear",
+    "prefix_norm",
+    "ragged_prefix_conv2d",
     "rmm_fit",
     "rmm_linear",
     "rmm_reconstruct",
@@ -87,5 +101,9 @@ __all__ = [
     "unpack_mask",
     "weighted_ce",
     "window_conv2d",
+    "window_group_norm_silu",
+    "window_layer_norm",
     "window_linear",
+    "window_norm_conv2d",
+    "window_norm_linear",
 ]

@@ -99,6 +99,15 @@ def forget_rows_(weight: Tensor, rows: Tensor, *, std: float, seed: int, key: in
     return weight
 
 
+def _updated(old: Tensor, chunks: Tensor, mode: str, alpha: float) -> Tensor:
+    """What chunks become, in the dtype of the old values."""
+    if mode == "set" and alpha == 1:
+        return chunks.to(old.dtype)
+    dtype = torch.float64 if torch.float64 in (old.dtype, chunks.dtype) else torch.float32
+    scaled = chunks.to(dtype) * alpha
+    return (old.to(dtype) + scaled if mode == "add" else scaled).to(old.dtype)
+
+
 def chunk_update_(
     base: Tensor,
     chunk_ids: Tensor,
@@ -165,20 +174,25 @@ def chunk_update_(
         check_shape(op, "undo", undo, chunks.shape, "chunks")
         if undo.dtype != base.dtype:
             raise TypeError(f"{op}: undo: expected {base.dtype} as base, got {undo.dtype}")
-    entries = ids[:, None] * length + torch.arange(length, device=base.device)
-    inside = entries < base.numel()
-    places = entries[inside]
-    old = base[places]
-    if mode == "set" and alpha == 1 and chunks.dtype == base.dtype:
-        new = chunks[inside]
-    else:
-        dtype = torch.float64 if torch.float64 in (base.dtype, chunks.dtype) else torch.float32
-        scaled = chunks[inside].to(dtype) * alpha
-        new = (old.to(dtype) + scaled if mode == "add" else scaled).to(base.dtype)
+    whole = base.numel() // length
+    in_rows = ids < whole
+    # Read first, and copied: undo may be chunks itself, and chunks a part of base.
+    updates = []
+    for target, chosen in (
+        (base[: whole * length].view(whole, length), in_rows.nonzero().flatten()),
+        (base[whole * length :].view(1, -1), (~in_rows).nonzero().flatten()),
+    ):
+        if chosen.numel():
+            rows = ids[chosen] if target.shape[1] == length else torch.zeros_like(chosen)
+            old = target.index_select(0, rows)
+            new = _updated(old, chunks.index_select(0, chosen)[:, : target.shape[1]], mode, alpha)
+            updates.append((target, rows, chosen, old, new))
     if undo is not None:
         undo.zero_()
-        undo[inside] = old
-    base[places] = new
+    for target, rows, chosen, old, new in updates:
+        target.index_copy_(0, rows, new)
+        if undo is not None:
+            undo[:, : target.shape[1]].index_copy_(0, chosen, old)
     return base
 
 

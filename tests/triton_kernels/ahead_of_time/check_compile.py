@@ -19,8 +19,11 @@ SHARED_BYTES = 48 * 1024
 # Kernels of products and exponentials: they contract, and decide nothing. Tiles of products ask for more shared memory, which every GPU
 # from 8.0 on has.
 CONTRACTING = {"rmm_down_kernel", "rmm_up_kernel", "see_products_kernel", "see_logits_kernel", "slopes_kernel"}
+CONTRACTING |= {"channel_scale_kernel", "channel_scale_backward_kernel"}
+CONTRACTING |= {"window_group_norm_silu_kernel", "window_group_norm_silu_backward_kernel"}
 CONTRACTING |= {"lowrank_apply_kernel", "lowrank_merge_kernel", "lowrank_norm_kernel"}
 CONTRACTING |= {"window_forward_kernel", "window_input_kernel", "window_weight_kernel"}
+CONTRACTING |= {"prefix_conv2d_kernel", "input_gradient_kernel", "weight_gradient_kernel"}
 MORE_SHARED_BYTES = {"see_products_kernel": 99 * 1024}
 # A 64-bit division is a call, around which a register or two may be saved; spills in a loop would be more.
 CALL_BYTES = 16

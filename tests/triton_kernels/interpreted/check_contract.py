@@ -41,6 +41,9 @@ SLOW = {
     "block_scale_merge_backward": {"two chunks in groups"},
     "weighted_ce_backward": {"several tiles"},
     "lowrank_merge": {"wide rank", "two pieces"},
+    "window_layer_norm": {"two pieces"},
+    "window_layer_norm_backward": {"two pieces"},
+    "window_group_norm_silu": {"channels of their own"},
     "lowrank_merge_": {"wide rank", "two pieces"},
     "lowrank_norm": {"wide rank", "two pieces"},
 }

@@ -1,4 +1,4 @@
-"""What one call of each op of the routed family costs on tensors of a few entries, beside torch's own layer of a masked input."""
+"""What one call of each op on windows of channels costs on tensors of a few entries, beside torch's own layer of a masked input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Call = Callable[[], Any]
 Calls = list[tuple[str, Call, Call, str, Call | None]]
 
 
-def window_calls() -> Calls:
+def calls() -> Calls:
     """Op, ours, peer, the peer's name and the native op alone, of windows."""
     ops = torch.ops.taskloom
     x, weight, image, kernel = torch.randn(2, 1, 4), torch.randn(3, 4), torch.randn(2, 4, 3, 3), torch.randn(3, 4, 2, 2)
@@ -56,8 +56,3 @@ def window_calls() -> Calls:
             lambda: ops.window_conv2d_backward.default(back, image, kernel, *windows, *plain, triple),
         ),
     ]
-
-
-def calls() -> Calls:
-    """The same of the whole family."""
-    return window_calls()

@@ -1,0 +1,1 @@
+"""Methods that give each task channels of its own in one network."""

@@ -1,0 +1,131 @@
+"""How a model whose forward is somebody else's tells its blocks the timesteps of a call."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+_SCOPE = "_timestep_scope"
+
+# Makes the members of a subclass, given the class and further arguments that can be hashed and pickled.
+MakeMembers = Callable[..., dict[str, Any]]
+# A subclass of nn.Module; mypy takes these for something that has no hash.
+Class = Any
+
+
+class TimestepScope:
+    """The timesteps of the forward that is running, for the blocks inside it. Each thread has its own."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def __reduce__(self) -> tuple[type[TimestepScope], tuple[()]]:
+        return TimestepScope, ()
+
+    def enter(self, t: Tensor | None) -> Tensor | None:
+        """Hold these timesteps; returns those held before, to be given back afterwards."""
+        before: Tensor | None = getattr(self._local, "t", None)
+        self._local.t = t
+        return before
+
+    def current(self) -> Tensor:
+        """The timesteps that are held.
+
+        Raises
+        ------
+        RuntimeError
+            If there are none.
+        """
+        t: Tensor | None = getattr(self._local, "t", None)
+        if t is None:
+            raise RuntimeError(
+                "a routed block was called without timesteps outside its model's forward; where blocks are called apart, as activation "
+                "checkpointing does on the way back, give it t as an argument"
+            )
+        return t
+
+
+def timesteps_of(module: nn.Module, t: Tensor | None, samples: int) -> Tensor:
+    """The timesteps given to a routed block, or else those of its model's running forward.
+
+    Raises
+    ------
+    RuntimeError
+        If there are neither.
+    TypeError
+        If ``t`` is no tensor.
+    ValueError
+        If there is not one timestep for each sample.
+    """
+    if t is None:
+        scope: TimestepScope | None = module.__dict__.get(_SCOPE)
+        if scope is None:
+            raise RuntimeError(f"{type(module).__name__}: t: expected the timesteps, integers [N], got none")
+        t = scope.current()
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{type(module).__name__}: t: expected a tensor of integers, got {type(t).__name__}")
+    if t.shape != (samples,):
+        raise ValueError(f"{type(module).__name__}: t: expected shape ({samples},), one for each sample, got {tuple(t.shape)}")
+    return t
+
+
+@cache
+def _derived(base: Class, make: MakeMembers, arguments: tuple[Any, ...]) -> type[nn.Module]:
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _empty, (base, make, arguments), self.__dict__
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (base,), {**names, "__reduce_ex__": reduce, **make(base, *arguments)})
+
+
+def _empty(base: Class, make: MakeMembers, arguments: tuple[Any, ...]) -> nn.Module:
+    made = _derived(base, make, arguments)
+    return made.__new__(made)
+
+
+def change_class(module: nn.Module, make: MakeMembers, *arguments: Any) -> None:
+    """Make a module an instance of a subclass of its class, of the same name, with the members that ``make`` gives.
+
+    Unlike a method on the instance this is kept by copies and pickles, and holds where the module calls its own ``self.forward``.
+    """
+    base: Class = type(module)
+    module.__class__ = _derived(base, make, arguments)
+
+
+def _telling_members(base: type[nn.Module], argument: str) -> dict[str, Any]:
+    place = list(inspect.signature(base.forward).parameters).index(argument) - 1
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        scope: TimestepScope = self.__dict__[_SCOPE]
+        given = kwargs[argument] if argument in kwargs else args[place] if len(args) > place else None
+        before = scope.enter(given)
+        try:
+            return base.forward(self, *args, **kwargs)
+        finally:
+            scope.enter(before)
+
+    return {"forward": forward}
+
+
+def check_can_tell(function: str, model: nn.Module, argument: str) -> None:
+    """Raise ValueError where a model is routed already, TypeError where its forward has no argument of that name."""
+    if _SCOPE in model.__dict__:
+        raise ValueError(f"{function}: model: {type(model).__name__} is routed already")
+    names = list(inspect.signature(type(model).forward).parameters)
+    if argument not in names:
+        raise TypeError(
+            f"{function}: model: expected a forward with the argument {argument!r}, {type(model).__name__}'s has {', '.join(names[1:])}"
+        )
+
+
+def tell_timesteps(model: nn.Module, blocks: list[nn.Module], argument: str) -> None:
+    """Make a model's forward tell its blocks its argument ``argument``."""
+    scope = TimestepScope()
+    for module in (model, *blocks):
+        module.__dict__[_SCOPE] = scope
+    change_class(model, _telling_members, argument)
