@@ -17,6 +17,8 @@ constexpr int64_t panels = window_conv2d_outputs / panel;
 constexpr int64_t chain = 512;
 // Entries that are copied at a time; scratch has as many behind what is used.
 constexpr int64_t step = 16;
+// Entries of a tile, where one channel has no more: chains are shorter where pixels lie far apart.
+constexpr int64_t most_entries = 1 << 16;
 // Narrower images are taken several rows at a time.
 constexpr int64_t narrow = 8;
 
@@ -73,23 +75,33 @@ struct Plan {
   int64_t panel_size, tile_size;  // entries of scratch
 };
 
+int64_t extent_of(int64_t pixels, int64_t stride, int64_t kernel, int64_t dilation) {
+  return (pixels - 1) * stride + (kernel - 1) * dilation + 1;
+}
+
+int64_t columns_of(const WindowConv2d& conv, int64_t pixels) {
+  const int64_t across = conv.out.across < narrow ? conv.out.across : smaller(conv.out.across, pixels);
+  return extent_of(across, conv.stride.across, conv.kernel.across, conv.dilation.across);
+}
+
+int64_t rows_of(const WindowConv2d& conv, int64_t pixels) {
+  if (conv.out.across >= narrow) return conv.kernel.down;
+  const int64_t down = smaller((pixels + conv.out.across - 2) / conv.out.across + 1, conv.out.down);
+  return extent_of(down, conv.stride.down, conv.kernel.down, conv.dilation.down);
+}
+
 Plan plan_of(const WindowConv2d& conv, const WindowConv2dPart& part) {
   Plan plan{};
   plan.by_row = conv.out.across >= narrow;
   plan.taps = conv.kernel.down * conv.kernel.across;
-  plan.block = larger(chain / plan.taps, 1);
+  // Of as many pixels at every level, so that chains are the same.
+  plan.block = larger(smaller(chain / plan.taps, most_entries / (rows_of(conv, step) * columns_of(conv, step))), 1);
   plan.runs = plan.by_row ? conv.out.down : 1;
   plan.run = plan.by_row ? conv.out.across : conv.out.down * conv.out.across;
   plan.tiles = (plan.run + tile_pixels - 1) / tile_pixels;
-  const int64_t across = plan.by_row ? (plan.run + plan.tiles - 1) / plan.tiles : conv.out.across;
-  plan.columns = (across - 1) * conv.stride.across + (conv.kernel.across - 1) * conv.dilation.across + 1;
-  plan.rows = conv.kernel.down;
-  plan.row_step = conv.dilation.down;
-  if (!plan.by_row) {
-    const int64_t down = smaller((tile_pixels + conv.out.across - 2) / conv.out.across + 1, conv.out.down);
-    plan.rows = (down - 1) * conv.stride.down + (conv.kernel.down - 1) * conv.dilation.down + 1;
-    plan.row_step = 1;
-  }
+  plan.columns = columns_of(conv, (plan.run + plan.tiles - 1) / plan.tiles);
+  plan.rows = rows_of(conv, tile_pixels);
+  plan.row_step = plan.by_row ? conv.dilation.down : 1;
   plan.channel = plan.rows * plan.columns;
   int64_t end = 0, most = 0;
   plan.first = conv.weight_channels;
@@ -227,10 +239,9 @@ Tile tile_of(const WindowConv2d& conv, const Plan& plan, int64_t run, int64_t in
             plan.rows,
             plan.columns};
   if (plan.by_row) {
-    tile.columns = (tile.pixels - 1) * conv.stride.across + (conv.kernel.across - 1) * conv.dilation.across + 1;
+    tile.columns = extent_of(tile.pixels, conv.stride.across, conv.kernel.across, conv.dilation.across);
   } else {
-    const int64_t down = (end - 1) / conv.out.across - row;
-    tile.rows = down * conv.stride.down + (conv.kernel.down - 1) * conv.dilation.down + 1;
+    tile.rows = extent_of((end - 1) / conv.out.across - row + 1, conv.stride.down, conv.kernel.down, conv.dilation.down);
   }
   return tile;
 }
