@@ -1,9 +1,9 @@
-"""Where a dense layer of masked samples becomes faster than products of windows: what the constants of the two ops come from.
+"""Where a dense layer of masked samples becomes faster than windows, and loops than products: what the ops' constants come from.
 
     python benchmarks/bench_window_crossover.py [--json NAME.json]
 
-For each share of channels both ways are forced, and timed in turn by the time of the one thread that makes them. A ratio above 1 says that
-the products of windows are the faster way.
+For each share of channels every way is forced, and timed in turn by the time of the one thread that makes them. A ratio above 1 says that
+the products of windows are the faster way. A convolution, and its input's gradient, go by loops of our own too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,10 +24,10 @@ from torch import Tensor
 import environment
 import taskloom
 from spread import spread, summary
-from taskloom.ops.routed import _conv_products, _linear_products
+from taskloom.ops.routed import _conv_loops, _conv_products, _linear_products
 
 SHARES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9)
-IMAGES = ((64, 56), (256, 28), (512, 14))
+IMAGES = ((64, 56), (256, 28), (512, 14), (512, 7))
 SEQUENCES = ((64, 1), (64, 4), (64, 16), (32, 64), (8, 256))
 CHANNELS = 1024
 SAMPLES = 8
@@ -69,25 +69,28 @@ def _bound(layer: Callable[..., Tensor], named: dict[str, Any]) -> Callable[...,
     return lambda x, weight: layer(x, weight, **named)
 
 
-def _seconds(call: Call, dense: bool) -> float:
+def _seconds(call: Call, way: str) -> float:
     with (
-        patch.object(_conv_products, "is_dense", lambda *_: dense),
-        patch.object(_linear_products, "is_dense", lambda *_: dense),
+        patch.object(_conv_products, "is_dense", lambda *_: way == "dense"),
+        patch.object(_linear_products, "is_dense", lambda *_: way == "dense"),
+        patch.object(_conv_loops, "are_faster", lambda *_: way == "loops"),
     ):
         begin = time.thread_time()
         call()
         return time.thread_time() - begin
 
 
-def measure(call: Call, rounds: int) -> dict[str, Any]:
-    """Seconds of both ways, and the dense way's over the windows', round by round."""
-    taken: dict[bool, list[float]] = {False: [], True: []}
+def measure(call: Call, rounds: int, others: Sequence[str]) -> dict[str, Any]:
+    """Seconds of every way, and the others' over those of the windows' products, round by round."""
+    taken: dict[str, list[float]] = {way: [] for way in ("windows", *others)}
     for _ in range(rounds + 1):
-        for dense, times in taken.items():
-            times.append(_seconds(call, dense))
-    windows, dense_times = taken[False][1:], taken[True][1:]
-    ratios = [theirs / own for own, theirs in zip(windows, dense_times, strict=True)]
-    return {"windows": summary(windows), "dense": summary(dense_times), "dense_over_windows": summary(ratios)}
+        for way, times in taken.items():
+            times.append(_seconds(call, way))
+    found: dict[str, Any] = {way: summary(times[1:]) for way, times in taken.items()}
+    for way in others:
+        ratios = [theirs / own for own, theirs in zip(taken["windows"][1:], taken[way][1:], strict=True)]
+        found[f"{way}_over_windows"] = summary(ratios)
+    return found
 
 
 def main() -> None:
@@ -96,14 +99,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    shown = Table("layer", "pass", "share of channels", "windows, ms", "dense / windows")
+    shown = Table("layer", "pass", "share of channels", "windows, ms", "dense / windows", "loops / windows")
     found = []
     for name, share, layer, x, weight in layers():
         for direction, call in _calls(layer, x, weight):
-            one = measure(call, given.rounds)
+            others = ("dense", "loops") if name.startswith("conv2d") else ("dense",)
+            one = measure(call, given.rounds, others)
             found.append({"layer": name, "pass": direction, "share": share, **one})
             milliseconds = f"{1e3 * one['windows']['median']:.2f}"
-            shown.add_row(name, direction, f"{share:.2f}", milliseconds, spread(one["dense_over_windows"]))
+            shown.add_row(name, direction, f"{share:.2f}", milliseconds, *(spread(one[f"{way}_over_windows"]) for way in others))
     Console(width=140).print(shown)
     if given.json:
         facts = {"device": environment.device(), "versions": environment.versions(), "threads": 1, **environment.commit()}

@@ -8,6 +8,7 @@ import importlib.resources
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,7 @@ def native_devices(op: str) -> frozenset[str]:
     return frozenset(device for device, key in _DISPATCH_KEYS.items() if has_kernel(f"taskloom::{op}", key))
 
 
+@cache
 def _level_functions() -> ctypes.CDLL:
     library = ctypes.CDLL(str(find_library(CPU_LIBRARY)))
     library.taskloom_ops_cpu_level.restype = ctypes.c_char_p

@@ -1,4 +1,4 @@
-"""window_conv2d on the CPU: the columns of one sample's window at a time, times a view of the weight."""
+"""window_conv2d on the CPU: the columns of one sample's window at a time, times a view of the weight; or what is faster than that."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from taskloom.ops.routed import _conv_loops
 from taskloom.ops.routed._linear_products import for_bias, shifted, summed_parts, within
 from taskloom.ops.routed._products import add_product, product, product_dtype, tiles
 from taskloom.ops.routed._windows import Group, Window, groups
@@ -74,10 +75,15 @@ def share_seen(planned: Sequence[Group], x: Tensor) -> float:
     return sum(group.width * len(group.samples) for group in planned) / max(x.shape[0] * x.shape[1], 1)
 
 
-def is_dense(planned: Sequence[Group], x: Tensor, out_start: Tensor | None, geometry: Geometry) -> bool:
-    """Whether torch's convolution of a masked input is the faster one; never where only some outputs are wanted."""
+def is_dense(planned: Sequence[Group], x: Tensor, out_start: Tensor | None, geometry: Geometry, least: float = DENSE_FROM) -> bool:
+    """Whether torch's convolution of a masked input is faster, from a share ``least`` of channels on; never for some outputs only."""
     could_be = x.dtype == torch.float32 and out_start is None and not geometry.is_pointwise
-    return could_be and share_seen(planned, x) >= DENSE_FROM
+    return could_be and share_seen(planned, x) >= least
+
+
+def dense_from(by_loops: bool) -> float:
+    """The share of the channels from which on a forward pass is dense."""
+    return _conv_loops.DENSE_FROM if by_loops else DENSE_FROM
 
 
 class _Columns:
@@ -178,15 +184,19 @@ def window_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """Each sample's columns times a view of the weight; or torch's convolution, masked a tile at a time, where that is faster."""
+    """Our own loops, or each sample's columns times a view of the weight, or torch's convolution, masked a tile at a time."""
     geometry = geometry_of(x, weight, stride, padding, dilation)
     window, out_window = (start, width, widths), (out_start, out_width, out_widths)
     planned = groups("window_conv2d", len(x), x.shape[1], window, len(weight), out_window)
     shape = (len(x), len(weight), *geometry.out)
     y = x.new_empty(shape) if out_start is None else x.new_zeros(shape)
-    if is_dense(planned, x, out_start, geometry):
+    by_loops = _conv_loops.are_faster(x, len(weight), geometry)
+    if is_dense(planned, x, out_start, geometry, dense_from(by_loops)):
         for part, _, masked in _masked_parts(x, window):
             y[part] = torch.nn.functional.conv2d(masked, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
+        return y
+    if by_loops:
+        _conv_loops.convolve(x, weight, bias, planned, geometry, y)
         return y
     columns = _Columns(geometry, _widest(planned), product_dtype(x.dtype))
     flat = y.view(len(x), len(weight), geometry.outputs)
@@ -232,8 +242,12 @@ def window_conv2d_backward(
 
 
 def _for_x(back: Tensor, x: Tensor, weight: Tensor, planned: Sequence[Group], geometry: Geometry) -> Tensor:
-    columns = _Columns(geometry, _widest(planned), accumulation_dtype(x))
     made = torch.zeros(x.shape, dtype=x.dtype)
+    gradient = back.view(len(x), len(weight), *geometry.out)
+    if _conv_loops.are_faster_backward(gradient, planned, geometry):
+        _conv_loops.convolve_backward(gradient, weight, planned, geometry, made)
+        return made
+    columns = _Columns(geometry, _widest(planned), accumulation_dtype(x))
     for group in planned:
         left = _view(weight, group, group.made, geometry.taps).T
         for sample in group.samples:

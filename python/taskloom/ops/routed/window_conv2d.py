@@ -11,7 +11,7 @@ from torch import Tensor
 from taskloom.ops._backends import describe_path, kernel
 from taskloom.ops._checks import check_floating
 from taskloom.ops._register import implement_on_cpu, register
-from taskloom.ops.routed import _conv_products
+from taskloom.ops.routed import _conv_loops, _conv_products
 from taskloom.ops.routed._windows import cast_for_autocast, check_values, groups, out_window_of, window_of, window_tensors
 from taskloom.ops.routed.window_linear import check_weight, fake_backward
 from taskloom.reference import routed as reference
@@ -101,9 +101,11 @@ def window_conv2d(
 
     Once differentiable with respect to x, weight and bias; twice with ``taskloom.backend("reference")``. x's gradient is 0 outside the
     windows, and weight's exactly 0 in columns that no window has; it is summed without atomics, in an order that depends on the windows
-    alone. On a CPU each sample's window is padded, its columns (im2col) are made 4 MB at a time, and multiplied with a view of the
-    contiguous weight; with a kernel of 1 and stride 1 the input itself is multiplied. Where the windows have nearly all channels torch's
-    convolution is faster and is taken, on samples masked 4 MB, or one, at a time:
+    alone. On a CPU with AVX-512, where x is contiguous, the kernel larger than 1 and the outputs 16 or more, the weights of 64 outputs
+    at a time are packed for loops of our own, and x's gradient is made in the same way where the stride is 1; bfloat16 goes this way where
+    the processor has no products of it. Elsewhere each sample's window is padded, its columns (im2col) are made 4 MB at a time, and
+    multiplied with a view of the contiguous weight; with a kernel of 1 and stride 1 the input itself is multiplied. Where the windows have
+    nearly all channels torch's convolution is faster and is taken, on samples masked 4 MB, or one, at a time:
     ``taskloom.explain("window_conv2d", x, weight, start=start, width=width)`` says so. Products of 16-bit tensors are summed in float32
     and rounded once. On a GPU one Triton kernel reads each sample's window, without columns.
     """
@@ -194,8 +196,12 @@ def _path(
     planned = groups(op, len(x), x.shape[1], window, weight.shape[0], out_window)
     geometry = _conv_products.geometry_of(x, weight, *conv_geometry(op, x, weight, stride, padding, dilation))
     share = _conv_products.share_seen(planned, x)
-    if _conv_products.is_dense(planned, x, out_window[0], geometry):
-        return f"torch's convolution of masked samples: {share:.0%} of the channels are seen, from {_conv_products.DENSE_FROM:.0%} on"
+    by_loops = _conv_loops.are_faster(x, len(weight), geometry)
+    least = _conv_products.dense_from(by_loops)
+    if _conv_products.is_dense(planned, x, out_window[0], geometry, least):
+        return f"torch's convolution of masked samples: {share:.0%} of the channels are seen, from {least:.0%} on"
+    if by_loops:
+        return f"loops over windows: {share:.0%} of the channels are seen"
     return f"products of windows: {share:.0%} of the channels are seen"
 
 
