@@ -65,15 +65,16 @@ def _with_prefix(plain: Any, weight: Tensor, bias: Tensor | None, *, inputs: int
     return found
 
 
-def _plain_conv(layer: SlimConv2d, run: _Run) -> nn.Module:
+def _plain_conv(layer: Any, run: _Run) -> nn.Module:
+    """Of a SlimConv2d, whose settings torch types as tuples of any length."""
     groups = 1 if layer.groups == 1 else run.inputs // layer.weight.shape[1]
     plain = nn.Conv2d(
         run.inputs,
         run.outputs,
-        layer.kernel_size,  # type: ignore[arg-type]
-        layer.stride,  # type: ignore[arg-type]
-        layer.padding,  # type: ignore[arg-type]
-        layer.dilation,  # type: ignore[arg-type]
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
         groups,
         layer.bias is not None,
         layer.padding_mode,

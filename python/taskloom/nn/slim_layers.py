@@ -9,16 +9,7 @@ from torch import Tensor, nn
 
 from taskloom.nn.slim_widths import SlimLayer, Width, active_channels
 from taskloom.ops import prefix_conv2d, prefix_linear
-
-
-def _as_autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in the dtype that autocast asks for, as torch casts those of its own layers; as they are outside of it."""
-    kind = x.device.type
-    # torch knows of no autocast on the meta device, and raises if asked.
-    if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return x, *others
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(None if one is None else one.to(dtype) for one in (x, *others))
+from taskloom.ops._checks import cast_layer_for_autocast
 
 
 def _repr_of_output(slim: bool) -> str:
@@ -68,7 +59,7 @@ class SlimLinear(nn.Linear, SlimLayer):
 
         ``out_width`` is a ratio in (0, 1] or an integer of outputs; default None: what :func:`use_width` says, 1.0 without.
         """
-        x, weight, bias = _as_autocast(x, self.weight, self.bias)
+        x, weight, bias = cast_layer_for_autocast(x, self.weight, self.bias)
         return prefix_linear(x, weight, bias, self.active_outputs(out_width))
 
     def extra_repr(self) -> str:
@@ -137,11 +128,12 @@ class SlimConv2d(nn.Conv2d, SlimLayer):
             if any(self._reversed_padding_repeated_twice):
                 x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=mode)
             padding = 0
-        x, weight, bias = _as_autocast(x, self.weight, self.bias)
+        x, weight, bias = cast_layer_for_autocast(x, self.weight, self.bias)
         settings: dict[str, Any] = {"stride": self.stride, "padding": padding, "dilation": self.dilation, "groups": self.groups}
         return prefix_conv2d(x, weight, bias, outputs, **settings)
 
     def extra_repr(self) -> str:
         """As nn.Conv2d's, with what is not the default."""
-        plain = super().extra_repr()  # type: ignore[no-untyped-call]
+        layer: Any = super()
+        plain = layer.extra_repr()
         return f"{plain}{_repr_of_output(self.slim_output)}"

@@ -201,7 +201,8 @@ class SlimNorm2d(SlimLayer):
             own.num_batches_tracked.fill_(average.batches)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        layer: Any = super()
+        layer._apply(fn, recurse)
         self.calibrated = {name: (fn(mean), fn(var)) for name, (mean, var) in self.calibrated.items()}
         return self
 

@@ -28,6 +28,14 @@ def cast_for_autocast(x: Tensor) -> Tensor:
     return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
+def cast_layer_for_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same of a layer's tensors together; as they are where the input stays as it is."""
+    dtype = autocast_dtype(x)
+    if dtype is None or x.dtype == torch.float64:
+        return x, weight, bias
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def check_floating_like(op: str, name: str, tensor: Tensor, like: Tensor, of: str) -> None:
     """Raise unless ``tensor`` has such a dtype and the shape of ``like``, which is the argument ``of``."""
     if isinstance(tensor, Tensor) and tensor.dtype in FLOATING and tensor.shape == like.shape:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from taskloom.ops.routed._prefix_checks import empty_result, is_channels_last
-from taskloom.ops.routed._prefix_products import outside_autocast
-from taskloom.reference.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype, without_autocast
 
 
 def _prefix(values: Tensor | None, channels: int, dtype: torch.dtype) -> Tensor | None:
@@ -37,7 +36,7 @@ def _normalised(values: Tensor, weight: Tensor | None, bias: Tensor | None, mean
     return torch.addcmul(shift.view(shape), values, scale.view(shape))
 
 
-@outside_autocast
+@without_autocast
 def prefix_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -71,7 +70,7 @@ def prefix_norm(
     return (y if usual else empty_result(x, x.shape).copy_(y)), mean, var
 
 
-@outside_autocast
+@without_autocast
 def prefix_norm_backward(
     gradient: Tensor,
     x: Tensor,

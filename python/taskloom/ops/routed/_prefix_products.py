@@ -13,31 +13,18 @@ No result of one sample depends on how many others there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, wraps
-from typing import Any, TypeVar
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from taskloom.ops.routed._prefix_checks import empty_result, is_channels_last, output_size
-from taskloom.reference.arithmetic import accumulation_dtype
+from taskloom.reference.arithmetic import accumulation_dtype, without_autocast
 
 # Pixels of a sample from which on a product beats oneDNN's 1x1 convolution: between 100 and 196 on the CPU of docs/routed.md.
 PRODUCT_PIXELS = 128
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 Steps = tuple[Sequence[int], Sequence[int], Sequence[int]]
-
-
-def outside_autocast(function: Function) -> Function:
-    """The function with torch's autocast off: it would round what kernels multiply, in the middle of an op."""
-
-    @wraps(function)
-    def run(*arguments: Any, **named: Any) -> Any:
-        with torch._C._DisableAutocast():
-            return function(*arguments, **named)
-
-    return run  # type: ignore[return-value]
 
 
 @cache
@@ -63,13 +50,13 @@ def _bias_gradient(gradient: Tensor, bias: Tensor, dims: tuple[int, ...]) -> Ten
     return _whole(gradient.sum(dims, dtype=accumulation_dtype(gradient)), bias)
 
 
-@outside_autocast
+@without_autocast
 def prefix_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """One product with a view of the weight."""
     return torch.nn.functional.linear(x, weight[:out_features, : x.shape[1]], None if bias is None else bias[:out_features])
 
 
-@outside_autocast
+@without_autocast
 def prefix_linear_backward(gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, needed: Sequence[bool]) -> list[Tensor]:
     """Two products, the weight's written to its place in the whole gradient."""
     found = []
@@ -156,7 +143,7 @@ def convolve(x: Tensor, part: Tensor, bias: Tensor | None, steps: Steps, groups:
     return empty_result(x, sizes).copy_(found)
 
 
-@outside_autocast
+@without_autocast
 def prefix_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -204,7 +191,7 @@ def gradients(
     return for_x.contiguous() if needed[0] else None
 
 
-@outside_autocast
+@without_autocast
 def prefix_conv2d_backward(
     gradient: Tensor,
     x: Tensor,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from taskloom.ops.routed._prefix_checks import empty_result, is_channels_last, output_size
-from taskloom.ops.routed._prefix_products import convolve, gradients, outside_autocast
-from taskloom.reference.arithmetic import accumulation_dtype
+from taskloom.ops.routed._prefix_products import convolve, gradients
+from taskloom.reference.arithmetic import accumulation_dtype, without_autocast
 
 
 def _groups(in_channels: Tensor, out_channels: Tensor) -> Iterator[tuple[int, int, Tensor | slice]]:
@@ -32,7 +32,7 @@ def _chosen(values: Tensor, samples: Tensor | slice) -> Tensor:
     return empty_result(values, chosen.shape).copy_(chosen)
 
 
-@outside_autocast
+@without_autocast
 def ragged_prefix_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -57,7 +57,7 @@ def ragged_prefix_conv2d(
     return out
 
 
-@outside_autocast
+@without_autocast
 def ragged_prefix_conv2d_backward(
     gradient: Tensor,
     x: Tensor,

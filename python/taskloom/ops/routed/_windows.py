@@ -21,16 +21,6 @@ Window: TypeAlias = tuple[Tensor, int, Tensor | None]
 OutWindow: TypeAlias = tuple[Tensor | None, int, Tensor | None]
 
 
-def cast_for_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A layer's tensors as autocast would give them to one of torch's own."""
-    kind = x.device.type
-    # torch knows no autocast of meta tensors, and refuses the question.
-    if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(kind)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
 def _integers(op: str, name: str, value: Tensor, samples: int) -> Tensor:
     """The tensor, if it holds one integer for each sample, or one for all."""
     if value.dtype not in INTEGERS:

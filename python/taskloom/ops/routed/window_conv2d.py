@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from taskloom.ops._backends import describe_path, kernel
-from taskloom.ops._checks import check_floating
+from taskloom.ops._checks import cast_layer_for_autocast, check_floating
 from taskloom.ops._register import implement_on_cpu, register
 from taskloom.ops.routed import _conv_loops, _conv_products
-from taskloom.ops.routed._windows import cast_for_autocast, check_values, groups, out_window_of, window_of, window_tensors
+from taskloom.ops.routed._windows import check_values, groups, out_window_of, window_of, window_tensors
 from taskloom.ops.routed.window_linear import check_weight, fake_backward
 from taskloom.reference import routed as reference
 
@@ -111,7 +111,7 @@ def window_conv2d(
     """
     op = "window_conv2d"
     _check_x(op, x)
-    x, weight, bias = cast_for_autocast(x, weight, bias)
+    x, weight, bias = cast_layer_for_autocast(x, weight, bias)
     check_weight(op, x, weight, bias, 1, 4)
     geometry = conv_geometry(op, x, weight, stride, padding, dilation)
     window = window_of(op, len(x), x.shape[1], start, width, x)

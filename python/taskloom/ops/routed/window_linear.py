@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from taskloom.ops._backends import describe_path, kernel
-from taskloom.ops._checks import check_dtype, check_floating, check_shape
+from taskloom.ops._checks import cast_layer_for_autocast, check_dtype, check_floating, check_shape
 from taskloom.ops._register import implement_on_cpu, register
 from taskloom.ops.routed import _linear_products
-from taskloom.ops.routed._windows import Window, cast_for_autocast, check_values, groups, out_window_of, window_of, window_tensors
+from taskloom.ops.routed._windows import Window, check_values, groups, out_window_of, window_of, window_tensors
 from taskloom.reference import routed as reference
 
 
@@ -91,7 +91,7 @@ def window_linear(
     """
     op = "window_linear"
     _check_x(op, x)
-    x, weight, bias = cast_for_autocast(x, weight, bias)
+    x, weight, bias = cast_layer_for_autocast(x, weight, bias)
     check_weight(op, x, weight, bias, -1, 2)
     window = window_of(op, len(x), x.shape[-1], start, width, x)
     out_window = out_window_of(op, len(x), weight.shape[0], out_start, out_width, x)

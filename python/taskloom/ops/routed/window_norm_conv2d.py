@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from taskloom.ops._checks import check_floating
+from taskloom.ops._checks import cast_layer_for_autocast, check_floating
 from taskloom.ops.routed._kernel_runs import sees_at_least
-from taskloom.ops.routed._windows import Window, cast_for_autocast, window_of
+from taskloom.ops.routed._windows import Window, window_of
 from taskloom.ops.routed.window_conv2d import Pair, conv_geometry, window_conv2d
 from taskloom.ops.routed.window_group_norm import check_maps, normalised_maps
 from taskloom.ops.routed.window_linear import check_weight
@@ -109,7 +109,7 @@ def window_norm_conv2d(
         raise ValueError(f"{op}: x: expected shape [N, C, H, W], got {tuple(x.shape)}")
     check_maps(op, x, norm_weight, norm_bias, groups, ("norm_weight", "norm_bias"))
     # The norm sees x as it is; what autocast lowers is the convolution.
-    lowered, weight, bias = cast_for_autocast(x[:0], weight, bias)
+    lowered, weight, bias = cast_layer_for_autocast(x[:0], weight, bias)
     check_weight(op, lowered, weight, bias, 1, 4)
     steps, pads, spread = conv_geometry(op, x, weight, stride, padding, dilation)
     window = window_of(op, len(x), x.shape[1], start, width, x)

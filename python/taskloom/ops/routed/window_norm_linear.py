@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from taskloom.ops._checks import cast_layer_for_autocast
 from taskloom.ops.routed._kernel_runs import sees_at_least
-from taskloom.ops.routed._windows import Window, cast_for_autocast, window_of
+from taskloom.ops.routed._windows import Window, window_of
 from taskloom.ops.routed.window_layer_norm import as_rows, check_modulation, check_rows, normalised
 from taskloom.ops.routed.window_linear import check_weight, window_linear
 from taskloom.reference.routed.windows import window_mask
@@ -83,7 +84,7 @@ def window_norm_linear(
     check_rows(op, x)
     check_modulation(op, x, shift, scale)
     # The norm sees x as it is; what autocast lowers is the product.
-    lowered, weight, bias = cast_for_autocast(x[:0], weight, bias)
+    lowered, weight, bias = cast_layer_for_autocast(x[:0], weight, bias)
     check_weight(op, lowered, weight, bias, -1, 2)
     window = window_of(op, len(x), x.shape[-1], start, width, x)
     if x.is_cpu and weight.dtype in DENSE_FROM and sees_at_least(DENSE_FROM[weight.dtype], x.shape[-1], window):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -73,12 +74,17 @@ def _trained(model: RoutedDiT, digits: _Digits, diffusion: Diffusion, trial: Tri
         chosen, t, noise = _triples(config["batch"], digits, diffusion, generator)
         labels = digits.labels[chosen]
         optimizer.zero_grad()
-        losses = diffusion.losses(lambda x, at: model(x, at, labels), digits.images[chosen], t, noise)  # noqa: B023
+        losses = diffusion.losses(partial(_predicted, model, labels), digits.images[chosen], t, noise)
         losses.mean().backward()
         optimizer.step()
         ema.update(model)
         progress((step + 1) / config["steps"])
     return ema.model
+
+
+def _predicted(model: RoutedDiT, labels: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    predicted: Tensor = model(x, t, labels)
+    return predicted
 
 
 def _triples(count: int, digits: _Digits, diffusion: Diffusion, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

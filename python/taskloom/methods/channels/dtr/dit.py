@@ -13,6 +13,7 @@ from taskloom.methods.channels.dtr.routing import RandomRouting
 from taskloom.methods.channels.dtr.scope import timesteps_of
 from taskloom.nn import TaskWindow
 from taskloom.ops import window_layer_norm, window_norm_linear
+from taskloom.reference.routed.windows import window_mask
 
 Routing = TaskWindow | RandomRouting
 
@@ -69,8 +70,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def inside(start: Tensor, width: Tensor | int, channels: int) -> Tensor:
     """Where each sample's window is, bool [N, C]."""
-    place = torch.arange(channels, device=start.device) - start.unsqueeze(-1)
-    return (place >= 0) & (place < (width if isinstance(width, int) else width.unsqueeze(-1)))
+    if isinstance(width, int):
+        return window_mask(len(start), channels, start, width, None)
+    return window_mask(len(start), channels, start, channels, width)
 
 
 class RoutedDiTBlock(nn.Module):

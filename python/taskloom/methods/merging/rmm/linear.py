@@ -68,7 +68,8 @@ class RMMLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._cached = None
-        module: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        layer: Any = super()
+        module: Self = layer._apply(fn, recurse)
         return module
 
     def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
