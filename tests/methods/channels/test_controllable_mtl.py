@@ -6,8 +6,10 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -294,9 +296,9 @@ def _summed_gradients(
     return _gradients(model)
 
 
-@pytest.mark.parametrize("samples", [0, 2])
-def test_sandwich_step_adds_the_gradients_of_its_configurations(samples: int) -> None:
-    model, weights = slim_network().double(), {"a": 1.0, "b": 0.25}
+@contextmanager
+def noted_configs(model: SlimMultiTask) -> Iterator[list[WidthConfig]]:
+    """The configurations that a model is run with inside the block, in order."""
     seen: list[WidthConfig] = []
     run = model.run
 
@@ -304,11 +306,17 @@ def test_sandwich_step_adds_the_gradients_of_its_configurations(samples: int) ->
         seen.append(config)
         return run(x, config, tasks)
 
-    model.run = note  # type: ignore[method-assign]
+    with patch.object(model, "run", note):
+        yield seen
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+def test_sandwich_step_adds_the_gradients_of_its_configurations(samples: int) -> None:
+    model, weights = slim_network().double(), {"a": 1.0, "b": 0.25}
     generator = torch.Generator().manual_seed(3)
-    reported = sandwich_step(model, X.double(), TARGETS, LOSSES, samples, 0.7, generator, weights=weights)
+    with noted_configs(model) as seen:
+        reported = sandwich_step(model, X.double(), TARGETS, LOSSES, samples, 0.7, generator, weights=weights)
     found = _gradients(model)
-    del model.run
     assert seen[0] == FULL
     assert seen[1] == WidthConfig(0.25, {"a": 0.25, "b": 0.25})
     assert len(seen) == 2 + samples
@@ -320,22 +328,20 @@ def test_sandwich_step_adds_the_gradients_of_its_configurations(samples: int) ->
 
 def test_random_widths_are_independent_and_repeat() -> None:
     model = slim_network()
-    seen: list[WidthConfig] = []
-    run = model.run
-    model.run = lambda x, config, tasks=None: (seen.append(config), run(x, config, tasks))[1]  # type: ignore[method-assign,assignment]
-    for _ in range(2):
-        sandwich_step(model, X[:1], {task: one[:1] for task, one in TARGETS.items()}, LOSSES, 60, 0.0, torch.Generator().manual_seed(1))
-    assert seen[:62] == seen[62:]
-    drawn = seen[2:62]
-    for widths in ([one.encoder for one in drawn], [one.decoders["a"] for one in drawn], [one.decoders["b"] for one in drawn]):
-        assert set(widths) == {0.25, 0.5, 0.75, 1.0}
-    assert len(set(drawn)) > 25
-    seen.clear()
-    sandwich_step(model, X, TARGETS, LOSSES, 8, 0.0, widths=(0.5, 1.0), decoder_widths=(1.0,), per_layer=True)
-    assert seen[1] == WidthConfig(0.5, FULL.decoders)
-    assert all(one.decoders == FULL.decoders for one in seen)
-    assert {len(one.encoder) for one in seen[2:] if isinstance(one.encoder, tuple)} == {2}
-    assert all(isinstance(one.encoder, tuple) for one in seen[2:])
+    with noted_configs(model) as seen:
+        for _ in range(2):
+            sandwich_step(model, X[:1], {task: one[:1] for task, one in TARGETS.items()}, LOSSES, 60, 0.0, torch.Generator().manual_seed(1))
+        assert seen[:62] == seen[62:]
+        drawn = seen[2:62]
+        for widths in ([one.encoder for one in drawn], [one.decoders["a"] for one in drawn], [one.decoders["b"] for one in drawn]):
+            assert set(widths) == {0.25, 0.5, 0.75, 1.0}
+        assert len(set(drawn)) > 25
+        seen.clear()
+        sandwich_step(model, X, TARGETS, LOSSES, 8, 0.0, widths=(0.5, 1.0), decoder_widths=(1.0,), per_layer=True)
+        assert seen[1] == WidthConfig(0.5, FULL.decoders)
+        assert all(one.decoders == FULL.decoders for one in seen)
+        assert {len(one.encoder) for one in seen[2:] if isinstance(one.encoder, tuple)} == {2}
+        assert all(isinstance(one.encoder, tuple) for one in seen[2:])
 
 
 def test_sandwich_step_refuses_bad_numbers() -> None:
