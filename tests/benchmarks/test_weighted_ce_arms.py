@@ -30,5 +30,6 @@ def test_an_arm_that_cannot_run_says_why() -> None:
 
 
 def test_the_peak_is_that_of_the_call() -> None:
-    held = peak_here(lambda: torch.ones(1 << 23).sum(), compiles=False)
-    assert 30e6 < held < 60e6
+    # Large beside what the rest of a long test process gives back or takes meanwhile.
+    held = peak_here(lambda: torch.ones(1 << 26).sum(), compiles=False)
+    assert 0.9 * (4 << 26) < held < 1.2 * (4 << 26)
