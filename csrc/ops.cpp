@@ -130,4 +130,6 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
   m.def(
       "channel_scale_backward(Tensor gradient, Tensor x, Tensor scale, Tensor? bias, Tensor? start, SymInt width, Tensor? widths, str "
       "activation, bool for_x, bool for_scale, bool for_bias) -> (Tensor, Tensor, Tensor)");
+
+  // gating
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import taskloom
 from taskloom.ops import _backends
-from taskloom.triton_kernels import lowrank, masked, routed
+from taskloom.triton_kernels import gating, lowrank, masked, routed
 
 OPS = Path(__file__).parents[2] / "ops"
 POINTERS = {
@@ -85,7 +85,7 @@ def kernel_modules() -> list[ModuleType]:
     """The modules of every family."""
     return [
         importlib.import_module(f"{family.__name__}.{found.name}")
-        for family in (masked, lowrank, routed)
+        for family in (masked, lowrank, routed, gating)
         for found in pkgutil.iter_modules(family.__path__)
     ]
 

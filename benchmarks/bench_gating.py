@@ -1,0 +1,23 @@
+"""Speed of the gating family beside torch eager: one row per op and use, in the ``rows_*.py`` by idea.
+
+docs/benchmarks.md says how the comparison is made and what every column means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from harness import Row
+
+ROWS: tuple[Row, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("row", "dtype"),
+    [pytest.param(row, dtype, id=f"{row.name}, {str(dtype).removeprefix('torch.')}") for row in ROWS for dtype in row.dtypes],
+)
+def test_speed(run_row: Callable[[Row, torch.dtype], None], row: Row, dtype: torch.dtype) -> None:
+    run_row(row, dtype)

@@ -1,0 +1,1 @@
+"""The gating family in plain torch: the definition of each op."""
