@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -256,6 +257,19 @@ def test_bad_preferences(preference: Any, message: str) -> None:
         _search().find(preference, 0.5)
 
 
+@pytest.mark.parametrize("preference", ["ab", 0.5])
+def test_what_is_no_preference(preference: Any) -> None:
+    with pytest.raises(TypeError, match="search_widths: preference: expected a value per task, got"):
+        _search().find(preference, 0.5)
+
+
+def test_numbers_of_numpy_are_taken() -> None:
+    least, most = _costs()
+    expected = _search().find((0.7, 0.3), (least + most) // 2)
+    assert _search().find(np.array([0.7, 0.3]), np.int64((least + most) // 2)) == expected  # type: ignore[arg-type]
+    assert _search().find((0.7, 0.3), np.float32(0.5)) == _search().find((0.7, 0.3), 0.5)
+
+
 def test_preferences_of_other_tasks() -> None:
     with pytest.raises(KeyError, match="no task 'c'"):
         _search().find({"a": 0.5, "c": 0.5}, 0.5)
@@ -286,6 +300,9 @@ def test_bad_budgets(budget: Any, error: type[Exception], message: str) -> None:
     [
         ({"loader": []}, ValueError, "loader: expected at least one batch"),
         ({"loader": iter(LOADER)}, TypeError, "what can be read many times"),
+        ({"loader": [X]}, TypeError, "loader: expected batches of a tensor and a mapping from tasks to targets, got Tensor"),
+        ({"loader": [(X, TARGETS["a"])]}, TypeError, "loader: expected batches of a tensor and a mapping"),
+        ({"loader": [(X, {"a": TARGETS["a"]})]}, KeyError, "loader: expected targets of every task, 'b' is missing"),
         ({"grid": ()}, ValueError, "grid: expected at least one ratio"),
         ({"grid": (0.5, 1.5)}, ValueError, r"grid: expected a ratio in \(0, 1\]"),
         ({"metric": {"a": _brightness}}, KeyError, "metric: expected every task, 'b' is missing"),
@@ -303,6 +320,8 @@ def test_what_cannot_be_searched(arguments: dict[str, Any], error: type[Exceptio
 def test_bad_evolution(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="Evolution: "):
         Evolution(**options)
+    with pytest.raises(TypeError, match=r"Evolution: population: expected an integer, got 4\.5"):
+        Evolution(population=4.5)  # type: ignore[arg-type]
 
 
 def test_networks_are_counted_once_per_width() -> None:
@@ -330,6 +349,16 @@ def test_hypervolume_is_that_of_the_union(rows: list[list[int]]) -> None:
     moved = [[value + 3.0 for value in row] for row in rows]
     assert hypervolume(moved, reference) == expected
     assert hypervolume(moved[::-1], reference) == expected
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 4])
+def test_hypervolume_by_drawing_points(tasks: int) -> None:
+    generator = np.random.default_rng(tasks)
+    found, low = generator.uniform(size=(12, tasks)), 0.1
+    drawn = generator.uniform(low, 1, size=(40_000, tasks))
+    inside = (drawn[:, None] <= found).all(2).any(1).mean()
+    deviation = math.sqrt(inside * (1 - inside) / len(drawn))
+    assert abs(hypervolume(found.tolist(), [low] * tasks) / (1 - low) ** tasks - inside) < 4 * deviation
 
 
 def test_hypervolume_of_two_tasks() -> None:
