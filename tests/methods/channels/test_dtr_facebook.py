@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,7 @@ def test_conversion_routes_the_model_and_keeps_its_state_dict(beta: float) -> No
     plain = FacebookDiT().double().eval()
     model = convert_dit(copy.deepcopy(plain), beta=beta, num_tasks=TASKS)
     assert list(model.state_dict()) == list(plain.state_dict())
+    assert list(inspect.signature(model.forward).parameters) == ["x", "t", "y"]
     x, t, y = _inputs()
     expected = _routed_by_hand(plain, x, t, y, [_masks(beta)] * 2)
     torch.testing.assert_close(model(x, t, y), expected, atol=1e-10, rtol=1e-10)
