@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slim_networks import TARGETS, X, normal, slim_network
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from taskloom.methods.channels.controllable_mtl import (
     Evolution,
@@ -29,6 +30,7 @@ from taskloom.methods.channels.controllable_mtl import (
     calibrate,
     count_flops,
     decoder_levels,
+    export,
     hypervolume,
     search_widths,
 )
@@ -104,6 +106,15 @@ def test_preferred_tasks_get_wider_decoders(values: list[float], widths: list[fl
                 assert level[one] >= level[other]
     for upper, lower in itertools.pairwise(levels):
         assert all(grid.index(lower[task]) == max(grid.index(upper[task]) - 1, 0) for task in preference)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=4).filter(lambda values: sum(values) > 0.1), st.floats(0, 1))
+def test_a_task_that_gains_weight_gets_no_narrower_decoder(values: list[float], share: float) -> None:
+    """The first level, where weight moves to one task from all others alike."""
+    before = [value / sum(values) for value in values]
+    after = [before[0] + share * (1 - before[0]), *((1 - share) * value for value in before[1:])]
+    first, second = (decoder_levels({str(place): value for place, value in enumerate(one)}, GRID)[0] for one in (before, after))
+    assert second["0"] >= first["0"]
 
 
 def test_decoder_widths_of_the_rule() -> None:
@@ -330,6 +341,15 @@ def test_networks_are_counted_once_per_width() -> None:
     assert [table.total(one) for one in configs[::7]] == [count_flops(slim_network(), one, (1, 3, 8, 8)) for one in configs[::7]]
     assert table.encoder(0.5) is table.encoder(0.5)
     assert table.encoder((16, 32))[0] == table.encoder(1.0)[0]
+
+
+def test_operations_of_tokens_are_what_torch_counts() -> None:
+    encoder = nn.Sequential(SlimLinear(16, 32), nn.ReLU(), SlimLinear(32, 64))
+    model = SlimMultiTask(encoder, {"a": SlimLinear(64, 4, slim_output=False)})
+    config, x = WidthConfig((8, 0.5), {"a": 1.0}), normal(2, 7, 16)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        export(model, config, x)(x)
+    assert count_flops(model, config, x.shape) == counter.get_total_flops() == 2 * 2 * 7 * (16 * 8 + 8 * 32 + 32 * 4)
 
 
 points = st.integers(1, 4).flatmap(
