@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import taskloom.methods.channels as wing
+from taskloom.methods.channels.controllable_mtl import WidthConfig, count_flops
+from taskloom.methods.channels.controllable_mtl.claim import CLAIMS
+from taskloom.methods.channels.controllable_mtl.digit_pairs import build
 
 PAGES = Path(__file__).parents[3] / "docs" / "methods"
 RESULTS = Path(next(iter(wing.__path__)))
@@ -74,6 +77,31 @@ def test_figures_of_the_hypervolume() -> None:
     budgets = json.loads((RESULTS / "controllable_mtl" / "result.json").read_text())["claims"][2]["config"]["budgets"]
     for arm in ("controllable", "fixed decoders", "trained alone"):
         _assert_row(rows, arm, *([fmean(values[f"hypervolume{at}, {arm}"])] for at in (*(f" at {budget}" for budget in budgets), "")))
+
+
+def test_figures_of_the_variations() -> None:
+    rows = table_rows(PAGES / "controllable_mtl.md")
+    runs = json.loads((PAGES.parents[1] / "benchmarks" / "results" / "controllable-variations.json").read_text())["runs"]
+    for variation in {one["variation"] for one in runs}:
+        found = sorted((one for one in runs if one["variation"] == variation), key=lambda one: int(one["seed"]))
+        columns = [
+            [fmean(one[budgets]["controllable"]) - fmean(one[budgets]["fixed decoders"]) for one in found]
+            for budgets in ("own budgets", "even budgets")
+        ]
+        _assert_row(rows, variation, *columns)
+    text = " ".join((PAGES / "controllable_mtl.md").read_text().split())
+    ahead = sorted((one for one in runs if one["variation"] == "1200 steps"), key=lambda one: int(one["seed"]))
+    arms = [", ".join(f"{one['even budgets'][arm][2]:.3f}" for one in ahead) for arm in ("controllable", "fixed decoders")]
+    assert " against ".join(arms) in text
+
+
+def test_narrow_decoders_buy_no_wider_encoder_at_the_budgets_of_the_experiment() -> None:
+    config = CLAIMS[2].config
+    model = build(config["channels"], 0)
+    whole = count_flops(model, WidthConfig(1.0, {"A": 1.0, "B": 1.0}), (1, 1, 8, 8))
+    for budget, width, wider in zip(config["budgets"], (0.25, 0.5, 0.75), (0.5, 0.75, 1.0), strict=True):
+        assert count_flops(model, WidthConfig(width, {"A": 1.0, "B": 1.0}), (1, 1, 8, 8)) <= budget * whole
+        assert count_flops(model, WidthConfig(wider, {"A": 0.25, "B": 0.25}), (1, 1, 8, 8)) > budget * whole
 
 
 @pytest.mark.filterwarnings("ignore:Online softmax is disabled")
