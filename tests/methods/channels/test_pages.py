@@ -102,6 +102,15 @@ def test_narrow_decoders_buy_no_wider_encoder_at_the_budgets_of_the_experiment()
     for budget, width, wider in zip(config["budgets"], (0.25, 0.5, 0.75), (0.5, 0.75, 1.0), strict=True):
         assert count_flops(model, WidthConfig(width, {"A": 1.0, "B": 1.0}), (1, 1, 8, 8)) <= budget * whole
         assert count_flops(model, WidthConfig(wider, {"A": 0.25, "B": 0.25}), (1, 1, 8, 8)) > budget * whole
+    grid = (0.25, 0.5, 0.75, 1.0)
+    costs = {
+        decoder: [count_flops(model, WidthConfig(width, {"A": 1.0, "B": decoder}), (1, 1, 8, 8)) for width in grid] for decoder in grid
+    }
+
+    def encoders(decoder: float, budget: float) -> int:
+        return sum(cost <= budget * whole for cost in costs[decoder])
+
+    assert [budget for budget in (0.2, 0.4, 0.6, 0.8) if encoders(0.25, budget) > encoders(1.0, budget)] == [0.6]
 
 
 @pytest.mark.filterwarnings("ignore:Online softmax is disabled")
