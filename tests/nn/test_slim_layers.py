@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from typing import Any
 
 import pytest
@@ -130,6 +132,47 @@ def test_names_of_configurations() -> None:
     first = configuration_name(model, {"encoder": 0.5, "decoders": 0.25, "decoders.a": 0.5})
     assert first == configuration_name(model, {"decoders.a": 0.5, "decoders": 0.25, "": 1.0, "encoder": 0.5, "decoders.b": 0.25})
     assert first != configuration_name(model, {"encoder": 0.5})
+
+
+def test_threads_run_a_model_at_widths_of_their_own() -> None:
+    model = SlimNet().eval()
+    expected = {}
+    for width in (0.25, 0.75):
+        with use_width(model, width):
+            expected[width] = model(X)
+    barrier = threading.Barrier(2, timeout=60)
+    # Every layer of one thread waits for the same layer of the other, so that both are inside their blocks all the time.
+    handles = [
+        layer.register_forward_pre_hook(lambda module, arguments: (barrier.wait(), None)[1])
+        for layer in model.modules()
+        if isinstance(layer, SlimConv2d | SlimLinear)
+    ]
+    found: dict[float, Any] = {}
+
+    def work(width: float) -> None:
+        with use_width(model, width):
+            found[width] = model(X)
+
+    threads = [threading.Thread(target=work, args=(width,)) for width in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for handle in handles:
+        handle.remove()
+    for width, outputs in expected.items():
+        assert all(torch.equal(found[width][task], output) for task, output in outputs.items())
+    assert all(module.width == 1.0 for module in model.modules() if isinstance(module, SlimConv2d | SlimLinear))
+
+
+def test_copies_made_inside_a_block_are_whole() -> None:
+    model = SlimNet()
+    with use_width(model, 0.25):
+        twin = copy.deepcopy(model)
+        assert model.encoder[0].width == 0.25
+        assert twin.encoder[0].width == 1.0
+    with pytest.raises(AttributeError):
+        model.encoder[0].width = 0.5
 
 
 @pytest.mark.parametrize(

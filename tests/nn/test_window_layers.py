@@ -172,3 +172,24 @@ def test_residual_of_all_channels_is_the_plain_block() -> None:
     block = RoutedResidual(branch, TaskWindow(torch.zeros(5, dtype=torch.int64), 10, 10))
     x = normal(4, 3, 10)
     torch.testing.assert_close(block(x, TASK), x + plain(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("samples", [2, 4])
+def test_residual_of_masks(samples: int) -> None:
+    """What gives masks in the place of windows, as the random channels of DTR's ablation do."""
+
+    class Masks(nn.Module):
+        def forward(self, task: torch.Tensor) -> torch.Tensor:
+            return (torch.arange(10) + task[:, None]) % 3 > 0
+
+    masks, task = Masks(), TASK[:samples]
+    plain, x = nn.Linear(10, 10).double(), normal(samples, 3, 10)
+    expected = x + plain(masks(task)[:, None] * x)
+    torch.testing.assert_close(RoutedResidual(plain, masks)(x, task), expected, rtol=1e-12, atol=1e-12)
+    conv, image = nn.Conv2d(10, 10, 1).double(), normal(samples, 10, 5, 5)
+    expected = image + conv(masks(task)[:, :, None, None] * image)
+    torch.testing.assert_close(RoutedResidual(conv, masks, channel_dim=1)(image, task), expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(TypeError, match="RoutedResidual: window: expected windows for WindowLinear, got a mask"):
+        RoutedResidual(WindowLinear(10, 10).double(), masks)(x, task)
+    with pytest.raises(ValueError, match=r"RoutedResidual: window: expected a mask of bools \(\d, 8\), got torch.bool"):
+        RoutedResidual(plain, masks)(x[:, :, :8], task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeAlias
@@ -51,11 +52,32 @@ def active_channels(what: str, width: Width, whole: int, divisor: int) -> int:
     return whole if width == 1 else min(whole, make_divisible(whole * width, divisor))
 
 
-class SlimLayer(nn.Module):
-    """What a layer knows of the widths of its model: its own, and the name of the whole configuration (None: all at full width)."""
+class _Running(threading.local):
+    """The layers that :func:`use_width` holds in this thread, by identity: their widths, and the names of the configurations."""
 
-    width: Width = 1.0
-    configuration: str | None = None
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Width, str | None]] = {}
+
+
+_RUNNING = _Running()
+_WHOLE: tuple[Width, str | None] = (1.0, None)
+
+
+class SlimLayer(nn.Module):
+    """What a layer knows of the widths of its model, in the thread that asks.
+
+    That is kept outside of the layer, so that threads can run one model at widths of their own, and copies know nothing of it.
+    """
+
+    @property
+    def width(self) -> Width:
+        """The layer's own width; 1.0 outside of :func:`use_width`."""
+        return _RUNNING.layers.get(id(self), _WHOLE)[0]
+
+    @property
+    def configuration(self) -> str | None:
+        """The name of the whole configuration; None where all is at full width."""
+        return _RUNNING.layers.get(id(self), _WHOLE)[1]
 
 
 def _found(widths: Mapping[str, Width], path: str) -> tuple[str, Width]:
@@ -115,15 +137,15 @@ def use_width(model: nn.Module, widths: Widths) -> Iterator[None]:
     Notes
     -----
     Layers with ``slim_output=False``, and grouped convolutions, whose outputs follow their input, keep their own width. Blocks may be
-    nested; the innermost holds.
+    nested; the innermost holds. Widths hold in the thread that entered the block, and in no other: several threads can run one model at
+    widths of their own, but what a block leaves to other threads (``nn.DataParallel``, checkpoints that autograd recomputes for a GPU)
+    runs at full width.
     """
     mapping, name = _as_mapping(model, widths), configuration_name(model, widths)
-    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, SlimLayer)]
-    before = [(module, module.width, module.configuration) for _, module in layers]
+    layers = {id(module): (_found(mapping, path)[1], name) for path, module in model.named_modules() if isinstance(module, SlimLayer)}
+    before = _RUNNING.layers
+    _RUNNING.layers = {**before, **layers}
     try:
-        for path, module in layers:
-            module.width, module.configuration = _found(mapping, path)[1], name
         yield
     finally:
-        for module, width, configuration in before:
-            module.width, module.configuration = width, configuration
+        _RUNNING.layers = before

@@ -114,7 +114,8 @@ class RoutedResidual(nn.Module):
         one, is given x and the window, and no masked copy is made. Any other module is called with a copy of x that is 0 outside
         the windows.
     window
-        Tasks to (start, width), such as a :class:`TaskWindow`.
+        Tasks to (start, width), such as a :class:`TaskWindow`; or to the mask itself, bool ``[N, C]``, such as the random channels of
+        ``taskloom.methods.channels.dtr.RandomRouting``, for a branch that does not take windows.
     channel_dim
         Where x has its channels. Default -1; 1 for images.
 
@@ -138,11 +139,24 @@ class RoutedResidual(nn.Module):
             Integers ``[N]``, or ``[]`` for all samples.
         *args
             What else the branch takes.
+
+        Raises
+        ------
+        TypeError
+            If the window gives a mask, and the branch takes windows.
+        ValueError
+            If the mask has another shape.
         """
-        start, width = self.window(task)
+        found = self.window(task)
         # Not children(), which leaves out a module that comes again.
         first, *rest = self.branch if isinstance(self.branch, nn.Sequential) and len(self.branch) else (self.branch,)
-        if not getattr(first, "takes_window", False):
+        takes_window = getattr(first, "takes_window", False)
+        if isinstance(found, Tensor):
+            if takes_window:
+                raise TypeError(f"RoutedResidual: window: expected windows for {type(first).__name__}, got a mask")
+            return x + cast(Tensor, self.branch(_kept(x, found, self.channel_dim), *args))
+        start, width = found
+        if not takes_window:
             return x + cast(Tensor, self.branch(masked(x, start, width, self.channel_dim), *args))
         made = first(x, start, width, *args)
         for module in rest:
@@ -154,7 +168,15 @@ def masked(x: Tensor, start: Tensor, width: Tensor | int, channel_dim: int) -> T
     """A copy of x that is 0 outside each sample's window."""
     channels = x.shape[channel_dim]
     widths = width if isinstance(width, Tensor) else None
-    seen = window_mask(len(x), channels, start, channels if isinstance(width, Tensor) else width, widths)
+    return _kept(x, window_mask(len(x), channels, start, channels if isinstance(width, Tensor) else width, widths), channel_dim)
+
+
+def _kept(x: Tensor, seen: Tensor, channel_dim: int) -> Tensor:
+    """A copy of x that is 0 where a mask, bool ``[N, C]`` or ``[1, C]`` for all samples, is not set."""
+    if seen.dtype != torch.bool or seen.dim() != 2 or seen.shape[1] != x.shape[channel_dim] or seen.shape[0] not in (1, len(x)):
+        raise ValueError(
+            f"RoutedResidual: window: expected a mask of bools ({len(x)}, {x.shape[channel_dim]}), got {seen.dtype} {tuple(seen.shape)}"
+        )
     shape = [1] * x.dim()
-    shape[0], shape[channel_dim] = x.shape[0], channels
+    shape[0], shape[channel_dim] = seen.shape
     return x.masked_fill(~seen.view(shape), 0)

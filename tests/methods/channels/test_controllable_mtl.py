@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import math
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -354,6 +358,103 @@ def test_sandwich_step_refuses_bad_numbers() -> None:
     with pytest.raises(ValueError, match="widths: expected at least one ratio"):
         sandwich_step(model, X, TARGETS, LOSSES, widths=())
     assert all(one.grad is None for one in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"samples": 1.5}, TypeError, "samples: expected an integer, got float"),
+        ({"weights": {"a": -1.0, "b": 1.0}}, ValueError, "weights: expected finite numbers of at least 0, got -1.0 for task 'a'"),
+        ({"weights": {"a": 1.0, "b": math.nan}}, ValueError, "weights: expected finite numbers of at least 0, got nan for task 'b'"),
+        (
+            {"losses": {"a": cross_entropy, "b": lambda output, target: cross_entropy(output, target, reduction="none")}},
+            ValueError,
+            r"losses: expected a scalar for task 'b', got shape \(4,\)",
+        ),
+    ],
+)
+def test_sandwich_step_refuses_what_would_train_something_else(options: Any, error: type[Exception], message: str) -> None:
+    model = slim_network()
+    with pytest.raises(error, match=f"sandwich_step: {message}"):
+        sandwich_step(model, X, TARGETS, **{"losses": LOSSES, **options})
+    assert all(one.grad is None for one in model.parameters())
+
+
+def test_sandwich_step_with_a_gradient_scaler() -> None:
+    model = slim_network()
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sandwich_step(
+        model, X, TARGETS, LOSSES, generator=torch.Generator().manual_seed(1), backward=lambda loss: scaler.scale(loss).backward()
+    )
+    scaler.unscale_(optimizer)
+    scaled = _gradients(model)
+    model.zero_grad()
+    sandwich_step(model, X, TARGETS, LOSSES, generator=torch.Generator().manual_seed(1))
+    for name, gradient in _gradients(model).items():
+        torch.testing.assert_close(scaled[name], gradient, rtol=1e-6, atol=1e-7)
+
+
+def test_training_repeats_bit_by_bit() -> None:
+    def trained(seed: int) -> list[Tensor]:
+        model = slim_network()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(3):
+            optimizer.zero_grad()
+            sandwich_step(model, X, TARGETS, LOSSES, generator=generator)
+            optimizer.step()
+        return [one.detach() for one in model.parameters()]
+
+    first, second, other = trained(0), trained(0), trained(1)
+    assert all(torch.equal(one, same) for one, same in zip(first, second, strict=True))
+    assert not all(torch.equal(one, same) for one, same in zip(first, other, strict=True))
+
+
+def test_threads_run_configurations_of_their_own() -> None:
+    """A server that answers two users with one model."""
+    model = slim_network().eval()
+    expected = {config: model(X, config) for config in (MIXED, WidthConfig(1.0, {"a": 1.0, "b": 0.25}))}
+    barrier = threading.Barrier(2, timeout=60)
+    for layer in (model.encoder[0], model.encoder[3], model.decoders["a"][1], model.decoders["b"][1]):
+        layer.register_forward_pre_hook(lambda module, arguments: (barrier.wait(), None)[1])
+    found: dict[WidthConfig, dict[str, Tensor]] = {}
+
+    def work(config: WidthConfig) -> None:
+        found[config] = model(X, config)
+
+    threads = [threading.Thread(target=work, args=(config,)) for config in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for config, outputs in expected.items():
+        _close(found[config], outputs, 0)
+
+
+def test_copies_and_saved_models_are_the_same() -> None:
+    model = slim_network("batch").eval()
+    calibrate(model, MIXED, BATCHES)
+    saved = io.BytesIO()
+    torch.save(model.state_dict(), saved)
+    saved.seek(0)
+    fresh = slim_network("batch").eval()
+    with torch.no_grad():
+        fresh.encoder[0].weight.zero_()
+    fresh.load_state_dict(torch.load(saved))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fresh):
+        _close(twin(X, MIXED), model(X, MIXED), 0)
+        _close(twin(X, FULL), model(X, FULL), 0)
+
+
+@torch.no_grad()
+def test_compiled_at_several_configurations() -> None:
+    model = slim_network().eval()
+    torch.compiler.reset()
+    run = torch.compile(model, backend="eager")
+    for config in (MIXED, FULL, MIXED):
+        _close(run(X, config), model(X, config), 1e-6)
+    torch.compiler.reset()
 
 
 def test_sandwich_step_under_autocast() -> None:

@@ -163,9 +163,10 @@ def test_bad_tables(arguments: dict[str, Any], error: type[Exception], message: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"alpha": 0.0}, "alpha: expected a power above 0, got 0.0"),
-        ({"alpha": -1.0}, "alpha: expected a power above 0, got -1.0"),
-        ({"alpha": math.nan}, "alpha: expected a power above 0, got nan"),
+        ({"alpha": 0.0}, "alpha: expected a finite power above 0, got 0.0"),
+        ({"alpha": -1.0}, "alpha: expected a finite power above 0, got -1.0"),
+        ({"alpha": math.inf}, "alpha: expected a finite power above 0, got inf"),
+        ({"alpha": math.nan}, "alpha: expected a finite power above 0, got nan"),
         ({"formula": "page"}, "formula: expected one of 'code', 'paper', got 'page'"),
     ],
 )
@@ -183,6 +184,15 @@ def test_bad_timesteps() -> None:
         routing(torch.tensor([0.0]))
     with pytest.raises(TypeError, match="t: expected a tensor of integers, got int"):
         routing(3)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+def test_timesteps_of_any_integers(dtype: torch.dtype) -> None:
+    """Torch itself takes unsigned bytes for a mask."""
+    routing, diffusion = RandomRouting(9, 7), Diffusion("linear", 50)
+    t = torch.tensor([0, 8, 3, 1, 1, 0, 5, 2, 1])
+    assert torch.equal(routing(t.to(dtype)), routing(t))
+    assert torch.equal(diffusion.snr(t.to(dtype)), diffusion.snr(t))
 
 
 def test_weights_of_the_loss() -> None:
@@ -279,6 +289,26 @@ def test_loss_of_each_sample() -> None:
     losses = diffusion.losses(lambda x, at: x * at.view(-1, 1, 1, 1), x0, t, noise)
     np.testing.assert_allclose(losses.numpy(), ((noisy * t.numpy()[:, None, None, None] - noise.numpy()) ** 2).mean((1, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(diffusion.snr(t).numpy(), kept / (1 - kept), rtol=1e-6)
+
+
+def test_predictions_and_timesteps_of_other_shapes_are_refused() -> None:
+    """Torch would stretch most of them."""
+    diffusion = Diffusion("linear", 100)
+    x0, noise, t = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4), torch.tensor([0, 50, 99])
+    with_variance = r"predict: expected the images' shape \(3, 1, 4, 4\), got \(3, 2, 4, 4\)"
+    with pytest.raises(ValueError, match=with_variance):
+        diffusion.losses(lambda x, t: torch.cat([x, x], 1), x0, t, noise)
+    with pytest.raises(ValueError, match=with_variance):
+        diffusion.sample(lambda x, t: torch.cat([x, x], 1), noise, 2)
+    with pytest.raises(ValueError, match=r"noise: expected the images' shape \(3, 1, 4, 4\), got \(1, 4, 4\)"):
+        diffusion.losses(lambda x, t: x, x0, t, noise[0])
+    with pytest.raises(ValueError, match=r"t: expected shape \(3,\), one for each sample, got \(1,\)"):
+        diffusion.losses(lambda x, t: x, x0, t[:1], noise)
+    for wrong in (t - 1, t + 1):
+        with pytest.raises(IndexError, match=r"t: expected timesteps from 0 to 99, got (-1|100)"):
+            diffusion.losses(lambda x, t: x, x0, wrong, noise)
+    with pytest.raises(TypeError, match=r"t: expected a tensor of integers, got a tensor of torch.float32"):
+        diffusion.snr(t.float())
 
 
 @pytest.mark.parametrize("steps", [1, 7, 50])

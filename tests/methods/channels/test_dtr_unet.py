@@ -173,6 +173,30 @@ def test_converted_models_are_routed(attention: bool, checkpointed: bool) -> Non
         assert torch.equal(twin(x, timesteps=t), model(x, t))
 
 
+@pytest.mark.parametrize("attention", [False, True])
+def test_conversion_with_random_channels(attention: bool) -> None:
+    plain = UNet().double()
+    generator = torch.Generator().manual_seed(3)
+    model = convert_adm(
+        copy.deepcopy(plain), route_attention=attention, routing=lambda channels: RandomRouting(TASKS, channels, 0.6, generator)
+    )
+    x, t = _inputs(1)[0], _inputs(1)[2]
+    masks = {block.window.channels: block.window.mask.double() for block in model.modules() if hasattr(block, "window")}
+    # The attention and the block before the last have 12 channels each, and masks of their own.
+    layers = model.layers
+    emb = plain.time_embed(t[:, None].to(x.dtype))
+    h = skip = plain.first(x)
+    h = plain.layers[0](h, emb, layers[0].window.mask[t].double())
+    h = plain.layers[1](h, layers[1].window.mask[t].double() if attention else None)
+    h = plain.layers[2](h, emb, layers[2].window.mask[t].double())
+    expected = plain.last(torch.cat([h, skip], 1), emb, masks[16][t])
+    torch.testing.assert_close(model(x, t), expected, atol=1e-10, rtol=1e-10)
+    assert sum(key.endswith("window.mask") for key in model.state_dict()) == 3 + attention
+    with pytest.raises(ValueError, match="convert_adm: routing: expected one of 8 channels, got 12"):
+        convert_adm(plain, routing=lambda channels: RandomRouting(TASKS, 12))
+    assert not any(hasattr(block, "window") for block in plain.modules())
+
+
 class Renamed(UNet):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x, t)

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slim_networks import TARGETS, X, normal, slim_network
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from taskloom.methods.channels.controllable_mtl import (
     Evolution,
@@ -28,6 +30,7 @@ from taskloom.methods.channels.controllable_mtl import (
     calibrate,
     count_flops,
     decoder_levels,
+    export,
     hypervolume,
     search_widths,
 )
@@ -103,6 +106,15 @@ def test_preferred_tasks_get_wider_decoders(values: list[float], widths: list[fl
                 assert level[one] >= level[other]
     for upper, lower in itertools.pairwise(levels):
         assert all(grid.index(lower[task]) == max(grid.index(upper[task]) - 1, 0) for task in preference)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=4).filter(lambda values: sum(values) > 0.1), st.floats(0, 1))
+def test_a_task_that_gains_weight_gets_no_narrower_decoder(values: list[float], share: float) -> None:
+    """The first level, where weight moves to one task from all others alike."""
+    before = [value / sum(values) for value in values]
+    after = [before[0] + share * (1 - before[0]), *((1 - share) * value for value in before[1:])]
+    first, second = (decoder_levels({str(place): value for place, value in enumerate(one)}, GRID)[0] for one in (before, after))
+    assert second["0"] >= first["0"]
 
 
 def test_decoder_widths_of_the_rule() -> None:
@@ -256,6 +268,19 @@ def test_bad_preferences(preference: Any, message: str) -> None:
         _search().find(preference, 0.5)
 
 
+@pytest.mark.parametrize("preference", ["ab", 0.5])
+def test_what_is_no_preference(preference: Any) -> None:
+    with pytest.raises(TypeError, match="search_widths: preference: expected a value per task, got"):
+        _search().find(preference, 0.5)
+
+
+def test_numbers_of_numpy_are_taken() -> None:
+    least, most = _costs()
+    expected = _search().find((0.7, 0.3), (least + most) // 2)
+    assert _search().find(np.array([0.7, 0.3]), np.int64((least + most) // 2)) == expected  # type: ignore[arg-type]
+    assert _search().find((0.7, 0.3), np.float32(0.5)) == _search().find((0.7, 0.3), 0.5)
+
+
 def test_preferences_of_other_tasks() -> None:
     with pytest.raises(KeyError, match="no task 'c'"):
         _search().find({"a": 0.5, "c": 0.5}, 0.5)
@@ -286,6 +311,9 @@ def test_bad_budgets(budget: Any, error: type[Exception], message: str) -> None:
     [
         ({"loader": []}, ValueError, "loader: expected at least one batch"),
         ({"loader": iter(LOADER)}, TypeError, "what can be read many times"),
+        ({"loader": [X]}, TypeError, "loader: expected batches of a tensor and a mapping from tasks to targets, got Tensor"),
+        ({"loader": [(X, TARGETS["a"])]}, TypeError, "loader: expected batches of a tensor and a mapping"),
+        ({"loader": [(X, {"a": TARGETS["a"]})]}, KeyError, "loader: expected targets of every task, 'b' is missing"),
         ({"grid": ()}, ValueError, "grid: expected at least one ratio"),
         ({"grid": (0.5, 1.5)}, ValueError, r"grid: expected a ratio in \(0, 1\]"),
         ({"metric": {"a": _brightness}}, KeyError, "metric: expected every task, 'b' is missing"),
@@ -303,6 +331,8 @@ def test_what_cannot_be_searched(arguments: dict[str, Any], error: type[Exceptio
 def test_bad_evolution(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="Evolution: "):
         Evolution(**options)
+    with pytest.raises(TypeError, match=r"Evolution: population: expected an integer, got 4\.5"):
+        Evolution(population=4.5)  # type: ignore[arg-type]
 
 
 def test_networks_are_counted_once_per_width() -> None:
@@ -311,6 +341,15 @@ def test_networks_are_counted_once_per_width() -> None:
     assert [table.total(one) for one in configs[::7]] == [count_flops(slim_network(), one, (1, 3, 8, 8)) for one in configs[::7]]
     assert table.encoder(0.5) is table.encoder(0.5)
     assert table.encoder((16, 32))[0] == table.encoder(1.0)[0]
+
+
+def test_operations_of_tokens_are_what_torch_counts() -> None:
+    encoder = nn.Sequential(SlimLinear(16, 32), nn.ReLU(), SlimLinear(32, 64))
+    model = SlimMultiTask(encoder, {"a": SlimLinear(64, 4, slim_output=False)})
+    config, x = WidthConfig((8, 0.5), {"a": 1.0}), normal(2, 7, 16)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        export(model, config, x)(x)
+    assert count_flops(model, config, x.shape) == counter.get_total_flops() == 2 * 2 * 7 * (16 * 8 + 8 * 32 + 32 * 4)
 
 
 points = st.integers(1, 4).flatmap(
@@ -330,6 +369,16 @@ def test_hypervolume_is_that_of_the_union(rows: list[list[int]]) -> None:
     moved = [[value + 3.0 for value in row] for row in rows]
     assert hypervolume(moved, reference) == expected
     assert hypervolume(moved[::-1], reference) == expected
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 4])
+def test_hypervolume_by_drawing_points(tasks: int) -> None:
+    generator = np.random.default_rng(tasks)
+    found, low = generator.uniform(size=(12, tasks)), 0.1
+    drawn = generator.uniform(low, 1, size=(40_000, tasks))
+    inside = (drawn[:, None] <= found).all(2).any(1).mean()
+    deviation = math.sqrt(inside * (1 - inside) / len(drawn))
+    assert abs(hypervolume(found.tolist(), [low] * tasks) / (1 - low) ** tasks - inside) < 4 * deviation
 
 
 def test_hypervolume_of_two_tasks() -> None:

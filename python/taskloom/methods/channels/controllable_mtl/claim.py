@@ -123,7 +123,7 @@ def _measure_hypervolume(trial: Trial) -> Values:
             points["controllable"].append([*accuracies(model, test, chosen).values()])
             done = trial.part(2 + turn * len(preferences) + place, parts)
             points["trained alone"].append([*_alone(model, chosen, train, test, trial, done).values()])
-        whole = _best_encoder(fixed_search, budget)
+        whole = best_encoder(fixed_search, budget * fixed_search.full_flops)
         used["fixed decoders"].append(fixed_search.flops(whole) / fixed_search.full_flops)
         points["fixed decoders"].append([*accuracies(fixed, test, whole).values()])
         for arm, found in points.items():
@@ -138,11 +138,14 @@ def _measure_hypervolume(trial: Trial) -> Values:
     return values
 
 
-def _best_encoder(search: WidthSearch, budget: float) -> WidthConfig:
-    """The encoder's width that does best on validation data with whole decoders; there is no preference that could change them."""
+def best_encoder(search: WidthSearch, limit: float) -> WidthConfig:
+    """The encoder's width that does best on validation data with whole decoders, within so many operations.
+
+    There is no preference that could change them.
+    """
     equal = dict.fromkeys(TASKS, 1 / len(TASKS))
     configs = [WidthConfig(width, dict.fromkeys(TASKS, 1.0)) for width in search.grid]
-    feasible = [one for one in configs if search.flops(one) <= budget * search.full_flops]
+    feasible = [one for one in configs if search.flops(one) <= limit]
     return max(feasible, key=lambda one: (search.score(equal, one), -search.flops(one)))
 
 

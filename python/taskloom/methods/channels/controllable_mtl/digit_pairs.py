@@ -16,7 +16,6 @@ from taskloom.nn import SlimConv2d, SlimLinear
 
 TASKS = ("A", "B")
 CLASSES = 10
-_HIDDEN = 64
 _BRIGHTEST = 1.5
 _NOISE = 0.25
 _BATCH = 64
@@ -55,7 +54,7 @@ class DigitPairs:
         return x.unsqueeze(1), {"A": self._labels[a], "B": self._labels[b]}
 
 
-def build(channels: int, seed: int) -> SlimMultiTask:
+def build(channels: int, seed: int, hidden: int = 64) -> SlimMultiTask:
     """Two convolutions to ``2 channels`` channels at 4 x 4, and two linear layers for each task, freshly initialised."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -63,9 +62,7 @@ def build(channels: int, seed: int) -> SlimMultiTask:
             SlimConv2d(1, channels, 3, padding=1), nn.ReLU(), SlimConv2d(channels, 2 * channels, 3, stride=2, padding=1), nn.ReLU()
         )
         decoders = {
-            task: nn.Sequential(
-                nn.Flatten(), SlimLinear(32 * channels, _HIDDEN), nn.ReLU(), SlimLinear(_HIDDEN, CLASSES, slim_output=False)
-            )
+            task: nn.Sequential(nn.Flatten(), SlimLinear(32 * channels, hidden), nn.ReLU(), SlimLinear(hidden, CLASSES, slim_output=False))
             for task in TASKS
         }
         return SlimMultiTask(encoder, decoders)
@@ -83,10 +80,13 @@ def _train(
     generator: torch.Generator,
     backward: Callable[[Batch], object],
     done: Callable[[float], None],
+    falling: bool = False,
 ) -> None:
     device = next(model.parameters()).device
     optimizer = torch.optim.Adam(model.parameters(), lr=_LEARNING_RATE)
     for step in range(steps):
+        if falling:
+            optimizer.param_groups[0]["lr"] = _LEARNING_RATE * (1 - step / steps)
         optimizer.zero_grad()
         backward(_moved(digits.draw(_BATCH, generator), device))
         optimizer.step()
@@ -103,15 +103,17 @@ def train_sandwich(
     gamma: float | None,
     kind: str = "prefix_cos",
     decoder_widths: tuple[float, ...] | None = None,
+    samples: int = 1,
+    falling: bool = False,
 ) -> SlimMultiTask:
-    """Train at the largest, the smallest and one random configuration per step."""
+    """Train at the largest, the smallest and ``samples`` random configurations per step; ``falling``: the learning rate goes to zero."""
     losses = dict.fromkeys(TASKS, cross_entropy)
 
     def backward(batch: Batch) -> None:
         x, targets = batch
-        sandwich_step(model, x, targets, losses, 1, gamma, generator, kind=kind, decoder_widths=decoder_widths)
+        sandwich_step(model, x, targets, losses, samples, gamma, generator, kind=kind, decoder_widths=decoder_widths)
 
-    _train(model, digits, steps, generator, backward, done)
+    _train(model, digits, steps, generator, backward, done, falling)
     return model.eval()
 
 

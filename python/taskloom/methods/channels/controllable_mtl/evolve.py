@@ -30,6 +30,8 @@ class Evolution:
 
     Raises
     ------
+    TypeError
+        If a count or the seed is no integer.
     ValueError
         If a number is out of range.
 
@@ -44,6 +46,10 @@ class Evolution:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("population", "generations", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"Evolution: {name}: expected an integer, got {value!r}")
         if self.population < 2 or self.generations < 0:
             raise ValueError(f"Evolution: expected a population of at least 2 and no negative generations, got {self}")
         if not 0 < self.mutation <= 1:

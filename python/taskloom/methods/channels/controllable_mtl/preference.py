@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from operator import index
+from typing import Any
 
 from taskloom.methods.channels.controllable_mtl.config import check_ratio
 from taskloom.methods.channels.controllable_mtl.model import SlimMultiTask
@@ -41,6 +44,9 @@ def check_preference(model: SlimMultiTask, preference: Preference) -> dict[str, 
         model.check_tasks("search_widths: preference", preference, every=True)
         found = {task: float(preference[task]) for task in model.tasks}
     else:
+        given: Any = preference
+        if isinstance(given, str) or not hasattr(given, "__len__"):
+            raise TypeError(f"search_widths: preference: expected a value per task, got {preference!r}")
         if len(preference) != len(model.tasks):
             raise ValueError(f"search_widths: preference: expected {len(model.tasks)} values, one per task, got {len(preference)}")
         found = {task: float(value) for task, value in zip(model.tasks, preference, strict=True)}
@@ -51,17 +57,19 @@ def check_preference(model: SlimMultiTask, preference: Preference) -> dict[str, 
     return found
 
 
-def check_budget(budget: float, full: int) -> int:
+def check_budget(budget: Any, full: int) -> int:
     """The budget in floating point operations."""
-    if isinstance(budget, bool) or not isinstance(budget, int | float):
+    if isinstance(budget, bool) or not isinstance(budget, Real):
         raise TypeError(f"search_widths: budget: expected operations (int) or a share of the whole network's (float), got {budget!r}")
-    if isinstance(budget, int):
-        if budget < 1:
-            raise ValueError(f"search_widths: budget: expected at least 1 operation, got {budget}")
-        return budget
-    if not 0 < budget <= 1:
-        raise ValueError(f"search_widths: budget: expected a share in (0, 1], or operations as an int, got {budget}")
-    return int(budget * full)
+    if isinstance(budget, Integral):
+        operations = index(budget)
+        if operations < 1:
+            raise ValueError(f"search_widths: budget: expected at least 1 operation, got {operations}")
+        return operations
+    share = float(budget)
+    if not 0 < share <= 1:
+        raise ValueError(f"search_widths: budget: expected a share in (0, 1], or operations as an int, got {share}")
+    return int(share * full)
 
 
 def decoder_levels(preference: Mapping[str, float], grid: tuple[float, ...]) -> list[dict[str, float]]:

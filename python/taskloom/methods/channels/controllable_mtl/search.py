@@ -64,9 +64,22 @@ class _Found:
     info: SearchInfo
 
 
-def _check_loader(loader: Batches) -> None:
+def _first_inputs(loader: Batches, tasks: tuple[str, ...]) -> Tensor:
+    """The inputs of the first batch, whose form is checked."""
     if iter(loader) is loader:
         raise TypeError(f"search_widths: loader: expected what can be read many times, such as a list or a DataLoader, got {loader!r}")
+    first: Any = next(iter(loader), None)
+    if first is None:
+        raise ValueError("search_widths: loader: expected at least one batch, got none")
+    if not (isinstance(first, list | tuple) and len(first) == 2 and isinstance(first[0], Tensor) and isinstance(first[1], Mapping)):
+        raise TypeError(
+            f"search_widths: loader: expected batches of a tensor and a mapping from tasks to targets, got {type(first).__name__}"
+        )
+    for task in tasks:
+        if task not in first[1]:
+            raise KeyError(f"search_widths: loader: expected targets of every task, {task!r} is missing")
+    x: Tensor = first[0]
+    return x
 
 
 class WidthSearch:
@@ -93,9 +106,9 @@ class WidthSearch:
     Raises
     ------
     KeyError
-        If ``metric`` or ``lower_is_better`` have an unknown task, or ``metric`` lacks one.
+        If ``metric`` or ``lower_is_better`` have an unknown task, or ``metric`` or the targets lack one.
     TypeError
-        If ``loader`` can be read once only.
+        If ``loader`` can be read once only, or has batches of another form.
     ValueError
         If the grid is empty or has a ratio that is not in (0, 1], there are no data, or the whole network's metric is not positive.
 
@@ -119,7 +132,7 @@ class WidthSearch:
         metrics = metric if isinstance(metric, Mapping) else dict.fromkeys(model.tasks, metric)
         model.check_tasks("search_widths: metric", metrics, every=True)
         model.check_tasks("search_widths: lower_is_better", lower_is_better)
-        _check_loader(loader)
+        first = _first_inputs(loader, model.tasks)
         self.grid = check_grid(grid)
         self._model = copy.deepcopy(model).eval()
         self._loader, self._metric, self._lower = loader, metrics, frozenset(lower_is_better)
@@ -127,10 +140,7 @@ class WidthSearch:
         self._num_batches = num_batches
         norms = [module for module in self._model.modules() if isinstance(module, SlimNorm2d)]
         self._universal = [norm for norm in norms if norm.kind == "batch" and norm.narrow is None]
-        first = next(iter(loader), None)
-        if first is None:
-            raise ValueError("search_widths: loader: expected at least one batch, got none")
-        self._flops = FlopTable(self._model, (1, *first[0].shape[1:]))
+        self._flops = FlopTable(self._model, (1, *first.shape[1:]))
         self._measured: dict[WidthConfig, dict[str, float]] = {}
         self._found: dict[tuple[Any, ...], _Found] = {}
         self.full = WidthConfig(1.0, dict.fromkeys(model.tasks, 1.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -20,6 +21,21 @@ def _checked_widths(what: str, widths: Sequence[float]) -> tuple[float, ...]:
     if not widths:
         raise ValueError(f"sandwich_step: {what}: expected at least one ratio, got none")
     return tuple(check_ratio(f"sandwich_step: {what}", width) for width in widths)
+
+
+def _checked_weights(model: SlimMultiTask, weights: Mapping[str, float] | None) -> dict[str, float]:
+    found = dict.fromkeys(model.tasks, 1.0) if weights is None else dict(weights)
+    for task, weight in found.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"sandwich_step: weights: expected finite numbers of at least 0, got {weight} for task {task!r}")
+    return found
+
+
+def _task_loss(loss: Loss, task: str, output: Tensor, target: Tensor) -> Tensor:
+    found = loss(output, target)
+    if found.dim():
+        raise ValueError(f"sandwich_step: losses: expected a scalar for task {task!r}, got shape {tuple(found.shape)}")
+    return found
 
 
 def _drawn(widths: tuple[float, ...], parts: int, generator: torch.Generator | None) -> NetworkWidth:
@@ -50,6 +66,7 @@ def sandwich_step(
     widths: Sequence[float] = WIDTHS,
     decoder_widths: Sequence[float] | None = None,
     per_layer: bool = False,
+    backward: Callable[[Tensor], object] = Tensor.backward,
 ) -> dict[str, Tensor]:
     """Add the gradients of one training step at several configurations to the parameters.
 
@@ -81,6 +98,9 @@ def sandwich_step(
         leaves decoders whole.
     per_layer
         Whether random configurations draw a width for each part of the encoder, as a search per layer needs. Default False.
+    backward
+        What is called with each configuration's loss, such as ``lambda loss: scaler.scale(loss).backward()`` for a gradient scaler, or
+        an accelerator's own. Default: ``Tensor.backward``.
 
     Returns
     -------
@@ -93,7 +113,9 @@ def sandwich_step(
     KeyError
         If targets, losses or weights lack a task or have an unknown one.
     ValueError
-        If ``samples`` or ``gamma`` is negative, or a width is not in (0, 1].
+        If ``samples``, ``gamma`` or a weight is negative or not finite, a width is not in (0, 1], or a task's loss is not a scalar.
+    TypeError
+        If ``samples`` is no integer.
 
     Notes
     -----
@@ -104,14 +126,17 @@ def sandwich_step(
     for what, given in (("targets", targets), ("losses", losses), *((("weights", weights),) if weights is not None else ())):
         model.check_tasks(f"sandwich_step: {what}", given, every=True)
     strength = default_gamma(kind) if gamma is None else gamma
-    if samples < 0 or not strength >= 0:
+    if isinstance(samples, bool) or not isinstance(samples, int):
+        raise TypeError(f"sandwich_step: samples: expected an integer, got {type(samples).__name__}")
+    if samples < 0 or not 0 <= strength < math.inf:
         raise ValueError(f"sandwich_step: expected samples and gamma of at least 0, got {samples} and {gamma}")
+    shares = _checked_weights(model, weights)
     find_distance(kind)
     encoder_widths = _checked_widths("widths", widths)
     own_widths = encoder_widths if decoder_widths is None else _checked_widths("decoder_widths", decoder_widths)
 
     def task_loss(outputs: Mapping[str, Tensor]) -> Tensor:
-        found = [(1.0 if weights is None else weights[task]) * losses[task](outputs[task], targets[task]) for task in model.tasks]
+        found = [shares[task] * _task_loss(losses[task], task, outputs[task], targets[task]) for task in model.tasks]
         return torch.stack(found).sum()
 
     def compared(z: Features) -> Features:
@@ -120,7 +145,7 @@ def sandwich_step(
     z, outputs = model.run(x, WidthConfig(1.0, dict.fromkeys(model.tasks, 1.0)))
     teacher = [one.detach() for one in ([z] if isinstance(z, Tensor) else z)]
     loss = task_loss(outputs)
-    loss.backward()
+    backward(loss)
     reported = {"largest": loss.detach()}
     del z, outputs, loss
 
@@ -137,7 +162,7 @@ def sandwich_step(
             distance = ci_kd_loss(compared(stages), compared(teacher), kind)
             distances.append(distance.detach())
             loss = loss + strength * distance
-        loss.backward()
+        backward(loss)
     reported["smallest"] = narrow[0]
     if samples:
         reported["random"] = torch.stack(narrow[1:]).mean()

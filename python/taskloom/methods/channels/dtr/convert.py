@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
+import torch
 from torch import nn
 
-from taskloom.methods.channels.dtr.dit import RoutedDiTBlock
+from taskloom.methods.channels.dtr.dit import RoutedDiTBlock, Routing
 from taskloom.methods.channels.dtr.routing import dtr_window
 from taskloom.methods.channels.dtr.scope import change_class, check_can_tell, tell_timesteps
 from taskloom.methods.channels.dtr.unet import (
@@ -17,12 +20,27 @@ from taskloom.methods.channels.dtr.unet import (
     routed_attention_members,
     routed_residual_members,
 )
-from taskloom.nn import TaskWindow
 
 Model = TypeVar("Model", bound=nn.Module)
+# The routing of a block with so many channels.
+MakeRouting = Callable[[int], Routing]
 
 
-def convert_dit(model: Model, beta: float = 0.8, alpha: float = 4.0, num_tasks: int = 1000) -> Model:
+def _routing(beta: float, alpha: float, num_tasks: int, routing: MakeRouting | None) -> Callable[[int, nn.Module], Routing]:
+    """What is given, or DTR's windows: one table for all blocks of as many channels on a device. It is where the block is."""
+
+    @cache
+    def window(channels: int, device: torch.device) -> Routing:
+        return dtr_window(num_tasks, channels, beta, alpha).to(device)
+
+    def make(channels: int, block: nn.Module) -> Routing:
+        device = next(block.parameters()).device
+        return window(channels, device) if routing is None else routing(channels).to(device)
+
+    return make
+
+
+def convert_dit(model: Model, beta: float = 0.8, alpha: float = 4.0, num_tasks: int = 1000, *, routing: MakeRouting | None = None) -> Model:
     """Route the blocks of a DiT, in place.
 
     Parameters
@@ -32,6 +50,10 @@ def convert_dit(model: Model, beta: float = 0.8, alpha: float = 4.0, num_tasks: 
         called as ``block(x, c)``. Its parameters stay the same objects, and its state dict keeps its keys.
     beta, alpha, num_tasks
         As in :func:`dtr_starts`. ``num_tasks`` are the timesteps that the model is trained with, whatever a sampler uses of them.
+    routing
+        In the place of these settings, what gives a block of so many channels its routing, called once per block:
+        ``lambda channels: dtr_window(1000, channels, formula="paper")``, or ``lambda channels: RandomRouting(1000, channels)`` for the
+        paper's ablation, whose masks are saved with the model. Default None.
 
     Returns
     -------
@@ -50,14 +72,11 @@ def convert_dit(model: Model, beta: float = 0.8, alpha: float = 4.0, num_tasks: 
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         raise TypeError(f"convert_dit: model: expected a ModuleList 'blocks', {type(model).__name__} has none with a block in it")
-    windows: dict[int, TaskWindow] = {}
+    make = _routing(beta, alpha, num_tasks, routing)
     routed: list[RoutedDiTBlock] = []
     for place, block in enumerate(blocks):
         try:
-            channels = RoutedDiTBlock.channels_of(block)
-            if channels not in windows:
-                windows[channels] = dtr_window(num_tasks, channels, beta, alpha)
-            routed.append(RoutedDiTBlock.from_block(block, windows[channels]))
+            routed.append(RoutedDiTBlock.from_block(block, make(RoutedDiTBlock.channels_of(block), block)))
         except TypeError as error:
             raise TypeError(f"convert_dit: model: blocks.{place}: {error}") from None
     for place, one in enumerate(routed):
@@ -66,7 +85,15 @@ def convert_dit(model: Model, beta: float = 0.8, alpha: float = 4.0, num_tasks: 
     return model
 
 
-def convert_adm(model: Model, beta: float = 0.8, alpha: float = 4.0, num_tasks: int = 1000, *, route_attention: bool = False) -> Model:
+def convert_adm(
+    model: Model,
+    beta: float = 0.8,
+    alpha: float = 4.0,
+    num_tasks: int = 1000,
+    *,
+    route_attention: bool = False,
+    routing: MakeRouting | None = None,
+) -> Model:
     """Route the residual blocks of a U-Net like that of openai/guided-diffusion, in place.
 
     Each ResBlock becomes what :class:`RoutedResBlock` is, with a window over the channels of its own input.
@@ -76,7 +103,7 @@ def convert_adm(model: Model, beta: float = 0.8, alpha: float = 4.0, num_tasks: 
     model
         ``forward(x, timesteps, ...)``, with blocks made of in_layers, emb_layers, out_layers and skip_connection. Its parameters stay the
         same objects, and its state dict keeps its keys. Timesteps must be the original integers, not rescaled ones.
-    beta, alpha, num_tasks
+    beta, alpha, num_tasks, routing
         As in :func:`convert_dit`.
     route_attention
         Whether attention blocks are routed too. Default False.
@@ -103,10 +130,14 @@ def convert_adm(model: Model, beta: float = 0.8, alpha: float = 4.0, num_tasks: 
     norms = {path: residual_norm(f"convert_adm: model: {path}", one) for path, one in residual.items()}
     if route_attention:
         norms |= {path: group_norm(f"convert_adm: model: {path}", one.norm) for path, one in attention.items()}
-    windows = {norm.num_channels: dtr_window(num_tasks, norm.num_channels, beta, alpha) for norm in norms.values()}
+    make = _routing(beta, alpha, num_tasks, routing)
+    windows = {path: make(norm.num_channels, norm) for path, norm in norms.items()}
     for path, norm in norms.items():
+        if windows[path].channels != norm.num_channels:
+            raise ValueError(f"convert_adm: routing: expected one of {norm.num_channels} channels, got {windows[path].channels}")
+    for path, window in windows.items():
         block = model.get_submodule(path)
-        block.window = windows[norm.num_channels]
+        block.window = window
         change_class(block, routed_residual_members if path in residual else routed_attention_members)
     tell_timesteps(model, [model.get_submodule(path) for path in norms], "timesteps")
     return model

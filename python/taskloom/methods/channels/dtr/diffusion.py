@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from taskloom.methods.channels.dtr.routing import check_timesteps
+
 Schedule = Literal["cosine", "linear"]
 # Noise of noisy images [N, ...] at timesteps [N].
 PredictNoise = Callable[[Tensor, Tensor], Tensor]
@@ -66,6 +68,12 @@ def respaced_timesteps(num_timesteps: int, steps: int) -> list[int]:
     return [round(place * (num_timesteps - 1) / (steps - 1)) for place in range(steps)]
 
 
+def _check_shape(what: str, found: Tensor, images: Tensor) -> None:
+    """Raise ValueError where two shapes differ; without this, torch might stretch the one to the other."""
+    if found.shape != images.shape:
+        raise ValueError(f"{what}: expected the images' shape {tuple(images.shape)}, got {tuple(found.shape)}")
+
+
 class Diffusion:
     """Images become noise over T timesteps: ``x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise``.
 
@@ -88,22 +96,43 @@ class Diffusion:
 
     def _kept(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(a_t) and sqrt(1 - a_t), in the dtype of ``like`` and to be multiplied with it."""
-        kept = self.alphas_cumprod[t].view(-1, *[1] * (like.ndim - 1))
+        kept = self.alphas_cumprod[t.long()].view(-1, *[1] * (like.ndim - 1))
         return kept.sqrt().to(like.dtype), (1 - kept).sqrt().to(like.dtype)
 
     def snr(self, t: Tensor) -> Tensor:
-        """Signal-to-noise ratios ``a_t / (1 - a_t)``, float32 [N], of timesteps [N]."""
-        kept = self.alphas_cumprod[t]
+        """Signal-to-noise ratios ``a_t / (1 - a_t)``, float32 [N], of timesteps [N]; errors as of :meth:`noised`."""
+        check_timesteps(t, self.num_timesteps)
+        kept = self.alphas_cumprod[t.long()]
         return (kept / (1 - kept)).float()
 
     def noised(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Images [N, ...] with the noise of their timesteps [N]."""
+        """Images [N, ...] with the noise of their timesteps, integers [N].
+
+        Raises
+        ------
+        TypeError
+            If ``t`` holds no integers.
+        IndexError
+            If a timestep is not from 0 to T - 1 (looked at on a CPU).
+        ValueError
+            If noise or timesteps are not as many as the images.
+        """
+        check_timesteps(t, self.num_timesteps)
+        if t.shape != x0.shape[:1]:
+            raise ValueError(f"t: expected shape ({len(x0)},), one for each sample, got {tuple(t.shape)}")
+        _check_shape("noise", noise, x0)
         signal, deviation = self._kept(t, x0)
         return signal * x0 + deviation * noise
 
     def losses(self, predict: PredictNoise, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Mean squared error of the predicted noise, one per sample, [N]."""
-        error = predict(self.noised(x0, t, noise), t) - noise
+        """Mean squared error of the predicted noise, one per sample, [N].
+
+        Errors are those of :meth:`noised`, and a ValueError where the prediction is not of the images' shape: with a learned variance,
+        give ``lambda x, t: model(x, t, y)[:, :channels]``.
+        """
+        predicted = predict(self.noised(x0, t, noise), t)
+        _check_shape("predict", predicted, x0)
+        error = predicted - noise
         return error.square().flatten(1).mean(1)
 
     @torch.no_grad()
@@ -138,7 +167,7 @@ class Diffusion:
         Raises
         ------
         ValueError
-            If ``steps`` is not from 1 to T, or ``eta`` is not from 0 to 1.
+            If ``steps`` is not from 1 to T, ``eta`` is not from 0 to 1, or a prediction is not of the images' shape.
 
         Notes
         -----
@@ -153,7 +182,9 @@ class Diffusion:
             t = torch.full((len(x),), used[place], dtype=torch.int64, device=x.device)
             kept = table[used[place]]
             before = table[used[place - 1]] if place else 1.0
-            x0 = (x - math.sqrt(1 - kept) * predict(x, t)) / math.sqrt(kept)
+            predicted = predict(x, t)
+            _check_shape("predict", predicted, x)
+            x0 = (x - math.sqrt(1 - kept) * predicted) / math.sqrt(kept)
             if clip is not None:
                 x0 = x0.clamp(-clip, clip)
             deviation = eta * math.sqrt((1 - before) / (1 - kept) * (1 - kept / before))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Self
 
@@ -118,11 +119,19 @@ class RoutedDiTBlock(nn.Module):
         Raises
         ------
         TypeError
-            If the block is not made of norm1 and norm2 (LayerNorm without weights), attn, mlp and adaLN_modulation.
+            If the block is not made of norm1 and norm2 (LayerNorm without weights), attn, mlp and adaLN_modulation, has parameters or
+            buffers beside them, or has to be called with something else than tokens and conditions.
         """
         children = dict(block.named_children())
         if set(children) != set(_PARTS):
             raise TypeError(f"expected a block of {', '.join(_PARTS)}, {type(block).__name__} has {', '.join(children) or 'no parts'}")
+        # What this block would not use, and would drop from the state dict.
+        own = [name for name, _ in (*block.named_parameters(recurse=False), *block.named_buffers(recurse=False))]
+        if own:
+            raise TypeError(f"expected a block without parameters of its own, {type(block).__name__} has {', '.join(own)}")
+        needed = [name for name, one in inspect.signature(block.forward).parameters.items() if one.default is one.empty]
+        if len(needed) != 2:
+            raise TypeError(f"expected a block that is called as block(x, c), {type(block).__name__}'s forward needs {', '.join(needed)}")
         channels = 0
         for name in ("norm1", "norm2"):
             norm = children[name]
@@ -200,14 +209,16 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden: int, frequencies: int = 256) -> None:
         super().__init__()
+        self.frequencies = frequencies
         self.mlp = nn.Sequential(nn.Linear(frequencies, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
-        half = frequencies // 2
-        self.frequencies = nn.Buffer(torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
         """Embeddings [N, C] of timesteps [N]."""
-        angles = t[:, None].float() * self.frequencies.float()
-        embedded: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(self.frequencies.dtype))
+        half = self.frequencies // 2
+        # Made anew, in float32: a buffer would be rounded with a model in half precision, by whole turns of the angles.
+        rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t[:, None].float() * rates
+        embedded: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(next(self.mlp.parameters()).dtype))
         return embedded
 
 
@@ -307,7 +318,7 @@ class RoutedDiT(nn.Module):
             raise ValueError(f"RoutedDiT: patch_size: expected a divisor of input_size, {input_size}, got {patch_size}")
         if hidden_size % 4:
             raise ValueError(f"RoutedDiT: hidden_size: expected a multiple of 4, got {hidden_size}")
-        self.patch_size, self.in_channels = patch_size, in_channels
+        self.patch_size, self.in_channels, self.input_size = patch_size, in_channels, input_size
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
@@ -327,7 +338,18 @@ class RoutedDiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.bias)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The predicted noise [N, channels, H, W] of images of that shape, timesteps, integers [N], and labels [N]."""
+        """The predicted noise [N, channels, H, W] of images of that shape, timesteps, integers [N], and labels [N].
+
+        Raises
+        ------
+        ValueError
+            If x has another shape than the model was made for, or there is not one timestep for each sample.
+        TypeError, IndexError
+            As of :class:`RoutedDiTBlock`; a label that is out of range is an IndexError too.
+        """
+        size = (self.in_channels, self.input_size, self.input_size)
+        if x.shape[1:] != size:
+            raise ValueError(f"RoutedDiT: x: expected shape (N, {', '.join(map(str, size))}), got {tuple(x.shape)}")
         tokens = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -66,7 +67,8 @@ def dtr_starts(num_tasks: int, channels: int, beta: float = 0.8, alpha: float = 
     TypeError
         If a count is no integer.
     ValueError
-        If a count is below 1, ``beta`` is not in (0, 1] or leaves no channel, ``alpha`` is not above 0, or the formula is unknown.
+        If a count is below 1, ``beta`` is not in (0, 1] or leaves no channel, ``alpha`` is not a finite number above 0, or the formula is
+        unknown.
 
     Notes
     -----
@@ -74,8 +76,8 @@ def dtr_starts(num_tasks: int, channels: int, beta: float = 0.8, alpha: float = 
     """
     _count("num_tasks", num_tasks)
     width = active_channels(channels, beta)
-    if not alpha > 0:
-        raise ValueError(f"alpha: expected a power above 0, got {alpha}")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha: expected a finite power above 0, got {alpha}")
     if formula not in FORMULAS:
         raise ValueError(f"formula: expected one of {', '.join(map(repr, FORMULAS))}, got {formula!r}")
     room = channels - width
@@ -149,4 +151,5 @@ class RandomRouting(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """Masks, bool [N, C], of timesteps, integers [N]."""
         check_timesteps(t, len(self.mask))
-        return self.mask[t]
+        # Unsigned bytes would be taken for a mask.
+        return self.mask[t.long()]

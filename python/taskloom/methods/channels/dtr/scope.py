@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -100,6 +100,7 @@ def change_class(module: nn.Module, make: MakeMembers, *arguments: Any) -> None:
 def _telling_members(base: type[nn.Module], argument: str) -> dict[str, Any]:
     place = list(inspect.signature(base.forward).parameters).index(argument) - 1
 
+    @wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         scope: TimestepScope = self.__dict__[_SCOPE]
         given = kwargs[argument] if argument in kwargs else args[place] if len(args) > place else None

@@ -92,8 +92,11 @@ def routed_attention_members(base: type[nn.Module]) -> dict[str, Any]:
 
     def forward(self: Any, x: Tensor, t: Tensor | None = None) -> Tensor:
         window, t = self.window, timesteps_of(self, t, len(x))
-        start, width = window(t)
-        seen = inside(start, width, window.channels)
+        if isinstance(window, RandomRouting):
+            seen = window(t)
+        else:
+            start, width = window(t)
+            seen = inside(start, width, window.channels)
         flat = x.flatten(2)
         y: Tensor = flat + self.proj_out(self.attention(self.qkv(self.norm(flat * seen.unsqueeze(2)))))
         return y.view(x.shape)
