@@ -13,25 +13,18 @@ No result of one sample depends on how many others there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from taskloom.ops.routed._prefix_checks import empty_result, is_channels_last, output_size
+from taskloom.ops.routed._products import onednn_dtypes
 from taskloom.reference.arithmetic import accumulation_dtype, without_autocast
 
 # Pixels of a sample from which on a product beats oneDNN's 1x1 convolution: between 100 and 196 on the CPU of docs/routed.md.
 PRODUCT_PIXELS = 128
 
 Steps = tuple[Sequence[int], Sequence[int], Sequence[int]]
-
-
-@cache
-def _onednn_dtypes() -> frozenset[torch.dtype]:
-    if not torch.backends.mkldnn.is_available():
-        return frozenset()
-    return frozenset({torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32})
 
 
 def _prefix(weight: Tensor, outputs: int, inputs: int, groups: int) -> tuple[Tensor, int]:
@@ -127,7 +120,7 @@ def convolve(x: Tensor, part: Tensor, bias: Tensor | None, steps: Steps, groups:
     sizes = (x.shape[0], part.shape[0], *output_size("prefix_conv2d", x, part, *steps))
     if 0 in sizes:
         return empty_result(x, sizes)
-    last, onednn = is_channels_last(x), x.is_cpu and x.dtype in _onednn_dtypes()
+    last, onednn = is_channels_last(x), x.is_cpu and x.dtype in onednn_dtypes()
     if not last and _is_product(part, steps, groups) and not (onednn and sizes[2] * sizes[3] < PRODUCT_PIXELS):
         return _by_product(x, part, bias, empty_result(x, sizes))
     if onednn:

@@ -20,10 +20,23 @@ def tiles(count: int, size: int) -> Iterator[slice]:
         yield slice(begin, min(begin + step, count))
 
 
+def in_rows(tensor: Tensor) -> Tensor:
+    """The tensor with the strides of a fresh one, copied only where it is not contiguous: where a size is 1, torch's results may differ."""
+    return tensor.contiguous().flatten().view(tensor.shape)
+
+
 @cache
 def _multiplies_bfloat16() -> bool:
     """Whether the processor has products of bfloat16 that are summed in float32: elsewhere torch's are slower than those of float32."""
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+@cache
+def onednn_dtypes() -> frozenset[torch.dtype]:
+    """What oneDNN convolves here."""
+    if not torch.backends.mkldnn.is_available():
+        return frozenset()
+    return frozenset({torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32})
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,7 @@ from torch import Tensor
 from taskloom.ops._backends import describe_path, kernel
 from taskloom.ops._checks import cast_layer_for_autocast, check_floating
 from taskloom.ops._register import implement_on_cpu, register
-from taskloom.ops.routed import _conv_loops, _conv_products
+from taskloom.ops.routed import _conv_loops, _conv_onednn, _conv_products
 from taskloom.ops.routed._windows import check_values, groups, out_window_of, window_of, window_tensors
 from taskloom.ops.routed.window_linear import check_weight, fake_backward
 from taskloom.reference import routed as reference
@@ -195,14 +195,18 @@ def _path(
     out_window = out_window_of(op, len(x), weight.shape[0], out_start, out_width, x)
     planned = groups(op, len(x), x.shape[1], window, weight.shape[0], out_window)
     geometry = _conv_products.geometry_of(x, weight, *conv_geometry(op, x, weight, stride, padding, dilation))
-    share = _conv_products.share_seen(planned, x)
-    by_loops = _conv_loops.are_faster(x, len(weight), geometry)
-    least = _conv_products.dense_from(by_loops)
-    if _conv_products.is_dense(planned, x, out_window[0], geometry, least):
-        return f"torch's convolution of masked samples: {share:.0%} of the channels are seen, from {least:.0%} on"
-    if by_loops:
-        return f"loops over windows: {share:.0%} of the channels are seen"
-    return f"products of windows: {share:.0%} of the channels are seen"
+    share = f"{_conv_products.share_seen(planned, x):.0%} of the channels are seen"
+    way = _conv_products.choose_way(planned, x, len(weight), out_window[0], geometry)
+    by_onednn = _conv_onednn.is_faster(planned, x, geometry)
+    if way == "onednn":
+        return f"oneDNN's convolutions of windows: {share}"
+    if way == "dense" and by_onednn:
+        own, dense = _conv_onednn.window_costs(planned, x, len(weight), geometry, backward=False)
+        return f"torch's convolution of masked samples: {share}; convolutions of windows would cost {own / dense:.2f} of it"
+    if way == "dense":
+        least = _conv_products.dense_from(_conv_loops.are_faster(x, len(weight), geometry))
+        return f"torch's convolution of masked samples: {share}, from {least:.0%} on"
+    return f"{'loops over' if way == 'loops' else 'products of'} windows: {share}"
 
 
 def _fake_conv2d(
