@@ -11,10 +11,9 @@ from torch import Tensor
 
 from taskloom.ops.routed import _conv_loops, _conv_onednn
 from taskloom.ops.routed._linear_products import for_bias, shifted, summed_parts, within
-from taskloom.ops.routed._products import add_product, in_rows, product, product_dtype, tiles
-from taskloom.ops.routed._windows import Group, Window, groups
+from taskloom.ops.routed._products import add_product, in_rows, masked_parts, product, product_dtype, zeroed_outside
+from taskloom.ops.routed._windows import Group, Keys, grouped, window_keys
 from taskloom.reference.arithmetic import accumulation_dtype
-from taskloom.reference.routed.windows import window_mask
 
 # Entries of the columns that are made at a time.
 COLUMNS = 1 << 20
@@ -174,13 +173,6 @@ def _view(weight: Tensor, group: Group, made: slice, taps: int) -> Tensor:
     return weight.reshape(len(weight), weight.shape[1] * taps)[made, group.seen.start * taps : group.seen.stop * taps]
 
 
-def _masked_parts(x: Tensor, window: Window) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Samples a tile at a time: which, their mask [n, C, 1, 1], and their values with zeros outside the windows."""
-    mask = window_mask(len(x), x.shape[1], *window)[:, :, None, None]
-    for part in tiles(len(x), x[:1].numel()):
-        yield part, mask[part], x[part].masked_fill(~mask[part], 0)
-
-
 def window_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -198,10 +190,11 @@ def window_conv2d(
     """By the fastest way; torch's own convolution sees samples that are masked a tile at a time."""
     geometry = geometry_of(x, weight, stride, padding, dilation)
     window, out_window = (start, width, widths), (out_start, out_width, out_widths)
-    planned = groups("window_conv2d", len(x), x.shape[1], window, len(weight), out_window)
+    keys = window_keys("window_conv2d", len(x), x.shape[1], window, len(weight), out_window)
+    planned = grouped(keys, len(weight))
     way = choose_way(planned, x, len(weight), out_start, geometry)
     if way == "dense":
-        return _dense(x, weight, bias, window, geometry)
+        return _dense(x, weight, bias, keys, geometry)
     if way == "onednn":
         return _conv_onednn.convolve(x, weight, bias, planned, geometry)
     shape = (len(x), len(weight), *geometry.out)
@@ -220,10 +213,10 @@ def window_conv2d(
     return y
 
 
-def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, geometry: Geometry) -> Tensor:
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, keys: Keys, geometry: Geometry) -> Tensor:
     y: Tensor | None = None
-    for part, _, masked in _masked_parts(x, window):
-        found = torch.nn.functional.conv2d(masked, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
+    for part, masked in masked_parts(x[:, None], keys):
+        found = torch.nn.functional.conv2d(masked[:, 0], weight, bias, geometry.stride, geometry.padding, geometry.dilation)
         if len(found) == len(x):
             return in_rows(found)
         y = x.new_empty((len(x), *found.shape[1:])) if y is None else y
@@ -249,11 +242,12 @@ def window_conv2d_backward(
     """The gradients; a weight's is summed window after window, in their order."""
     geometry = geometry_of(x, weight, stride, padding, dilation)
     window, out_window = (start, width, widths), (out_start, out_width, out_widths)
-    planned = groups("window_conv2d", len(x), x.shape[1], window, len(weight), out_window)
+    keys = window_keys("window_conv2d", len(x), x.shape[1], window, len(weight), out_window)
+    planned = grouped(keys, len(weight))
     way = choose_way(planned, x, len(weight), out_start, geometry, backward=True)
     bias = [for_bias(gradient, 1, planned if out_start is not None else None, weight.dtype)] if needed[2] else []
     if way == "dense":
-        return _dense_backward(gradient, x, weight, window, geometry, needed) + bias
+        return _dense_backward(gradient, x, weight, keys, geometry, needed) + bias
     if way == "onednn":
         return _conv_onednn.convolve_backward(gradient, x, weight, planned, geometry, needed) + bias
     found: list[Tensor] = []
@@ -292,21 +286,19 @@ def _for_weight(back: Tensor, x: Tensor, weight: Tensor, planned: Sequence[Group
     return whole
 
 
-def _dense_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, window: Window, geometry: Geometry, needed: Sequence[bool]
-) -> list[Tensor]:
+def _dense_backward(gradient: Tensor, x: Tensor, weight: Tensor, keys: Keys, geometry: Geometry, needed: Sequence[bool]) -> list[Tensor]:
     made = torch.empty(x.shape, dtype=x.dtype) if needed[0] else None
     sums: Tensor | None = None
-    for part, mask, masked in _masked_parts(x, window):
+    for part, masked in masked_parts(x[:, None], keys):
         for_x, for_weight, _ = torch.ops.aten.convolution_backward(
-            gradient[part], masked, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, [0, 0], 1,
+            gradient[part], masked[:, 0], weight, None, geometry.stride, geometry.padding, geometry.dilation, False, [0, 0], 1,
             [needed[0], needed[1], False],
         )  # fmt: skip
         if made is not None:
-            made[part] = for_x.masked_fill_(~mask, 0)
+            made[part] = for_x
         if needed[1]:
             sums = for_weight if sums is None else sums.to(accumulation_dtype(weight)).add_(for_weight)
-    found = [] if made is None else [made]
+    found = [] if made is None else [zeroed_outside(made[:, None], keys)[:, 0]]
     if not needed[1]:
         return found
     return [*found, torch.zeros(weight.shape, dtype=weight.dtype) if sums is None else in_rows(sums.to(weight.dtype))]
