@@ -176,7 +176,7 @@ def window_conv2d_backward(
     return found
 
 
-def _path(
+def describe_conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -189,7 +189,7 @@ def _path(
     out_start: Tensor | int | None = None,
     out_width: Tensor | int | None = None,
 ) -> str:
-    """What the CPU would do."""
+    """What the CPU would do, in a sentence."""
     op = "window_conv2d"
     window = window_of(op, len(x), x.shape[1], start, width, x)
     out_window = out_window_of(op, len(x), weight.shape[0], out_start, out_width, x)
@@ -237,4 +237,4 @@ implement_on_cpu("window_conv2d", _conv_products.window_conv2d)
 implement_on_cpu("window_conv2d_backward", _conv_products.window_conv2d_backward)
 register("window_conv2d", fake=_fake_conv2d, backward=_backward, setup_context=_setup)
 register("window_conv2d_backward", fake=fake_backward)
-describe_path("window_conv2d", _path)
+describe_path("window_conv2d", describe_conv2d)

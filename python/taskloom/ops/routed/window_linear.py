@@ -165,7 +165,7 @@ def window_linear_backward(
     return found
 
 
-def _path(
+def describe_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -175,7 +175,7 @@ def _path(
     out_start: Tensor | int | None = None,
     out_width: Tensor | int | None = None,
 ) -> str:
-    """What the CPU would do."""
+    """What the CPU would do, in a sentence."""
     op = "window_linear"
     window: Window = window_of(op, len(x), x.shape[-1], start, width, x)
     out_window = out_window_of(op, len(x), weight.shape[0], out_start, out_width, x)
@@ -218,4 +218,4 @@ implement_for_kernels("window_linear_composed", _linear_products.window_linear)
 implement_on_cpu("window_linear_backward", _linear_products.window_linear_backward)
 register("window_linear", fake=_fake_linear, backward=_backward, setup_context=_setup)
 register("window_linear_backward", fake=fake_backward)
-describe_path("window_linear", _path)
+describe_path("window_linear", describe_linear)
