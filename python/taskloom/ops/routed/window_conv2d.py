@@ -101,13 +101,14 @@ def window_conv2d(
 
     Once differentiable with respect to x, weight and bias; twice with ``taskloom.backend("reference")``. x's gradient is 0 outside the
     windows, and weight's exactly 0 in columns that no window has; it is summed without atomics, in an order that depends on the windows
-    alone. On a CPU with AVX-512, where x is contiguous, the kernel larger than 1 and the outputs 16 or more, the weights of 64 outputs
-    at a time are packed for loops of our own, and x's gradient is made in the same way where the stride is 1; bfloat16 goes this way where
-    the processor has no products of it. Elsewhere each sample's window is padded, its columns (im2col) are made 4 MB at a time, and
-    multiplied with a view of the contiguous weight; with a kernel of 1 and stride 1 the input itself is multiplied. Where the windows have
-    nearly all channels torch's convolution is faster and is taken, on samples masked 4 MB, or one, at a time:
-    ``taskloom.explain("window_conv2d", x, weight, start=start, width=width)`` says so. Products of 16-bit tensors are summed in float32
-    and rounded once. On a GPU one Triton kernel reads each sample's window, without columns.
+    alone. On a CPU bfloat16, where the processor multiplies it, and float32 in runs of four samples or more of one window, go to oneDNN's
+    convolution of each run, on views. Else, with AVX-512, a contiguous x, a kernel larger than 1 and 16 outputs or more, the weights of 64
+    outputs at a time are packed for loops of our own, and x's gradient is made in the same way where the stride is 1. Elsewhere each
+    sample's window is padded, its columns (im2col) are made 4 MB at a time, and multiplied with a view of the contiguous weight; with a
+    kernel of 1 and stride 1 the input itself is multiplied. Where torch's convolution of all channels is faster it is taken, on samples
+    masked 4 MB, or one, at a time: ``taskloom.explain("window_conv2d", x, weight, start=start, width=width)`` says so. Products of 16-bit
+    tensors are summed in float32 and rounded once (a weight's gradient in bfloat16 once more where several windows share an entry).
+    On a GPU one Triton kernel reads each sample's window, without columns.
     """
     op = "window_conv2d"
     _check_x(op, x)
