@@ -34,6 +34,12 @@ inline void multiply(const torch::stable::Tensor& out, const torch::stable::Tens
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
   }
 }
+
+// out = start + a @ b; start has out's shape, in any strides.
+inline void multiply_from(const torch::stable::Tensor& start, const torch::stable::Tensor& out, const torch::stable::Tensor& a,
+                          const torch::stable::Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), start.get(), a.get(), b.get(), 1.0, 1.0));
+}
 #endif
 
 #ifdef USE_CUDA

@@ -15,6 +15,8 @@ from taskloom.ops.routed import window_conv2d_backward
 
 def conv_cases() -> Iterator[Case]:
     half = {"start": starts(3, 6), "width": 7}
+    large = weights(2, 40, 22, 21, dtype=BF16), *layer(48, 40, 3, 3, dtype=BF16)
+    yield Case("bfloat16, large", large, {"start": starts(2, 30), "width": 10, "padding": 1})
     for dtype in (F32, BF16, F16, F64):
         yield Case(f"{dtype}", (weights(3, 13, 6, 5, dtype=dtype), *layer(9, 13, 3, 3, dtype=dtype)), {**half, "padding": 1})
     x = weights(3, 13, 11, 12)
@@ -27,6 +29,12 @@ def conv_cases() -> Iterator[Case]:
     widths = torch.tensor([13, 0, 4])
     yield Case("widths", (x, *layer(9, 13, 3, 3)), {"start": torch.tensor([0, 13, 9]), "width": widths, "padding": 1})
     yield Case("one window", (x, *layer(9, 13, 3, 3)), {"start": torch.tensor(4), "width": 5, "padding": 1})
+    few = {"start": torch.tensor([4, 4, 4, 4, 13]), "width": torch.tensor([5, 5, 5, 5, 0])}
+    yield Case("a run", (weights(5, 13, 7, 6), *layer(9, 13, 3, 3)), {**few, "padding": 1})
+    yield Case("a run of pixels", (weights(5, 13, 1, 6), *layer(1, 13, 1, 1)), few)
+    runs = {"start": torch.tensor([6, 6, 6, 6, 2, 2, 2, 2]), "width": 7, "stride": 2, "padding": 1}
+    last = weights(8, 13, 7, 6).to(memory_format=torch.channels_last)
+    yield Case("runs", (last, *layer(9, 13, 3, 3)), runs)
     out = {"out_start": torch.tensor([0, 6, 3]), "out_width": 3}
     yield Case("outputs", (x, *layer(9, 13, 3, 3)), {**half, "padding": 1, **out})
     out = {"out_start": torch.tensor([0, 6, 3]), "out_width": torch.tensor([9, 0, 2])}
@@ -60,6 +68,14 @@ def backward_cases() -> Iterator[Case]:
     yield Case("stride, dilation", (*sparse, starts(3, 6), 7, None, None, 0, None, (2, 2), (2, 1), (2, 1)))
     point = (weights(3, 9, 6, 5, seed=7), weights(3, 13, 6, 5), layer(9, 13, 1, 1)[0])
     yield Case("pointwise", (*point, starts(3, 6), 7))
+    few = (torch.tensor([4, 4, 4, 4, 13]), 13, torch.tensor([5, 5, 5, 5, 0]))
+    run = (weights(5, 9, 6, 5, seed=7), weights(5, 13, 6, 5).to(memory_format=torch.channels_last), layer(9, 13, 3, 3)[0])
+    yield Case("a run", (*run, *few, None, 0, None, *plain))
+    yield Case("a run, only 1", (*run, *few, None, 0, None, *plain, (False, True, False)))
+    pixels = (weights(5, 1, 1, 6, seed=7), weights(5, 13, 1, 6), layer(1, 13, 1, 1)[0])
+    yield Case("a run of pixels", (*pixels, torch.tensor(4), 5))
+    large = weights(2, 48, 22, 21, seed=7, dtype=BF16), weights(2, 40, 22, 21, dtype=BF16), layer(48, 40, 3, 3, dtype=BF16)[0]
+    yield Case("bfloat16, large", (*large, starts(2, 30), 10, None, None, 0, None, *plain))
     yield Case("no samples", (weights(0, 9, 6, 5), weights(0, 13, 6, 5), layer(9, 13, 1, 1)[0], starts(0, 6), 7))
 
 

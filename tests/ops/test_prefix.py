@@ -83,9 +83,12 @@ def test_gradients_outside_the_prefix_are_zero_and_passes_add(kernel: int, steps
 MIXED = {"in_channels": widths(5, 10, 2, 5, 10), "out_channels": widths(7, 12, 1, 7, 3)}
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("kernel", "steps"), KERNELS)
-def test_a_sample_of_a_ragged_batch_is_alone(kernel: int, steps: dict[str, Any], channels_last: bool) -> None:
+@pytest.mark.usefixtures("restored_threads")
+def test_a_sample_of_a_ragged_batch_is_alone(kernel: int, steps: dict[str, Any], channels_last: bool, threads: int) -> None:
+    torch.set_num_threads(threads)
     x, weight, bias = weights(5, 10, 8, 9), weights(12, 10, kernel, kernel, seed=1), weights(12, seed=2)
     for place, inputs in enumerate(MIXED["in_channels"].tolist()):
         x[place, inputs:] = torch.nan

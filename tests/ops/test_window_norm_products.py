@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compiled import compiled
-from contract import assert_same_bits
+from contract import assert_close, assert_same_bits
 from samples import weights
 from test_window_norms import mask_of
 from torch import Tensor
 
 import taskloom
 from taskloom import reference
+from taskloom.ops.routed._products import product_dtype
 
 F64 = torch.float64
 STARTS = torch.tensor([0, 5, 17, 9])
@@ -213,3 +214,34 @@ def test_conv2d_errors(changed: dict[str, Any], error: type[Exception], message:
     given = {"x": MAPS, "norm_weight": None, "norm_bias": None, "weight": FILTERS, "groups": 4, "start": STARTS, "width": 7}
     with pytest.raises(error, match=f"window_norm_conv2d: {message}"):
         taskloom.window_norm_conv2d(**given | changed)
+
+
+def test_ways_are_explained_and_agree() -> None:
+    named: dict[str, Any] = {"groups": 4, "start": torch.tensor([0, 1, 4, 2]), "padding": 1}
+    weight, norm_weight = weights(17, 24, 3, 3, seed=1), weights(24, seed=2)
+    for side, narrow, wide in ((12, 7, 20), (5, 4, 17)):
+        maps = weights(4, 24, side, side)
+        shown = taskloom.explain("window_norm_conv2d", maps, norm_weight, None, weight, width=narrow, **named)
+        assert shown.chosen == "native"
+        assert str(shown.path).startswith("constants of the channels outside, and ")
+        dense = str(taskloom.explain("window_norm_conv2d", maps, norm_weight, None, weight, width=wide, **named).path)
+        assert dense.startswith(f"torch's convolution of all channels: {wide / 24:.0%} of them are seen, from ")
+        for width in (narrow, wide):
+            y = taskloom.window_norm_conv2d(maps, norm_weight, None, weight, width=width, **named)
+            with taskloom.backend("reference"):
+                assert_close(y, taskloom.window_norm_conv2d(maps, norm_weight, None, weight, width=width, **named), 2e-6)
+    pointwise = taskloom.explain("window_norm_conv2d", maps, None, None, weight[:, :, :1, :1], groups=4, start=0, width=24).path
+    assert str(pointwise).startswith("constants")
+
+
+def test_ways_of_the_linear_are_explained() -> None:
+    given = [one.detach() for one in linear_inputs(torch.bfloat16)]
+    paths = [str(taskloom.explain("window_norm_linear", *given, start=0, width=width).path) for width in (7, 24)]
+    assert paths[0] == "constants of the channels outside, and products of windows: 1 window among 4 samples of 6 rows"
+    if product_dtype(torch.bfloat16) == torch.bfloat16:
+        assert paths[1] == "torch's product of all channels: 100% of them are seen, from 70% on"
+    widths = torch.tensor([24, 20, 20, 24])
+    named: dict[str, Any] = {"start": torch.zeros(4, dtype=torch.int64), "width": widths}
+    assert str(taskloom.explain("window_norm_linear", *(one.float() for one in given), **named).path).startswith("constants")
+    with pytest.raises(ValueError, match="did you mean 'window_norm_linear'"):
+        taskloom.explain("window_norm_lineer")

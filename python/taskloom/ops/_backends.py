@@ -63,6 +63,8 @@ def _below_autograd(call: Callable[..., Any]) -> Callable[..., Any]:
 OPS: dict[str, Op] = {}
 # What the native CPU kernel of an op would do with given arguments, in a sentence; for ops that have more than one way.
 _PATHS: dict[str, Callable[..., str]] = {}
+# Compositions of ops, by name, and the op whose backends they have.
+_COMPOSED: dict[str, str] = {}
 
 
 def register_op(name: str, *, transforms: Transforms, autograd: bool) -> None:
@@ -70,9 +72,14 @@ def register_op(name: str, *, transforms: Transforms, autograd: bool) -> None:
     OPS[name] = Op(name, native_devices(name), transforms, autograd)
 
 
-def describe_path(name: str, path: Callable[..., str]) -> None:
-    """Let :func:`explain` say which of an op's ways on the CPU its arguments take; ``path`` takes those of its public wrapper."""
+def describe_path(name: str, path: Callable[..., str], composed_with: str | None = None) -> None:
+    """Let :func:`explain` say which of an op's ways on the CPU its arguments take; ``path`` takes those of its public wrapper.
+
+    What is no op of its own, but a composition, names the op ``composed_with`` whose backends it has.
+    """
     _PATHS[name] = path
+    if composed_with is not None:
+        _COMPOSED[name] = composed_with
 
 
 def _checked(name: str, where: str) -> str:
@@ -236,15 +243,15 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(op: str, *tensors: Tensor, device: str | None = None, **arguments: Any) -> Explanation:
+def explain(op: str, *tensors: Tensor | None, device: str | None = None, **arguments: Any) -> Explanation:
     """Say which backend an op would take, and why not the others.
 
     Parameters
     ----------
     op
-        Name of an op, such as ``"pack_mask"``.
+        Name of an op, such as ``"pack_mask"``, or of a composition of ops that has more than one way, such as ``"window_norm_linear"``.
     *tensors
-        Its tensors; they give the device.
+        Its tensors, None for one that is left out; they give the device.
     device
         The device (``"cpu"``, ``"cuda"``, ``"cuda:1"``) where there are no tensors at hand; default ``"cpu"``.
     **arguments
@@ -258,15 +265,16 @@ def explain(op: str, *tensors: Tensor, device: str | None = None, **arguments: A
     TypeError
         If arguments were given, and the op has one way only.
     """
-    if op not in OPS:
+    kernels_of = OPS.get(_COMPOSED.get(op, op))
+    if kernels_of is None:
         from difflib import get_close_matches
 
-        close = get_close_matches(op, OPS, n=1)
-        raise ValueError(
-            f"op: {op!r} is unknown, the ops are {', '.join(sorted(OPS))}" + (f"; did you mean {close[0]!r}?" if close else "")
-        )
-    where = _device(op, tensors) if tensors else torch.device(device or "cpu")
-    obstacles = {candidate: _obstacle(OPS[op], candidate, where) for candidate in _ORDER}
+        names = sorted([*OPS, *_COMPOSED])
+        close = get_close_matches(op, names, n=1)
+        raise ValueError(f"op: {op!r} is unknown, the ops are {', '.join(names)}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    present = tuple(tensor for tensor in tensors if tensor is not None)
+    where = _device(op, present) if present else torch.device(device or "cpu")
+    obstacles = {candidate: _obstacle(kernels_of, candidate, where) for candidate in _ORDER}
     requested = _requested.name
     able = [candidate for candidate in _ORDER if obstacles[candidate] is None and requested in ("auto", candidate)]
     chosen = able[0] if able else None

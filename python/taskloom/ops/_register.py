@@ -11,11 +11,17 @@ from taskloom.ops._backends import Transforms, register_op
 from taskloom.ops._triton import define_twin
 
 _library = torch.library.Library("taskloom", "IMPL")
+_loops = torch.library.Library("taskloom_loops", "IMPL")
 
 
 def implement_on_cpu(name: str, function: Callable[..., Any]) -> None:
     """Make a composition of torch's own kernels the native CPU kernel of an op; before :func:`register`."""
     _library.impl(name, function, "CPU")
+
+
+def implement_for_kernels(name: str, function: Callable[..., Any]) -> None:
+    """Make a function the op of no public name that a compiled CPU kernel calls for what it leaves to torch."""
+    _loops.impl(name, function, "CPU")
 
 
 def _refuse_backward(name: str) -> Callable[..., NoReturn]:

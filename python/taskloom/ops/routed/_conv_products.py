@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from taskloom.ops.routed import _conv_loops
+from taskloom.ops.routed import _conv_loops, _conv_onednn
 from taskloom.ops.routed._linear_products import for_bias, shifted, summed_parts, within
-from taskloom.ops.routed._products import add_product, product, product_dtype, tiles
-from taskloom.ops.routed._windows import Group, Window, groups
+from taskloom.ops.routed._products import add_product, in_rows, masked_parts, product, product_dtype, zeroed_outside
+from taskloom.ops.routed._windows import Group, Keys, grouped, window_keys
 from taskloom.reference.arithmetic import accumulation_dtype
-from taskloom.reference.routed.windows import window_mask
 
 # Entries of the columns that are made at a time.
 COLUMNS = 1 << 20
-# From this share of the channels on, torch's own convolution of a masked input is the faster one: what
+# From this share of the channels on, torch's own convolution of a masked input is faster than products: what
 # benchmarks/bench_window_crossover.py showed.
 DENSE_FROM = 0.75
+
+Way: TypeAlias = Literal["dense", "onednn", "loops", "products"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +77,23 @@ def share_seen(planned: Sequence[Group], x: Tensor) -> float:
     return sum(group.width * len(group.samples) for group in planned) / max(x.shape[0] * x.shape[1], 1)
 
 
-def is_dense(planned: Sequence[Group], x: Tensor, out_start: Tensor | None, geometry: Geometry, least: float = DENSE_FROM) -> bool:
-    """Whether torch's convolution of a masked input is faster, from a share ``least`` of channels on; never for some outputs only."""
-    could_be = x.dtype == torch.float32 and out_start is None and not geometry.is_pointwise
-    return could_be and share_seen(planned, x) >= least
-
-
 def dense_from(by_loops: bool) -> float:
-    """The share of the channels from which on a forward pass is dense."""
+    """The share of the channels from which on torch's convolution of a masked input is faster than loops, or products."""
     return _conv_loops.DENSE_FROM if by_loops else DENSE_FROM
+
+
+def choose_way(
+    planned: Sequence[Group], x: Tensor, outputs: int, out_start: Tensor | None, geometry: Geometry, backward: bool = False
+) -> Way:
+    """What is fastest: torch's convolution of masked samples (never for some outputs only), oneDNN's of windows, loops or products."""
+    if _conv_onednn.is_faster(planned, x, geometry):
+        own, dense = _conv_onednn.window_costs(planned, x, outputs, geometry, backward)
+        return "dense" if out_start is None and own > dense else "onednn"
+    by_loops = not backward and _conv_loops.are_faster(x, outputs, geometry)
+    could_be_dense = x.dtype == torch.float32 and out_start is None and not geometry.is_pointwise
+    if could_be_dense and share_seen(planned, x) >= dense_from(by_loops):
+        return "dense"
+    return "loops" if by_loops else "products"
 
 
 class _Columns:
@@ -163,13 +173,6 @@ def _view(weight: Tensor, group: Group, made: slice, taps: int) -> Tensor:
     return weight.reshape(len(weight), weight.shape[1] * taps)[made, group.seen.start * taps : group.seen.stop * taps]
 
 
-def _masked_parts(x: Tensor, window: Window) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Samples a tile at a time: which, their mask [n, C, 1, 1], and their values with zeros outside the windows."""
-    mask = window_mask(len(x), x.shape[1], *window)[:, :, None, None]
-    for part in tiles(len(x), x[:1].numel()):
-        yield part, mask[part], x[part].masked_fill(~mask[part], 0)
-
-
 def window_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -184,18 +187,19 @@ def window_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """Our own loops, or each sample's columns times a view of the weight, or torch's convolution, masked a tile at a time."""
+    """By the fastest way; torch's own convolution sees samples that are masked a tile at a time."""
     geometry = geometry_of(x, weight, stride, padding, dilation)
     window, out_window = (start, width, widths), (out_start, out_width, out_widths)
-    planned = groups("window_conv2d", len(x), x.shape[1], window, len(weight), out_window)
+    keys = window_keys("window_conv2d", len(x), x.shape[1], window, len(weight), out_window)
+    planned = grouped(keys, len(weight))
+    way = choose_way(planned, x, len(weight), out_start, geometry)
+    if way == "dense":
+        return _dense(x, weight, bias, keys, geometry)
+    if way == "onednn":
+        return _conv_onednn.convolve(x, weight, bias, planned, geometry)
     shape = (len(x), len(weight), *geometry.out)
     y = x.new_empty(shape) if out_start is None else x.new_zeros(shape)
-    by_loops = _conv_loops.are_faster(x, len(weight), geometry)
-    if is_dense(planned, x, out_start, geometry, dense_from(by_loops)):
-        for part, _, masked in _masked_parts(x, window):
-            y[part] = torch.nn.functional.conv2d(masked, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
-        return y
-    if by_loops:
+    if way == "loops":
         _conv_loops.convolve(x, weight, bias, planned, geometry, y)
         return y
     columns = _Columns(geometry, _widest(planned), product_dtype(x.dtype))
@@ -207,6 +211,17 @@ def window_conv2d(
             for part, right in columns.parts(x[sample, group.seen]):
                 product(left, right, flat[sample, group.made, part], beside)
     return y
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, keys: Keys, geometry: Geometry) -> Tensor:
+    y: Tensor | None = None
+    for part, masked in masked_parts(x[:, None], keys):
+        found = torch.nn.functional.conv2d(masked[:, 0], weight, bias, geometry.stride, geometry.padding, geometry.dilation)
+        if len(found) == len(x):
+            return in_rows(found)
+        y = x.new_empty((len(x), *found.shape[1:])) if y is None else y
+        y[part] = found
+    return x.new_empty((len(x), len(weight), *geometry.out)) if y is None else y
 
 
 def window_conv2d_backward(
@@ -224,21 +239,24 @@ def window_conv2d_backward(
     dilation: Sequence[int],
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    """The gradients through the same columns; a weight's is summed window after window, in their order."""
+    """The gradients; a weight's is summed window after window, in their order."""
     geometry = geometry_of(x, weight, stride, padding, dilation)
     window, out_window = (start, width, widths), (out_start, out_width, out_widths)
-    planned = groups("window_conv2d", len(x), x.shape[1], window, len(weight), out_window)
-    if is_dense(planned, x, out_start, geometry):
-        return _dense_backward(gradient, x, weight, window, geometry, needed)
+    keys = window_keys("window_conv2d", len(x), x.shape[1], window, len(weight), out_window)
+    planned = grouped(keys, len(weight))
+    way = choose_way(planned, x, len(weight), out_start, geometry, backward=True)
+    bias = [for_bias(gradient, 1, planned if out_start is not None else None, weight.dtype)] if needed[2] else []
+    if way == "dense":
+        return _dense_backward(gradient, x, weight, keys, geometry, needed) + bias
+    if way == "onednn":
+        return _conv_onednn.convolve_backward(gradient, x, weight, planned, geometry, needed) + bias
     found: list[Tensor] = []
     back = gradient.reshape(len(x), len(weight), geometry.outputs)
     if needed[0]:
         found.append(_for_x(back, x, weight, planned, geometry))
     if needed[1]:
         found.append(_for_weight(back, x, weight, planned, geometry))
-    if needed[2]:
-        found.append(for_bias(gradient, 1, planned if out_start is not None else None, weight.dtype))
-    return found
+    return found + bias
 
 
 def _for_x(back: Tensor, x: Tensor, weight: Tensor, planned: Sequence[Group], geometry: Geometry) -> Tensor:
@@ -268,21 +286,19 @@ def _for_weight(back: Tensor, x: Tensor, weight: Tensor, planned: Sequence[Group
     return whole
 
 
-def _dense_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, window: Window, geometry: Geometry, needed: Sequence[bool]
-) -> list[Tensor]:
-    found = [
-        torch.empty(x.shape, dtype=x.dtype) if needed[0] else None,
-        torch.zeros(weight.shape, dtype=weight.dtype) if needed[1] else None,
-    ]
-    for part, mask, masked in _masked_parts(x, window):
+def _dense_backward(gradient: Tensor, x: Tensor, weight: Tensor, keys: Keys, geometry: Geometry, needed: Sequence[bool]) -> list[Tensor]:
+    made = torch.empty(x.shape, dtype=x.dtype) if needed[0] else None
+    sums: Tensor | None = None
+    for part, masked in masked_parts(x[:, None], keys):
         for_x, for_weight, _ = torch.ops.aten.convolution_backward(
-            gradient[part], masked, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, [0, 0], 1,
+            gradient[part], masked[:, 0], weight, None, geometry.stride, geometry.padding, geometry.dilation, False, [0, 0], 1,
             [needed[0], needed[1], False],
         )  # fmt: skip
-        if found[0] is not None:
-            found[0][part] = for_x.masked_fill_(~mask, 0)
-        if found[1] is not None:
-            found[1] += for_weight
-    bias = [for_bias(gradient, 1, None, weight.dtype)] if needed[2] else []
-    return [one for one in found if one is not None] + bias
+        if made is not None:
+            made[part] = for_x
+        if needed[1]:
+            sums = for_weight if sums is None else sums.to(accumulation_dtype(weight)).add_(for_weight)
+    found = [] if made is None else [zeroed_outside(made[:, None], keys)[:, 0]]
+    if not needed[1]:
+        return found
+    return [*found, torch.zeros(weight.shape, dtype=weight.dtype) if sums is None else in_rows(sums.to(weight.dtype))]

@@ -29,3 +29,9 @@ def sees_at_least(share: float, channels: int, window: Window) -> bool:
     if torch.compiler.is_compiling() or active_transform() is not None or widths.numel() == 0:
         return False
     return float(widths.float().mean()) >= share * channels
+
+
+def share_seen(channels: int, window: Window) -> float:
+    """The share of all channels that is in the windows."""
+    _, width, widths = window
+    return (width if widths is None else float(widths.float().mean())) / max(channels, 1)

@@ -7,38 +7,33 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from taskloom.ops.routed._products import SIXTEEN_BITS, add_product, product, tiles
-from taskloom.ops.routed._windows import Group, Window, groups
+from taskloom.ops.routed._products import SIXTEEN_BITS, add_product, masked_parts, product, tiles, zeroed_outside
+from taskloom.ops.routed._windows import Group, Keys, grouped, window_keys
 from taskloom.reference.arithmetic import accumulation_dtype
-from taskloom.reference.routed.windows import window_mask
 
 # Samples of fewer rows than this are gathered into one product where they share a window.
 GATHERED_BELOW = 32
-
-
-def _rows_paid(rows: int) -> int:
-    """Rows of a large product that take as long as a product of so few: what benchmarks/bench_window_crossover.py showed."""
-    return min(5 * rows, rows + 14, max(rows, 32))
 
 
 def _is_gathered(group: Group, positions: int) -> bool:
     return positions < GATHERED_BELOW and len(group.runs()) > 1
 
 
-def window_costs(planned: Sequence[Group], samples: int, positions: int, channels: int) -> tuple[int, int]:
+def window_costs(keys: Keys, positions: int, channels: int) -> tuple[int, int]:
     """What the products of the windows cost, and what one dense product on masked rows does, in the same unit.
 
     A group is one product; or it is several of so many rows that each row counts as one.
     """
-    own = sum(group.width * _rows_paid(len(group.samples) * positions) for group in planned)
-    return own, channels * _rows_paid(samples * positions)
+    own, dense = torch.ops.taskloom_loops.window_linear_costs.default(torch.from_numpy(keys), positions, channels)
+    return own, dense
 
 
-def is_dense(planned: Sequence[Group], x: Tensor, out_start: Tensor | None) -> bool:
+def is_dense(keys: Keys, x: Tensor, out_start: Tensor | None) -> bool:
     """Whether one product on masked rows is the faster one; never where only some outputs are wanted."""
-    samples, positions, channels = x.shape
-    own, dense = window_costs(planned, samples, positions, channels)
-    return out_start is None and own > dense
+    if out_start is not None or not len(keys):
+        return False
+    own, dense = window_costs(keys, x.shape[1], x.shape[2])
+    return own > dense
 
 
 def _rows_of(group: Group, positions: int, columns: int) -> Iterator[slice | Tensor]:
@@ -67,14 +62,6 @@ def _write_product(left: Tensor, right: Tensor, matrix: Tensor, rows: slice | Te
     matrix[:, columns].index_copy_(0, rows, made)
 
 
-def _masked_parts(x: Tensor, window: Window) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Samples a tile at a time: which, their mask [n, 1, C], and their rows with zeros outside the windows."""
-    samples, positions, channels = x.shape
-    mask = window_mask(samples, channels, *window)[:, None]
-    for part in tiles(samples, positions * channels):
-        yield part, mask[part], x[part].masked_fill(~mask[part], 0)
-
-
 def window_linear(
     x: Tensor,
     weight: Tensor,
@@ -86,18 +73,21 @@ def window_linear(
     out_width: int,
     out_widths: Tensor | None,
 ) -> Tensor:
-    """Each window's rows times a view of the weight; or all rows, masked a tile at a time, where that is faster."""
+    """Each window's rows times a view of the weight; or all rows, masked a tile at a time, where that is faster.
+
+    csrc/routed/window_linear_ops.cpp calls this, but for masked rows of one tile.
+    """
     samples, positions, channels = x.shape
     outputs = len(weight)
-    planned = groups("window_linear", samples, channels, (start, width, widths), outputs, (out_start, out_width, out_widths))
+    keys = window_keys("window_linear", samples, channels, (start, width, widths), outputs, (out_start, out_width, out_widths))
     y = x.new_empty((samples, positions, outputs)) if out_start is None else x.new_zeros((samples, positions, outputs))
     rows_out = y.view(samples * positions, outputs)
-    if is_dense(planned, x, out_start):
-        for part, _, masked in _masked_parts(x, (start, width, widths)):
+    if is_dense(keys, x, out_start):
+        for part, masked in masked_parts(x, keys):
             product(masked.view(-1, channels), weight.T, y[part].view(-1, outputs), bias)
         return y
     flat = x.reshape(samples * positions, channels)
-    for group in planned:
+    for group in grouped(keys, outputs):
         right, beside = weight[group.made, group.seen].T, None if bias is None else bias[group.made]
         for rows in _rows_of(group, positions, max(group.width, outputs)):
             _write_product(_taken(flat, rows, group.seen), right, rows_out, rows, group.made, beside)
@@ -118,25 +108,24 @@ def window_linear_backward(
 ) -> list[Tensor]:
     """The gradients by products on the same views; a weight's is summed window after window, in their order."""
     window, out_window = (start, width, widths), (out_start, out_width, out_widths)
-    planned = groups("window_linear", len(x), x.shape[2], window, len(weight), out_window)
-    dense = is_dense(planned, x, out_start)
+    keys = window_keys("window_linear", len(x), x.shape[2], window, len(weight), out_window)
+    dense = is_dense(keys, x, out_start)
+    planned = [] if dense else grouped(keys, len(weight))
     found: list[Tensor] = []
     if needed[0]:
-        found.append(_dense_for_x(gradient, x, weight, window) if dense else _for_x(gradient, x, weight, planned))
+        found.append(_dense_for_x(gradient, x, weight, keys) if dense else _for_x(gradient, x, weight, planned))
     if needed[1]:
-        found.append(_dense_for_weight(gradient, x, weight, window) if dense else _for_weight(gradient, x, weight, planned))
+        found.append(_dense_for_weight(gradient, x, weight, keys) if dense else _for_weight(gradient, x, weight, planned))
     if needed[2]:
         found.append(for_bias(gradient, 2, planned if out_start is not None else None, weight.dtype))
     return found
 
 
-def _dense_for_x(gradient: Tensor, x: Tensor, weight: Tensor, window: Window) -> Tensor:
+def _dense_for_x(gradient: Tensor, x: Tensor, weight: Tensor, keys: Keys) -> Tensor:
     made = torch.empty(x.shape, dtype=x.dtype)
-    mask = window_mask(len(x), x.shape[2], *window)[:, None]
     for part in tiles(len(x), x.shape[1] * x.shape[2]):
-        one = made[part].view(-1, x.shape[2])
-        product(gradient[part].reshape(-1, len(weight)), weight, one)
-        made[part].masked_fill_(~mask[part], 0)
+        product(gradient[part].reshape(-1, len(weight)), weight, made[part].view(-1, x.shape[2]))
+        zeroed_outside(made[part], keys[part])
     return made
 
 
@@ -185,10 +174,10 @@ def _for_weight(gradient: Tensor, x: Tensor, weight: Tensor, planned: Sequence[G
     return whole
 
 
-def _dense_for_weight(gradient: Tensor, x: Tensor, weight: Tensor, window: Window) -> Tensor:
+def _dense_for_weight(gradient: Tensor, x: Tensor, weight: Tensor, keys: Keys) -> Tensor:
     whole = torch.zeros(weight.shape, dtype=weight.dtype)
     for part, sums in summed_parts(whole):
-        for chosen, _, masked in _masked_parts(x, window):
+        for chosen, masked in masked_parts(x, keys):
             add_product(gradient[chosen][..., part].reshape(-1, len(sums)).T, masked.view(-1, x.shape[2]), sums)
     return whole
 

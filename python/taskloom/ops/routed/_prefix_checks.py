@@ -45,6 +45,8 @@ def check_inputs(op: str, inputs: int, most: int) -> None:
 
 def pair(op: str, name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     """A number for both dimensions, or one for each; raise where one is less than ``least``."""
+    if type(value) is int and value >= least:
+        return value, value
     both = (value, value) if isinstance(value, int | torch.SymInt) else tuple(value)
     if len(both) != 2:
         raise ValueError(f"{op}: {name}: expected an integer or two, got {value!r}")

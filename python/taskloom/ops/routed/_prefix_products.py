@@ -1,19 +1,13 @@
 """What the ops on prefixes of channels compute on a CPU: torch's own products and convolutions, on views of the whole weight.
 
-Three ways lead to a convolution; docs/routed.md has the measurement behind the choice:
-
-- 1x1 with stride 1 is a matrix product for each sample, whose arguments are views, unless images are small or channels come last;
-- other convolutions are oneDNN's, called below ``torch.conv2d``, which would first copy a sliced weight: oneDNN reads it by stride, once,
-  into the layout that its own loops want;
-- what oneDNN does not take (float64, float16) is a product with the unfolded samples, one at a time in one buffer.
-
-No result of one sample depends on how many others there are.
+A convolution in float32 or bfloat16 is oneDNN's or a product, in csrc/routed/prefix_conv2d_ops.cpp. What oneDNN does not take (float64,
+float16) is here: 1x1 with stride 1 is a matrix product for each sample, whose arguments are views; other convolutions are a product with
+the unfolded samples, one at a time in one buffer. No result of one sample depends on how many others there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,17 +15,7 @@ from torch import Tensor
 from taskloom.ops.routed._prefix_checks import empty_result, is_channels_last, output_size
 from taskloom.reference.arithmetic import accumulation_dtype, without_autocast
 
-# Pixels of a sample from which on a product beats oneDNN's 1x1 convolution: between 100 and 196 on the CPU of docs/routed.md.
-PRODUCT_PIXELS = 128
-
 Steps = tuple[Sequence[int], Sequence[int], Sequence[int]]
-
-
-@cache
-def _onednn_dtypes() -> frozenset[torch.dtype]:
-    if not torch.backends.mkldnn.is_available():
-        return frozenset()
-    return frozenset({torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32})
 
 
 def _prefix(weight: Tensor, outputs: int, inputs: int, groups: int) -> tuple[Tensor, int]:
@@ -127,16 +111,13 @@ def convolve(x: Tensor, part: Tensor, bias: Tensor | None, steps: Steps, groups:
     sizes = (x.shape[0], part.shape[0], *output_size("prefix_conv2d", x, part, *steps))
     if 0 in sizes:
         return empty_result(x, sizes)
-    last, onednn = is_channels_last(x), x.is_cpu and x.dtype in _onednn_dtypes()
-    if not last and _is_product(part, steps, groups) and not (onednn and sizes[2] * sizes[3] < PRODUCT_PIXELS):
+    last = is_channels_last(x)
+    if not last and _is_product(part, steps, groups):
         return _by_product(x, part, bias, empty_result(x, sizes))
-    if onednn:
-        found = torch.mkldnn_convolution(x, part, bias, padding, stride, dilation, groups)
-    elif groups > 1:
-        # The prefix of a grouped weight is contiguous, and torch's convolution copies nothing.
-        found = torch.nn.functional.conv2d(x, part, bias, list(stride), list(padding), list(dilation), groups)
-    else:
+    if groups == 1:
         return _by_unfolding(x, part, bias, steps, empty_result(x, sizes))
+    # The prefix of a grouped weight is contiguous, and torch's convolution copies nothing.
+    found = torch.nn.functional.conv2d(x, part, bias, list(stride), list(padding), list(dilation), groups)
     # Where a size is 1, a layout has many strides.
     if found.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format) and 1 not in sizes:
         return found

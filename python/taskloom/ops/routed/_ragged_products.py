@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from taskloom.ops.routed._prefix_checks import empty_result, is_channels_last, output_size
-from taskloom.ops.routed._prefix_products import convolve, gradients
+from taskloom.ops.routed._prefix_products import gradients
 from taskloom.reference.arithmetic import accumulation_dtype, without_autocast
 
 
@@ -47,11 +47,9 @@ def ragged_prefix_conv2d(
     """A prefix convolution for each group of samples; what its samples do not use of x is not read."""
     steps = (stride, padding, dilation)
     sizes = (x.shape[0], weight.shape[0], *output_size("ragged_prefix_conv2d", x, weight, *steps))
-    out = empty_result(x, sizes)
+    out, convolve = empty_result(x, sizes), torch.ops.taskloom.prefix_conv2d.default
     for inputs, outputs, samples in _groups(in_channels, out_channels):
-        offset = None if bias is None else bias[:outputs]
-        found = convolve(_chosen(x[:, :inputs], samples), weight[:outputs, :inputs], offset, steps, 1)
-        out[:, :outputs][samples] = found
+        out[:, :outputs][samples] = convolve(_chosen(x[:, :inputs], samples), weight, bias, outputs, *steps, 1)
         if zero_tail:
             out[:, outputs:][samples] = 0
     return out

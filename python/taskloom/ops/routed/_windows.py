@@ -19,6 +19,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # As an op takes it: where each sample's window starts, the largest width, and the widths where they differ.
 Window: TypeAlias = tuple[Tensor, int, Tensor | None]
 OutWindow: TypeAlias = tuple[Tensor | None, int, Tensor | None]
+Keys: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def _integers(op: str, name: str, value: Tensor, samples: int) -> Tensor:
@@ -81,7 +82,7 @@ def _outside(op: str, names: tuple[str, str], start: int, width: int, channels: 
     return ValueError(f"{op}: {names[0]}: expected windows within {channels} channels, got {start} to {start + width - 1}{place}")
 
 
-def _checked(op: str, names: tuple[str, str], window: Window, samples: int, channels: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _checked(op: str, names: tuple[str, str], window: Window, samples: int, channels: int) -> Keys:
     """The start and width of each sample, [N, 2]; raise where one leaves the channels."""
     start, width, widths = window
     keys = np.empty((samples, 2), np.int64)
@@ -138,8 +139,8 @@ class Group:
         return found
 
 
-def groups(op: str, samples: int, channels: int, window: Window, outputs: int, out_window: OutWindow) -> list[Group]:
-    """Samples grouped by window, sorted by it: those that see the same weights follow each other.
+def window_keys(op: str, samples: int, channels: int, window: Window, outputs: int, out_window: OutWindow) -> Keys:
+    """First channel and width of each sample's window, [N, 2], and of its window of outputs where there is one, [N, 4].
 
     Raises
     ------
@@ -148,15 +149,25 @@ def groups(op: str, samples: int, channels: int, window: Window, outputs: int, o
     """
     keys = _checked(op, ("start", "width"), window, samples, channels)
     out_start, out_width, out_widths = out_window
-    if out_start is not None:
-        out_keys = _checked(op, ("out_start", "out_width"), (out_start, out_width, out_widths), samples, outputs)
-        keys = np.concatenate([keys, out_keys], 1)
+    if out_start is None:
+        return keys
+    return np.concatenate([keys, _checked(op, ("out_start", "out_width"), (out_start, out_width, out_widths), samples, outputs)], 1)
+
+
+def grouped(keys: Keys, outputs: int) -> list[Group]:
+    """Samples grouped by window, sorted by it: those that see the same weights follow each other."""
+    samples = len(keys)
     if samples and (keys == keys[0]).all():
         return [_group(list(range(samples)), keys[0].tolist(), outputs)]
     order, bounds = _native.plan_windows(keys)
     edges, sorted_samples = bounds.tolist(), order.tolist()
     firsts = keys[order[bounds[:-1]]].tolist()
     return [_group(sorted_samples[edges[g] : edges[g + 1]], first, outputs) for g, first in enumerate(firsts)]
+
+
+def groups(op: str, samples: int, channels: int, window: Window, outputs: int, out_window: OutWindow) -> list[Group]:
+    """The same of windows as an op takes them; raises as :func:`window_keys` does."""
+    return grouped(window_keys(op, samples, channels, window, outputs, out_window), outputs)
 
 
 def _group(samples: list[int], key: Sequence[int], outputs: int) -> Group:

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from taskloom.ops._backends import kernel
-from taskloom.ops._register import implement_on_cpu, register
+from taskloom.ops._register import implement_for_kernels, implement_on_cpu, register
 from taskloom.ops.routed import _prefix_products
 from taskloom.ops.routed._prefix_checks import check_inputs, check_weights, check_width, empty_result, output_size, pair
+from taskloom.ops.routed._products import onednn_dtypes
 from taskloom.ops.routed.prefix_linear import fake_gradients, spread_found
 from taskloom.reference import routed as reference
 
@@ -189,7 +190,8 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return spread_found(needed, found, 5)
 
 
-implement_on_cpu("prefix_conv2d", _prefix_products.prefix_conv2d)
+implement_for_kernels("onednn_convolves", lambda x: x.dtype in onednn_dtypes())
+implement_for_kernels("prefix_conv2d_composed", _prefix_products.prefix_conv2d)
 implement_on_cpu("prefix_conv2d_backward", _prefix_products.prefix_conv2d_backward)
 register("prefix_conv2d", fake=_fake, backward=_backward, setup_context=_setup)
 register("prefix_conv2d_backward", fake=_fake_backward)

@@ -11,7 +11,7 @@ from torch import Tensor
 from taskloom.ops._backends import describe_path, kernel
 from taskloom.ops._checks import cast_layer_for_autocast, check_floating
 from taskloom.ops._register import implement_on_cpu, register
-from taskloom.ops.routed import _conv_loops, _conv_products
+from taskloom.ops.routed import _conv_loops, _conv_onednn, _conv_products
 from taskloom.ops.routed._windows import check_values, groups, out_window_of, window_of, window_tensors
 from taskloom.ops.routed.window_linear import check_weight, fake_backward
 from taskloom.reference import routed as reference
@@ -101,13 +101,14 @@ def window_conv2d(
 
     Once differentiable with respect to x, weight and bias; twice with ``taskloom.backend("reference")``. x's gradient is 0 outside the
     windows, and weight's exactly 0 in columns that no window has; it is summed without atomics, in an order that depends on the windows
-    alone. On a CPU with AVX-512, where x is contiguous, the kernel larger than 1 and the outputs 16 or more, the weights of 64 outputs
-    at a time are packed for loops of our own, and x's gradient is made in the same way where the stride is 1; bfloat16 goes this way where
-    the processor has no products of it. Elsewhere each sample's window is padded, its columns (im2col) are made 4 MB at a time, and
-    multiplied with a view of the contiguous weight; with a kernel of 1 and stride 1 the input itself is multiplied. Where the windows have
-    nearly all channels torch's convolution is faster and is taken, on samples masked 4 MB, or one, at a time:
-    ``taskloom.explain("window_conv2d", x, weight, start=start, width=width)`` says so. Products of 16-bit tensors are summed in float32
-    and rounded once. On a GPU one Triton kernel reads each sample's window, without columns.
+    alone. On a CPU bfloat16, where the processor multiplies it, and float32 in runs of four samples or more of one window, go to oneDNN's
+    convolution of each run, on views. Else, with AVX-512, a contiguous x, a kernel larger than 1 and 16 outputs or more, the weights of 64
+    outputs at a time are packed for loops of our own, and x's gradient is made in the same way where the stride is 1. Elsewhere each
+    sample's window is padded, its columns (im2col) are made 4 MB at a time, and multiplied with a view of the contiguous weight; with a
+    kernel of 1 and stride 1 the input itself is multiplied. Where torch's convolution of all channels is faster it is taken, on samples
+    masked 4 MB, or one, at a time: ``taskloom.explain("window_conv2d", x, weight, start=start, width=width)`` says so. Products of 16-bit
+    tensors are summed in float32 and rounded once (a weight's gradient in bfloat16 once more where several windows share an entry).
+    On a GPU one Triton kernel reads each sample's window, without columns.
     """
     op = "window_conv2d"
     _check_x(op, x)
@@ -176,7 +177,7 @@ def window_conv2d_backward(
     return found
 
 
-def _path(
+def describe_conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -189,20 +190,24 @@ def _path(
     out_start: Tensor | int | None = None,
     out_width: Tensor | int | None = None,
 ) -> str:
-    """What the CPU would do."""
+    """What the CPU would do, in a sentence."""
     op = "window_conv2d"
     window = window_of(op, len(x), x.shape[1], start, width, x)
     out_window = out_window_of(op, len(x), weight.shape[0], out_start, out_width, x)
     planned = groups(op, len(x), x.shape[1], window, weight.shape[0], out_window)
     geometry = _conv_products.geometry_of(x, weight, *conv_geometry(op, x, weight, stride, padding, dilation))
-    share = _conv_products.share_seen(planned, x)
-    by_loops = _conv_loops.are_faster(x, len(weight), geometry)
-    least = _conv_products.dense_from(by_loops)
-    if _conv_products.is_dense(planned, x, out_window[0], geometry, least):
-        return f"torch's convolution of masked samples: {share:.0%} of the channels are seen, from {least:.0%} on"
-    if by_loops:
-        return f"loops over windows: {share:.0%} of the channels are seen"
-    return f"products of windows: {share:.0%} of the channels are seen"
+    share = f"{_conv_products.share_seen(planned, x):.0%} of the channels are seen"
+    way = _conv_products.choose_way(planned, x, len(weight), out_window[0], geometry)
+    by_onednn = _conv_onednn.is_faster(planned, x, geometry)
+    if way == "onednn":
+        return f"oneDNN's convolutions of windows: {share}"
+    if way == "dense" and by_onednn:
+        own, dense = _conv_onednn.window_costs(planned, x, len(weight), geometry, backward=False)
+        return f"torch's convolution of masked samples: {share}; convolutions of windows would cost {own / dense:.2f} of it"
+    if way == "dense":
+        least = _conv_products.dense_from(_conv_loops.are_faster(x, len(weight), geometry))
+        return f"torch's convolution of masked samples: {share}, from {least:.0%} on"
+    return f"{'loops over' if way == 'loops' else 'products of'} windows: {share}"
 
 
 def _fake_conv2d(
@@ -233,4 +238,4 @@ implement_on_cpu("window_conv2d", _conv_products.window_conv2d)
 implement_on_cpu("window_conv2d_backward", _conv_products.window_conv2d_backward)
 register("window_conv2d", fake=_fake_conv2d, backward=_backward, setup_context=_setup)
 register("window_conv2d_backward", fake=fake_backward)
-describe_path("window_conv2d", _path)
+describe_path("window_conv2d", describe_conv2d)

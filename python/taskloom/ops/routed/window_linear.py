@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from taskloom.ops._backends import describe_path, kernel
 from taskloom.ops._checks import cast_layer_for_autocast, check_dtype, check_floating, check_shape
-from taskloom.ops._register import implement_on_cpu, register
+from taskloom.ops._register import implement_for_kernels, implement_on_cpu, register
 from taskloom.ops.routed import _linear_products
-from taskloom.ops.routed._windows import Window, check_values, groups, out_window_of, window_of, window_tensors
+from taskloom.ops.routed._products import product_dtype
+from taskloom.ops.routed._windows import OutWindow, Window, check_values, grouped, out_window_of, window_keys, window_of, window_tensors
 from taskloom.reference import routed as reference
 
 
@@ -38,6 +40,11 @@ def _check_x(op: str, x: Tensor) -> None:
 def _rows(x: Tensor) -> Tensor:
     """X as [N, P, C]."""
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+
+
+def _check_values(op: str, x: Tensor, weight: Tensor, window: Window, out_window: OutWindow) -> None:
+    check_values(op, len(x), x.shape[-1], window)
+    check_values(op, len(x), weight.shape[0], out_window, ("out_start", "out_width"))
 
 
 def window_linear(
@@ -99,11 +106,15 @@ def window_linear(
     run = kernel(op, x, weight, *beside, *window_tensors(window, out_window))
     rows = _rows(x)
     if run is None:
-        check_values(op, len(x), x.shape[-1], window)
-        check_values(op, len(x), weight.shape[0], out_window, ("out_start", "out_width"))
+        _check_values(op, x, weight, window, out_window)
         y = reference.window_linear(rows, weight, bias, *window, *out_window)
     else:
-        y = run(rows, weight, bias, *window, *out_window)
+        try:
+            y = run(rows, weight, bias, *window, *out_window)
+        except RuntimeError:
+            if not is_compiling():
+                _check_values(op, x, weight, window, out_window)
+            raise
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -154,7 +165,7 @@ def window_linear_backward(
     return found
 
 
-def _path(
+def describe_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -164,15 +175,15 @@ def _path(
     out_start: Tensor | int | None = None,
     out_width: Tensor | int | None = None,
 ) -> str:
-    """What the CPU would do."""
+    """What the CPU would do, in a sentence."""
     op = "window_linear"
     window: Window = window_of(op, len(x), x.shape[-1], start, width, x)
     out_window = out_window_of(op, len(x), weight.shape[0], out_start, out_width, x)
-    planned = groups(op, len(x), x.shape[-1], window, weight.shape[0], out_window)
-    rows = _rows(x)
-    windows = f"{len(planned)} window{'s' if len(planned) != 1 else ''} among {len(x)} samples of {rows.shape[1]} rows"
-    if _linear_products.is_dense(planned, rows, out_window[0]):
-        own, dense = _linear_products.window_costs(planned, len(x), rows.shape[1], rows.shape[2])
+    keys = window_keys(op, len(x), x.shape[-1], window, weight.shape[0], out_window)
+    rows, count = _rows(x), len(grouped(keys, weight.shape[0]))
+    windows = f"{count} window{'s' if count != 1 else ''} among {len(x)} samples of {rows.shape[1]} rows"
+    if _linear_products.is_dense(keys, rows, out_window[0]):
+        own, dense = _linear_products.window_costs(keys, rows.shape[1], rows.shape[2])
         return f"dense product of masked rows: {windows}; products of windows would cost {own / max(dense, 1):.2f} of it"
     return f"products of windows: {windows}"
 
@@ -202,8 +213,9 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return (*(next(found) if wanted else None for wanted in needed), *[None] * 6)
 
 
-implement_on_cpu("window_linear", _linear_products.window_linear)
+implement_for_kernels("multiplies_own_dtype", lambda x: product_dtype(x.dtype) == x.dtype)
+implement_for_kernels("window_linear_composed", _linear_products.window_linear)
 implement_on_cpu("window_linear_backward", _linear_products.window_linear_backward)
 register("window_linear", fake=_fake_linear, backward=_backward, setup_context=_setup)
 register("window_linear_backward", fake=fake_backward)
-describe_path("window_linear", _path)
+describe_path("window_linear", describe_linear)

@@ -5,16 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from taskloom.ops._backends import describe_path
 from taskloom.ops._checks import cast_layer_for_autocast
-from taskloom.ops.routed._kernel_runs import sees_at_least
+from taskloom.ops.routed._kernel_runs import sees_at_least, share_seen
+from taskloom.ops.routed._products import product_dtype
 from taskloom.ops.routed._windows import Window, window_of
 from taskloom.ops.routed.window_layer_norm import as_rows, check_modulation, check_rows, normalised
-from taskloom.ops.routed.window_linear import check_weight, window_linear
+from taskloom.ops.routed.window_linear import check_weight, describe_linear, window_linear
 from taskloom.reference.routed.windows import window_mask
 
-# From this share of the channels on, torch's own product of all of them is the faster one on a CPU: it multiplies bfloat16 as such, where a
-# window's are multiplied as float32. Measured, docs/routed.md.
-DENSE_FROM = {torch.bfloat16: 0.33}
+# From this share of the channels on, torch's own product of all of them is faster on a CPU that multiplies bfloat16: a window's factors are
+# copied there. What benchmarks/bench_window_crossover.py showed.
+DENSE_FROM = {torch.bfloat16: 0.7}
+
+
+def _is_dense(x: Tensor, dtype: torch.dtype, window: Window) -> bool:
+    """Whether all channels are multiplied."""
+    return x.is_cpu and dtype in DENSE_FROM and product_dtype(dtype) == dtype and sees_at_least(DENSE_FROM[dtype], x.shape[-1], window)
 
 
 def _constants(weight: Tensor, bias: Tensor | None, shift: Tensor | None, scale: Tensor | None, window: Window, samples: int) -> Tensor:
@@ -77,8 +84,9 @@ def window_norm_linear(
     window and torch's own products: differentiable with respect to x (0 outside of the window), weight (also where no window is, for
     the constants depend on it), bias, shift and scale; twice with ``taskloom.backend("reference")``.
 
-    On a CPU, bfloat16 windows of a third of the channels or more are not taken out: torch's own product of all channels, on the whole
-    result of the norm, is faster there than products of windows in float32.
+    On a CPU that multiplies bfloat16, windows in it of seven tenths of the channels or more are not taken out: torch's own product of all
+    channels, on the whole result of the norm, is faster there. ``taskloom.explain("window_norm_linear", x, weight, start=start,
+    width=width)`` says so.
     """
     op = "window_norm_linear"
     check_rows(op, x)
@@ -87,7 +95,7 @@ def window_norm_linear(
     lowered, weight, bias = cast_layer_for_autocast(x[:0], weight, bias)
     check_weight(op, lowered, weight, bias, -1, 2)
     window = window_of(op, len(x), x.shape[-1], start, width, x)
-    if x.is_cpu and weight.dtype in DENSE_FROM and sees_at_least(DENSE_FROM[weight.dtype], x.shape[-1], window):
+    if _is_dense(x, weight.dtype, window):
         rows = normalised(op, as_rows(x), shift, scale, window, eps, True)[0]
         return torch.nn.functional.linear(rows.to(weight.dtype), weight, bias).reshape(*x.shape[:-1], len(weight))
     u, mean, rstd = normalised(op, as_rows(x), shift, scale, window, eps, False)
@@ -97,3 +105,25 @@ def window_norm_linear(
     factors = torch.stack([torch.ones_like(offset), offset], 2).to(product.dtype)
     y = torch.baddbmm(product, factors, _constants(weight, bias, shift, scale, window, len(x)))
     return y if x.dim() == 3 else y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _describe(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    start: Tensor | int,
+    width: Tensor | int,
+    eps: float = 1e-6,
+) -> str:
+    """What the CPU would do, in a sentence."""
+    window = window_of("window_norm_linear", len(x), x.shape[-1], start, width, x)
+    if _is_dense(x, weight.dtype, window):
+        seen, least = share_seen(x.shape[-1], window), DENSE_FROM[weight.dtype]
+        return f"torch's product of all channels: {seen:.0%} of them are seen, from {least:.0%} on"
+    return f"constants of the channels outside, and {describe_linear(x, weight, bias, start=start, width=width)}"
+
+
+describe_path("window_norm_linear", _describe, composed_with="window_linear")
