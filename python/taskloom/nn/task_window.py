@@ -7,8 +7,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from taskloom.ops.routed._windows import INTEGERS
+from taskloom.ops.routed._conv_checks import check_integer
+from taskloom.ops.routed._windows import INTEGERS, check_values, window_of
 from taskloom.reference.routed.windows import window_mask
+
+
+def _check_integers(name: str, table: Tensor) -> None:
+    if not isinstance(table, Tensor) or table.dtype not in INTEGERS:
+        raise TypeError(f"TaskWindow: {name}: expected a tensor of integers, got {getattr(table, 'dtype', type(table).__name__)}")
 
 
 class TaskWindow(nn.Module):
@@ -44,16 +50,19 @@ class TaskWindow(nn.Module):
 
     def __init__(self, start: Tensor, width: Tensor | int, channels: int) -> None:
         super().__init__()
-        for name, table in (("start", start), ("width", width)):
-            if isinstance(table, Tensor) and table.dtype not in INTEGERS:
-                raise TypeError(f"TaskWindow: {name}: expected integers, got {table.dtype}")
+        _check_integers("start", start)
+        for name, one in (("width", width), ("channels", channels)):
+            if name == "channels" or not isinstance(one, Tensor):
+                check_integer("TaskWindow", name, one)
+            else:
+                _check_integers(name, one)
         if start.dim() != 1 or not len(start):
             raise ValueError(f"TaskWindow: start: expected shape (T,) with at least one task, got {tuple(start.shape)}")
         if isinstance(width, Tensor) and width.shape != start.shape:
             raise ValueError(f"TaskWindow: width: expected shape {tuple(start.shape)} as start, got {tuple(width.shape)}")
         begin = start.detach().long()
         widths = torch.as_tensor(width).long().to(begin.device).expand(len(begin))
-        wrong = (begin < 0) | (widths < 1) | (begin + widths > channels)
+        wrong = (begin < 0) | (widths < 1) | (begin > channels - widths)
         if bool(wrong.any()):
             task = int(wrong.int().argmax())
             raise ValueError(
@@ -111,12 +120,17 @@ class RoutedResidual(nn.Module):
     ----------
     branch
         What is added. A layer with ``takes_window`` (:class:`WindowLinear`, :class:`WindowConv2d`), or a ``nn.Sequential`` that begins with
-        one, is given x and the window, and no masked copy is made. Any other module is called with a copy of x that is 0 outside
-        the windows.
+        one, is given x and the window, and no masked copy is made; hooks of the ``nn.Sequential`` itself are not called then, those of its
+        modules are. Any other module is called with a copy of x that is 0 outside the windows.
     window
         Tasks to (start, width), such as a :class:`TaskWindow`.
     channel_dim
         Where x has its channels. Default -1; 1 for images.
+
+    Raises
+    ------
+    ValueError
+        In a call, if windows do not fit x: another number of samples, or of channels along ``channel_dim``.
 
     Notes
     -----
@@ -140,21 +154,41 @@ class RoutedResidual(nn.Module):
             What else the branch takes.
         """
         start, width = self.window(task)
-        # Not children(), which leaves out a module that comes again.
-        first, *rest = self.branch if isinstance(self.branch, nn.Sequential) and len(self.branch) else (self.branch,)
+        first, *rest = self._steps()
         if not getattr(first, "takes_window", False):
+            self._check_channels(x)
             return x + cast(Tensor, self.branch(masked(x, start, width, self.channel_dim), *args))
         made = first(x, start, width, *args)
         for module in rest:
             made = module(made)
         return x + cast(Tensor, made)
 
+    def _steps(self) -> list[nn.Module]:
+        """What is called one after the other; not children(), which leaves out a module that comes again."""
+        branch = self.branch
+        # A class with a forward of its own is called as it is.
+        if isinstance(branch, nn.Sequential) and type(branch).forward is nn.Sequential.forward and len(branch):
+            return list(branch)
+        return [branch]
 
-def masked(x: Tensor, start: Tensor, width: Tensor | int, channel_dim: int) -> Tensor:
-    """A copy of x that is 0 outside each sample's window."""
-    channels = x.shape[channel_dim]
-    widths = width if isinstance(width, Tensor) else None
-    seen = window_mask(len(x), channels, start, channels if isinstance(width, Tensor) else width, widths)
+    def _check_channels(self, x: Tensor) -> None:
+        """Raise where the windows are of other channels than x has along ``channel_dim``."""
+        if x.dim() < 2 or self.channel_dim == 0 or not -x.dim() < self.channel_dim < x.dim():
+            where = f"samples and, along dimension {self.channel_dim}, channels"
+            raise ValueError(f"RoutedResidual: x: expected {where}, got {tuple(x.shape)}")
+        channels = getattr(self.window, "channels", None)
+        if channels is not None and x.shape[self.channel_dim] != channels:
+            where = f"the window's {channels} channels along dimension {self.channel_dim} (channel_dim)"
+            raise ValueError(f"RoutedResidual: x: expected {where}, got {tuple(x.shape)}")
+
+
+def masked(x: Tensor, start: Tensor | int, width: Tensor | int, channel_dim: int) -> Tensor:
+    """A copy of x that is 0 outside each sample's window; raises where windows do not fit x."""
+    op, channels = "RoutedResidual", x.shape[channel_dim]
+    window = window_of(op, len(x), channels, start, width, x)
+    if window[0].is_cpu and not torch.compiler.is_compiling():
+        check_values(op, len(x), channels, window)
+    seen = window_mask(len(x), channels, *window)
     shape = [1] * x.dim()
     shape[0], shape[channel_dim] = x.shape[0], channels
     return x.masked_fill(~seen.view(shape), 0)

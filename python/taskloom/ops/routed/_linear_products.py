@@ -94,7 +94,7 @@ def window_linear(
     rows_out = y.view(samples * positions, outputs)
     if is_dense(planned, x, out_start):
         for part, _, masked in _masked_parts(x, (start, width, widths)):
-            product(masked.view(-1, channels), weight.T, y[part].view(-1, outputs), bias)
+            product(masked.flatten(0, 1), weight.T, y[part].flatten(0, 1), bias)
         return y
     flat = x.reshape(samples * positions, channels)
     for group in planned:
@@ -134,8 +134,7 @@ def _dense_for_x(gradient: Tensor, x: Tensor, weight: Tensor, window: Window) ->
     made = torch.empty(x.shape, dtype=x.dtype)
     mask = window_mask(len(x), x.shape[2], *window)[:, None]
     for part in tiles(len(x), x.shape[1] * x.shape[2]):
-        one = made[part].view(-1, x.shape[2])
-        product(gradient[part].reshape(-1, len(weight)), weight, one)
+        product(gradient[part].flatten(0, 1), weight, made[part].flatten(0, 1))
         made[part].masked_fill_(~mask[part], 0)
     return made
 
@@ -189,7 +188,7 @@ def _dense_for_weight(gradient: Tensor, x: Tensor, weight: Tensor, window: Windo
     whole = torch.zeros(weight.shape, dtype=weight.dtype)
     for part, sums in summed_parts(whole):
         for chosen, _, masked in _masked_parts(x, window):
-            add_product(gradient[chosen][..., part].reshape(-1, len(sums)).T, masked.view(-1, x.shape[2]), sums)
+            add_product(gradient[chosen][..., part].flatten(0, 1).T, masked.flatten(0, 1), sums)
     return whole
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from taskloom.ops._backends import kernel
 from taskloom.ops._register import implement_on_cpu, register
 from taskloom.ops.routed import _prefix_products
-from taskloom.ops.routed._prefix_checks import check_inputs, check_weights, check_width, empty_result, output_size, pair
+from taskloom.ops.routed._conv_checks import Pair, check_integer, pair
+from taskloom.ops.routed._prefix_checks import check_inputs, check_weights, check_width, empty_result, output_size
 from taskloom.ops.routed.prefix_linear import fake_gradients, spread_found
 from taskloom.reference import routed as reference
 
@@ -44,9 +45,9 @@ def prefix_conv2d(
     bias: Tensor | None = None,
     out_channels: int | None = None,
     *,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
     groups: int = 1,
 ) -> Tensor:
     """Convolve with the part of a layer that its first input and output channels make: ``weight[:out, :in]`` and ``bias[:out]``.
@@ -89,6 +90,7 @@ def prefix_conv2d(
     op = "prefix_conv2d"
     check_weights(op, x, weight, bias, 4)
     check_image(op, x)
+    check_integer(op, "groups", groups)
     if groups == 1:
         check_inputs(op, x.shape[1], weight.shape[1])
         outputs = check_width(op, "out_channels", out_channels, weight.shape[0])

@@ -9,6 +9,7 @@ from torch import Tensor
 from taskloom.ops._backends import kernel
 from taskloom.ops._checks import check_floating, check_shape
 from taskloom.ops._register import register
+from taskloom.ops.routed._conv_checks import check_integer
 from taskloom.ops.routed._kernel_runs import run_checked
 from taskloom.ops.routed._windows import Window, check_values, window_of, window_tensors
 from taskloom.reference import routed as reference
@@ -22,8 +23,7 @@ def check_maps(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, g
     check_floating(op, "x", x)
     if x.dim() < 2 or 0 in x.shape[1:]:
         raise ValueError(f"{op}: x: expected shape [N, C, ...] with at least one channel and one place in it, got {tuple(x.shape)}")
-    if isinstance(groups, bool) or not isinstance(groups, int):
-        raise TypeError(f"{op}: groups: expected an integer, got {type(groups).__name__}")
+    check_integer(op, "groups", groups)
     if groups < 1 or x.shape[1] % groups != 0:
         raise ValueError(f"{op}: groups: expected a divisor of {x.shape[1]}, the channels of x, got {groups}")
     given = []

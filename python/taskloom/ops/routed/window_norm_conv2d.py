@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from taskloom.ops._checks import cast_layer_for_autocast, check_floating
+from taskloom.ops.routed._conv_checks import Pair
 from taskloom.ops.routed._kernel_runs import sees_at_least
 from taskloom.ops.routed._windows import Window, window_of
-from taskloom.ops.routed.window_conv2d import Pair, conv_geometry, window_conv2d
+from taskloom.ops.routed.window_conv2d import conv_geometry, window_conv2d
 from taskloom.ops.routed.window_group_norm import check_maps, normalised_maps
 from taskloom.ops.routed.window_linear import check_weight
 from taskloom.reference.routed.windows import window_mask
