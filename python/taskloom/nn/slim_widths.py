@@ -42,7 +42,7 @@ def make_divisible(v: float, divisor: int = 8, min_value: int = 1) -> int:
     """
     if divisor < 1:
         raise ValueError(f"make_divisible: divisor: expected at least 1, got {divisor}")
-    if not math.isfinite(v):
+    if not -math.inf < v < math.inf:
         raise ValueError(f"make_divisible: v: expected a finite number, got {v}")
     nearest = max(min_value, int(v + divisor / 2) // divisor * divisor)
     return nearest + divisor if nearest < 0.9 * v else nearest
@@ -93,9 +93,7 @@ def _as_mapping(model: nn.Module, widths: Widths) -> dict[str, Width]:
         elif width < 1:
             raise ValueError(f"use_width: {key!r}: expected at least 1 channel, got {width}")
         elif key not in layers and any(name.startswith(f"{key}.") or not key for name in layers):
-            raise TypeError(
-                f"use_width: {key!r}: expected a ratio for the layers below it, got the integer {width}; channels are set by layer"
-            )
+            raise TypeError(f"use_width: {key!r}: expected a ratio for its layers, got the integer {width}; channels are set by layer")
         if not any(name == key or name.startswith(f"{key}.") or not key for name in layers):
             raise ValueError(f"use_width: expected paths of slim layers or of their parents, got {key!r}, which has none")
     given = {"": 1.0, **widths}
@@ -133,7 +131,7 @@ def use_width(model: nn.Module, widths: Widths) -> Iterator[None]:
     Notes
     -----
     Layers with ``slim_output=False``, and grouped convolutions, whose outputs follow their input, keep their own width. Blocks may be
-    nested; the innermost holds.
+    nested; the innermost holds. The widths are attributes of the layers, so that threads with one model have them in common.
     """
     mapping, name = _as_mapping(model, widths), configuration_name(model, widths)
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, SlimLayer)]

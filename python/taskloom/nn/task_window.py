@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,8 @@ class TaskWindow(nn.Module):
     """The window of channels of each task, looked up in a table.
 
     Where the windows lie is a method's choice (``taskloom.methods.channels`` has denoising task routing's); this is its table. The
-    tables are buffers that move with the model and are not saved: they are made anew from the method's settings.
+    tables are buffers that move with the model and are not saved: they are made anew from the method's settings. A model that leaves the
+    meta device (``to_empty``) has them again.
 
     Parameters
     ----------
@@ -61,7 +63,7 @@ class TaskWindow(nn.Module):
         if isinstance(width, Tensor) and width.shape != start.shape:
             raise ValueError(f"TaskWindow: width: expected shape {tuple(start.shape)} as start, got {tuple(width.shape)}")
         begin = start.detach().long()
-        widths = torch.as_tensor(width).long().to(begin.device).expand(len(begin))
+        widths = torch.as_tensor(width, device=begin.device).long().expand(len(begin))
         wrong = (begin < 0) | (widths < 1) | (begin > channels - widths)
         if bool(wrong.any()):
             task = int(wrong.int().argmax())
@@ -71,8 +73,12 @@ class TaskWindow(nn.Module):
             )
         self.num_tasks, self.channels = len(begin), channels
         self._one_width = int(widths[0]) if bool((widths == widths[0]).all()) else None
-        self.register_buffer("start", begin.int().clone(), persistent=False)
-        self.register_buffer("width", None if self._one_width is not None else widths.int().clone(), persistent=False)
+        self._tables = {"start": begin.int().cpu()}
+        if self._one_width is None:
+            self._tables["width"] = widths.int().cpu()
+        for name in ("start", "width"):
+            table = self._tables.get(name)
+            self.register_buffer(name, None if table is None else table.to(begin.device, copy=True), persistent=False)
 
     def forward(self, task: Tensor) -> tuple[Tensor, Tensor | int]:
         """The windows of tasks: (start, width), as the routed ops take them.
@@ -106,6 +112,16 @@ class TaskWindow(nn.Module):
             assert self._one_width is not None
             return self.start[places], self._one_width
         return self.start[places], self.width[places]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        without_data = self.start.is_meta
+        module: Any = super()
+        module._apply(fn, recurse)
+        # No state dict fills them after to_empty.
+        if without_data and not self.start.is_meta:
+            for name, table in self._tables.items():
+                setattr(self, name, table.to(self.start.device, copy=True))
+        return self
 
     def extra_repr(self) -> str:
         """What the layer's line shows."""
