@@ -58,7 +58,8 @@ def prefix_conv2d(
         ``[N, in, H, W]``, where ``in`` is how many of the layer's channels are active; float32, bfloat16, float16 or float64, in any
         strides. A view of a wider tensor is read where it is.
     weight, bias
-        The whole layer's, ``[O, C / groups, kh, kw]`` and ``[O]`` (default None), in x's dtype. They are read by stride.
+        The whole layer's, ``[O, C / groups, kh, kw]`` and ``[O]`` (default None), in x's dtype. Only the prefix is read, and
+        copied nowhere but in oneDNN's convolution on a CPU (docs/routed.md).
     out_channels
         How many output channels are active, 1 to O. Default None: all, or with several groups those of the groups that x has.
     stride, padding, dilation
