@@ -20,8 +20,10 @@ Sizes2d pair_of(const std::vector<int64_t>& values, const char* name, int64_t le
   return {values[0], values[1]};
 }
 
+// 0 where the kernel does not fit: a quotient would be rounded up to 0 then, and one output left.
 int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-  return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+  const int64_t room = size + 2 * padding - dilation * (kernel - 1) - 1;
+  return room < 0 ? 0 : room / stride + 1;
 }
 
 const ChannelWindow* windows_of(const Tensor& windows, const WindowConv2d& conv) {
@@ -31,9 +33,9 @@ const ChannelWindow* windows_of(const Tensor& windows, const WindowConv2d& conv)
   const auto* found = static_cast<const ChannelWindow*>(windows.const_data_ptr());
   for (int64_t n = 0; n < conv.samples; ++n) {
     const ChannelWindow& one = found[n];
-    STD_TORCH_CHECK(one.first >= 0 && one.channels >= 0 && one.first + one.channels <= std::min(conv.channels, conv.weight_channels),
+    STD_TORCH_CHECK(one.first >= 0 && one.channels >= 0 && one.first <= std::min(conv.channels, conv.weight_channels) - one.channels,
                     "windows: expected those of inputs within the channels");
-    STD_TORCH_CHECK(one.first_output >= 0 && one.outputs >= 0 && one.first_output + one.outputs <= conv.outputs,
+    STD_TORCH_CHECK(one.first_output >= 0 && one.outputs >= 0 && one.first_output <= conv.outputs - one.outputs,
                     "windows: expected those of outputs within the channels");
   }
   return found;

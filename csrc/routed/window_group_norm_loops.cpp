@@ -1,5 +1,6 @@
 // CPU loops of window_group_norm_silu, compiled once per CPU level. Sums go by sixteen lanes at every level and from block to block in
 // double, and no product is fused with an add, so that the bits are the same at all levels.
+#include "common/unaligned.h"
 #include "routed/activations.h"
 #include "routed/lane_spans.h"
 #include "routed/window_group_norm.h"
@@ -159,8 +160,7 @@ void backward_as(const WindowGroupNormBackward& view, int64_t sample, int64_t gr
   const Range range(f, sample, group);
   const Affine<Acc> affine(f, range, scratch + 3 * block);
   const int64_t origin = sample * f.channels, places = f.places;
-  const Acc mean = static_cast<const Acc*>(f.mean)[sample * f.groups + group],
-            rstd = static_cast<const Acc*>(f.rstd)[sample * f.groups + group];
+  const Acc mean = load_at<Acc>(f.mean, sample * f.groups + group), rstd = load_at<Acc>(f.rstd, sample * f.groups + group);
   double plain = 0, times_normal = 0;
   for (int64_t channel = range.begin; channel < range.end; ++channel) {
     const Acc weight = affine.weight[channel - range.begin], bias = affine.bias[channel - range.begin];
@@ -185,9 +185,9 @@ void backward_as(const WindowGroupNormBackward& view, int64_t sample, int64_t gr
   }
   if (f.y == nullptr) return;
   const int64_t place = sample * f.groups + group;
-  if (view.for_mean != nullptr) plain -= static_cast<double>(static_cast<const Acc*>(view.for_mean)[place]) / static_cast<double>(rstd);
+  if (view.for_mean != nullptr) plain -= static_cast<double>(load_at<Acc>(view.for_mean, place)) / static_cast<double>(rstd);
   if (view.for_rstd != nullptr) {
-    times_normal += static_cast<double>(static_cast<const Acc*>(view.for_rstd)[place]) * static_cast<double>(rstd);
+    times_normal += static_cast<double>(load_at<Acc>(view.for_rstd, place)) * static_cast<double>(rstd);
   }
   const double total = static_cast<double>((range.end - range.begin) * places);
   const Acc mean_plain = static_cast<Acc>(plain / total), mean_times_normal = static_cast<Acc>(times_normal / total);

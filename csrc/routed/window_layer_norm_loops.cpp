@@ -1,5 +1,6 @@
 // CPU loops of window_layer_norm, compiled once per CPU level. Sums go by sixteen lanes at every level, and no product is fused with an
 // add, so that the bits are the same at all of them.
+#include "common/unaligned.h"
 #include "routed/lane_spans.h"
 #include "routed/window_layer_norm.h"
 
@@ -125,7 +126,7 @@ void backward_as(const WindowLayerNormBackward& view, int64_t sample, int64_t be
   const Acc total = static_cast<Acc>(channels);
   const Lanes<Acc> zero = every_lane(Acc{0});
   for (int64_t row = sample * view.rows + begin; row < sample * view.rows + begin + n; ++row) {
-    const Acc mean = static_cast<const Acc*>(view.mean)[row], rstd = static_cast<const Acc*>(view.rstd)[row], constant = -mean * rstd;
+    const Acc mean = load_at<Acc>(view.mean, row), rstd = load_at<Acc>(view.rstd, row), constant = -mean * rstd;
     const Acc* const x = read_row(view.x, row * channels, window.first, window.last, loaded_x);
     const Acc* const slopes = read_row(view.gradient, row * channels, low, high, loaded);
     const Lanes<Acc> middle = every_lane(mean), factor = every_lane(rstd), other = every_lane(constant);
@@ -150,8 +151,8 @@ void backward_as(const WindowLayerNormBackward& view, int64_t sample, int64_t be
     }
     if (view.dx == nullptr) continue;
     Acc all = sum_of_slots(plain) + around, all_times_normal = sum_of_slots(times_normal) + constant * around;
-    if (view.for_mean != nullptr) all = all - static_cast<const Acc*>(view.for_mean)[row] / rstd;
-    if (view.for_rstd != nullptr) all_times_normal = all_times_normal + static_cast<const Acc*>(view.for_rstd)[row] * rstd;
+    if (view.for_mean != nullptr) all = all - load_at<Acc>(view.for_mean, row) / rstd;
+    if (view.for_rstd != nullptr) all_times_normal = all_times_normal + load_at<Acc>(view.for_rstd, row) * rstd;
     Acc* const out = target_run(view.x.dtype, view.dx, row * channels, made);
     fill_run(out, window.first, Acc{0});
     fill_run(out + window.last, channels - window.last, Acc{0});

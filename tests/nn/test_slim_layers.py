@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from typing import Any
 
@@ -28,6 +29,11 @@ def test_make_divisible_by_others() -> None:
     assert make_divisible(7.5, 1) == 8
     assert make_divisible(5, 4) == 8
     assert make_divisible(3, 8, 16) == 16
+    for divisor in (0, -8):
+        with pytest.raises(ValueError, match=f"make_divisible: divisor: expected at least 1, got {divisor}"):
+            make_divisible(8, divisor)
+    with pytest.raises(ValueError, match="make_divisible: v: expected a finite number, got inf"):
+        make_divisible(math.inf)
 
 
 @pytest.mark.parametrize("settings", [{}, {"bias": False}])
@@ -182,7 +188,10 @@ def test_copies_made_inside_a_block_are_whole() -> None:
         (1.5, ValueError, r"ratio in \(0, 1\], got 1.5"),
         (1, TypeError, "got the integer 1"),
         ({"encoder": True}, TypeError, "got bool"),
-        ({"encoder.0": 0}, ValueError, "channels, got 0"),
+        ({"encoder.0": 0}, ValueError, "'encoder.0': expected at least 1 channel, got 0"),
+        ({"encoder": 16}, TypeError, "'encoder': expected a ratio for its layers, got the integer 16"),
+        ({"": 16}, TypeError, "'': expected a ratio for its layers, got the integer 16"),
+        ({0: 0.5}, TypeError, "expected paths of slim layers or of their parents, got 0"),
         ({"decoder": 0.5}, ValueError, "paths of slim layers or of their parents, got 'decoder'"),
         ({"encoder.5": 0.5}, ValueError, "got 'encoder.5', which has none"),
     ],

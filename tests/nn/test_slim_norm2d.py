@@ -120,6 +120,8 @@ def test_what_cannot_be_calibrated() -> None:
     model = nn.Sequential(SlimConv2d(3, 8, 1), SlimNorm2d(8), nn.BatchNorm2d(8))
     with pytest.raises(ValueError, match="in the place of BatchNorm2d '2'"):
         calibrate(model, 1.0, BATCHES)
+    with pytest.raises(ValueError, match="calibrate: num_batches: expected at least 1, got -1"):
+        calibrate(SlimNet("batch"), 0.5, BATCHES, -1)
     with pytest.raises(TypeError, match="or give forward"):
         calibrate(SlimNet("batch"), 0.5, [{"x": X}])
     model = SlimNet("batch")
@@ -229,6 +231,13 @@ def test_what_cannot_be_exported() -> None:
 def test_wrong_settings(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SlimNorm2d(16, **arguments)
+
+
+def test_settings_of_wrong_types() -> None:
+    with pytest.raises(TypeError, match="SlimNorm2d: groups: expected an integer, got float"):
+        SlimNorm2d(16, "group", groups=2.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="SlimNorm2d: widths: expected a sequence of ratios or integers, got float"):
+        SlimNorm2d(16, widths=0.5)  # type: ignore[arg-type]
 
 
 def test_more_channels_than_there_are() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -90,8 +91,12 @@ def test_table_of_several_widths() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((START.float(), 4, 10), TypeError, "start: expected integers, got torch.float32"),
-        ((START, torch.ones(5), 10), TypeError, "width: expected integers, got torch.float32"),
+        ((START.float(), 4, 10), TypeError, "start: expected a tensor of integers, got torch.float32"),
+        ((START, torch.ones(5), 10), TypeError, "width: expected a tensor of integers, got torch.float32"),
+        (([0, 1], 4, 10), TypeError, "start: expected a tensor of integers, got list"),
+        ((START, 2.5, 10), TypeError, "width: expected an integer, got float"),
+        ((START, 2, 10.0), TypeError, "channels: expected an integer, got float"),
+        ((torch.full((2,), 1 << 62), torch.full((2,), 1 << 62), 10), ValueError, "start: expected windows of at least 1 channel within 10"),
         ((START[:0], 4, 10), ValueError, r"start: expected shape \(T,\) with at least one task, got \(0,\)"),
         ((START, START[:2], 10), ValueError, r"width: expected shape \(5,\) as start, got \(2,\)"),
         ((START, 5, 10), ValueError, "start: expected windows of at least 1 channel within 10, got start 6 and width 5 for task 4"),
@@ -193,3 +198,42 @@ def test_residual_of_masks(samples: int) -> None:
         RoutedResidual(WindowLinear(10, 10).double(), masks)(x, task)
     with pytest.raises(ValueError, match=r"RoutedResidual: window: expected a mask of bools \(\d, 8\), got torch.bool"):
         RoutedResidual(plain, masks)(x[:, :, :8], task)
+
+
+@pytest.mark.parametrize("width", [4, torch.tensor([4, 4, 5, 1, 2])])
+def test_tables_without_data_come_back(width: Tensor | int) -> None:
+    window = TaskWindow(START, width, 10)
+    expected = [one if isinstance(one, int) else one.tolist() for one in window(TASK)]
+    empty = copy.deepcopy(window).to("meta").to_empty(device="cpu")
+    with torch.device("meta"):
+        made_there = TaskWindow(START, width, 10)
+    for one in (empty, made_there, copy.deepcopy(empty)):
+        assert [found if isinstance(found, int) else found.tolist() for found in one(TASK)] == expected
+
+
+class Twice(nn.Sequential):
+    """A sequence with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_a_branch_with_its_own_forward_is_called() -> None:
+    block = RoutedResidual(Twice(WindowLinear(10, 10)), TaskWindow(START, 4, 10))
+    x = normal(4, 3, 10)
+    torch.testing.assert_close(block(x, TASK), x + 2 * mask(START[TASK], 4)[:, None] * x)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channel_dim", "message"),
+    [
+        ((4, 10, 5, 6), -1, r"x: expected the window's 10 channels along dimension -1 \(channel_dim\), got \(4, 10, 5, 6\)"),
+        ((3, 5, 10), -1, r"start: expected shape \(3,\) as x has samples, or \(\), got \(4,\)"),
+        ((10, 10), 0, "x: expected samples and, along dimension 0, channels"),
+        ((4, 10), 2, "x: expected samples and, along dimension 2, channels"),
+    ],
+)
+def test_inputs_of_a_plain_branch_that_do_not_fit(shape: tuple[int, ...], channel_dim: int, message: str) -> None:
+    block = RoutedResidual(nn.Identity(), TaskWindow(START, 4, 10), channel_dim)
+    with pytest.raises(ValueError, match=f"RoutedResidual: {message}"):
+        block(normal(*shape), TASK)

@@ -185,6 +185,8 @@ def norm_backward_cases() -> Iterator[Case]:
     moments = mean, var
     yield Case("no affine", (*given, None, None, *moments), {"kind": "batch", "needed": (True, False, False)})
     yield Case("only weight", (*given, _affine()[0], None, *moments), {"kind": "batch", "needed": (False, True, False)})
+    grouped = {"kind": "group", "needed": (True, False, True)}
+    yield Case("bias alone", (*given, None, _affine()[1], grouped_mean, grouped_var), grouped)
     yield Case("only bias", (*given, *_affine(), *moments), {"kind": "batch", "needed": (False, False, True), "relu": True})
 
 

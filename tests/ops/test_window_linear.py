@@ -297,6 +297,20 @@ HALF = {"start": torch.zeros(3, dtype=torch.int64), "width": 2}
             ValueError,
             "start: expected windows within 5 channels, got -1 to 0 for sample 2",
         ),
+        (
+            "window_linear",
+            (X, W),
+            {"start": torch.full((3,), (1 << 63) - 1)},
+            ValueError,
+            "start: expected windows within 5 channels, got 9223372036854775807 to 9223372036854775808 for sample 0",
+        ),
+        (
+            "window_linear",
+            (X, W),
+            {"start": torch.full((3,), 1 << 62), "width": torch.full((3,), 1 << 62)},
+            ValueError,
+            "start: expected windows within 5 channels, got 4611686018427387904 to 9223372036854775807 for sample 0",
+        ),
         ("window_linear", (X, W), {"start": 4}, ValueError, "start: expected windows within 5 channels, got 4 to 5$"),
         ("window_linear", (X, W), {"width": 6}, ValueError, "width: expected 0 to 5, the number of channels, got 6"),
         ("window_linear", (X, W), {"width": -1}, ValueError, "width: expected 0 to 5, the number of channels, got -1"),
@@ -339,9 +353,11 @@ HALF = {"start": torch.zeros(3, dtype=torch.int64), "width": 2}
         ("window_conv2d", (X, KERNEL), {}, ValueError, r"x: expected shape \(N, channels, H, W\), got \(3, 2, 5\)"),
         ("window_conv2d", (IMAGE, W), {}, ValueError, r"weight: expected shape \(out, 5, kh, kw\) for x \(3, 5, 6, 6\), got \(4, 5\)"),
         ("window_conv2d", (IMAGE, KERNEL), {"stride": 0}, ValueError, "stride: expected at least 1, got 0"),
-        ("window_conv2d", (IMAGE, KERNEL), {"padding": (1, -1)}, ValueError, "padding: expected at least 0, got -1"),
-        ("window_conv2d", (IMAGE, KERNEL), {"dilation": (1, 2, 3)}, ValueError, "dilation: expected one number or two, got 3"),
-        ("window_conv2d", (IMAGE, KERNEL), {"stride": 1.5}, TypeError, "stride: expected integers, got float"),
+        ("window_conv2d", (IMAGE, KERNEL), {"padding": (1, -1)}, ValueError, r"padding: expected at least 0, got \(1, -1\)"),
+        ("window_conv2d", (IMAGE, KERNEL), {"dilation": (1, 2, 3)}, ValueError, r"dilation: expected one number or two, got \(1, 2, 3\)"),
+        ("window_conv2d", (IMAGE, KERNEL), {"stride": 1.5}, TypeError, "stride: expected an integer, got float"),
+        ("window_conv2d", (IMAGE, KERNEL), {"padding": "same"}, TypeError, "padding: expected an integer, got str"),
+        ("window_conv2d", (IMAGE, KERNEL[:, :, :0]), {}, ValueError, r"weight: expected a kernel of at least 1 by 1, got \(4, 5, 0, 3\)"),
         ("window_conv2d", (IMAGE, KERNEL), {"dilation": 3}, ValueError, r"x: expected a padded input that holds the kernel \(3, 3\)"),
         (
             "window_conv2d",
@@ -355,6 +371,20 @@ HALF = {"start": torch.zeros(3, dtype=torch.int64), "width": 2}
 def test_errors(backend: str, op: str, arguments: tuple[Any, ...], named: dict[str, Any], error: type[Exception], message: str) -> None:
     with taskloom.backend(backend), pytest.raises(error, match=f"{op}: {message}"):
         getattr(taskloom, op)(*arguments, **{**HALF, **named})
+
+
+@pytest.mark.parametrize(("samples", "positions"), [(3, 2), (40, 1)])
+def test_layers_without_outputs(samples: int, positions: int) -> None:
+    """Windows of one channel each, so that the second is a dense product."""
+    x = torch.randn(samples, positions, 5).requires_grad_()
+    weight = torch.empty(0, 5).requires_grad_()
+    y = taskloom.window_linear(x, weight, torch.empty(0), start=torch.arange(samples) % 5, width=1)
+    assert y.shape == (samples, positions, 0)
+    y.sum().backward()
+    assert x.grad is not None
+    assert weight.grad is not None
+    assert not x.grad.any()
+    assert weight.grad.shape == (0, 5)
 
 
 def test_tensors_of_other_devices_are_refused() -> None:

@@ -202,6 +202,7 @@ WINDOW_ERRORS = [
     ({"width": 25}, ValueError, "width: expected 0 to 24, the number of channels, got 25"),
     ({"width": 2.0}, TypeError, "width: expected an integer or a tensor of integers, got float"),
     ({"width": 8}, ValueError, "start: expected windows within 24 channels, got 17 to 24 for sample 2"),
+    ({"start": START + (1 << 63) - 18}, ValueError, "start: expected windows within 24 channels, got 9223372036854775790 to"),
     ({"start": START - 1}, ValueError, "start: expected windows within 24 channels, got -1 to 5 for sample 0"),
     ({"width": torch.tensor([7, -1, 7])}, ValueError, "width: expected no negative width, got -1 for sample 1"),
 ]

@@ -43,9 +43,9 @@ def _slope(inner, ACTIVATION: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _rows(lines, channels, width, start, widths, ROWS: tl.constexpr, WINDOW: tl.constexpr, WIDTHS: tl.constexpr):
-    """A program's channels of all samples' as one list: places in it, channels, and which of them are in their sample's window."""
-    line = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+def _rows(block, lines, channels, width, start, widths, ROWS: tl.constexpr, WINDOW: tl.constexpr, WIDTHS: tl.constexpr):
+    """A block of ROWS channels of all samples' as one list: places in it, channels, and which of them are in their sample's window."""
+    line = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     present = line < lines
     sample = line // channels
     channel = line - sample * channels
@@ -69,6 +69,7 @@ def channel_scale_kernel(
     channels,
     places,
     width,
+    pieces,
     BIAS: tl.constexpr,
     WINDOW: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -78,8 +79,9 @@ def channel_scale_kernel(
     BLOCK: tl.constexpr,
 ):
     """The activation of scaled channels; 0 outside of the window."""
-    line, channel, present, inside = _rows(lines, channels, width, start, widths, ROWS, WINDOW, WIDTHS)
-    place = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    block = tl.program_id(0) // pieces
+    line, channel, present, inside = _rows(block, lines, channels, width, start, widths, ROWS, WINDOW, WIDTHS)
+    place = (tl.program_id(0) % pieces).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     offsets = line[:, None] * places + place[None, :]
     taken = inside[:, None] & (place < places)[None, :]
     inner = load_entries(x, offsets, taken, WIDE) * load_entries(scale, line, inside, WIDE)[:, None]
@@ -114,7 +116,7 @@ def channel_scale_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     """The gradient of x, and each channel's sums over its places."""
-    line, channel, present, inside = _rows(lines, channels, width, start, widths, ROWS, WINDOW, WIDTHS)
+    line, channel, present, inside = _rows(tl.program_id(0), lines, channels, width, start, widths, ROWS, WINDOW, WIDTHS)
     factors = load_entries(scale, line, inside, WIDE)[:, None]
     sums = tl.zeros([ROWS, BLOCK], tl.float64 if WIDE else tl.float32)
     times_x = tl.zeros_like(sums)
@@ -155,9 +157,11 @@ def channel_scale(
     tables = (factors, factors) if start is None else window_tables("channel_scale", samples, channels, (start, width, widths))
     constants = {"BIAS": bias is not None, "WINDOW": start is not None, "WIDTHS": widths is not None, "ACTIVATION": activation}
     blocks = _blocks(places)
-    grid = (triton.cdiv(samples * channels, blocks["ROWS"]), triton.cdiv(places, blocks["BLOCK"]))
+    # One dimension: the others of a grid end at 65535.
+    pieces = triton.cdiv(places, blocks["BLOCK"])
+    grid = (triton.cdiv(samples * channels, blocks["ROWS"]) * pieces,)
     addends = factors if bias is None else flat(bias)
-    sizes = (samples * channels, channels, places, width)
+    sizes = (samples * channels, channels, places, width, pieces)
     launch(channel_scale_kernel, grid, values, factors, addends, *tables, raw(y), *sizes, WIDE=wide, **constants, **blocks)
     return y
 

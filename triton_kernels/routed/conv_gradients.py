@@ -12,7 +12,18 @@ from torch import Tensor
 from taskloom.reference.arithmetic import accumulation_dtype
 from taskloom.triton_kernels.launch import INTERPRETED, launch
 from taskloom.triton_kernels.masked.entries import store_entries
-from taskloom.triton_kernels.routed.prefix_tiles import active, constants_of, given, operand, pixel_rows, taps, tiles_for, whole_rows
+from taskloom.triton_kernels.routed.prefix_tiles import (
+    Tiles,
+    active,
+    constants_of,
+    given,
+    operand,
+    patches,
+    pixel_rows,
+    taps,
+    tiles_for,
+    whole_rows,
+)
 
 Steps = tuple[Sequence[int], Sequence[int], Sequence[int]]
 Widths = tuple[Tensor, Tensor] | None
@@ -59,10 +70,10 @@ def input_gradient_kernel(
     DEPTH: tl.constexpr,
 ):
     """A tile of x's pixels and channels: the sum over output channels and taps that reach it; zeros past the active channels."""
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    sample, pixel, inside = pixel_rows(first, size, rows, RAGGED, ROWS)
-    active_in = active(in_channels, inputs, first, size, RAGGED, ROWS)
-    active_out = active(out_channels, outputs, first, size, RAGGED, ROWS)
+    tile = tl.program_id(0)
+    sample, pixel, inside = pixel_rows(tile, size, rows, RAGGED, ROWS)
+    active_in = active(in_channels, inputs, tile, size, RAGGED, ROWS)
+    active_out = active(out_channels, outputs, tile, size, RAGGED, ROWS)
     top, left = pixel // across + TOP, pixel % across + LEFT
     channel = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     live = channel < active_in
@@ -78,7 +89,7 @@ def input_gradient_kernel(
         read = inside[:, None] & known[None, :] & (y >= 0) & (z >= 0) & (y % STEP_Y == 0) & (z % STEP_X == 0)
         y, z = y // STEP_Y, z // STEP_X
         read = read & (y < height) & (z < width)
-        places = sample[:, None] * g_sample + output[None, :] * g_channel + y * g_row + z * g_column
+        places = (sample * g_sample)[:, None] + (output * g_channel)[None, :] + y.to(tl.int64) * g_row + z.to(tl.int64) * g_column
         values = tl.load(gradient + places, mask=read, other=0)
         places = output[:, None] * w_output + channel[None, :] * w_channel + (ky * w_row + kx * w_column)[:, None]
         factors = tl.load(weight + places, mask=known[:, None] & live[None, :], other=0)
@@ -104,6 +115,7 @@ def weight_gradient_kernel(
     height,
     width,
     share,
+    tiles,
     g_sample,
     g_channel,
     g_row,
@@ -127,27 +139,27 @@ def weight_gradient_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """A tile of outputs and of places along a weight's row: the sum over ``share`` rows of pixels, in order."""
+    """A tile of outputs and of places along a weight's row: the sum over ``share`` tiles of pixels, in order."""
     output = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     depth = tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)
     channel, ky, kx = taps(depth, KX, KY * KX)
     summed = tl.zeros((COLUMNS, DEPTH), dtype=tl.float64 if WIDE else tl.float32)
-    first = tl.program_id(2).to(tl.int64) * share
-    last = tl.minimum(first + share, rows)
-    while first < last:
-        sample, pixel, inside = pixel_rows(first, size, rows, RAGGED, ROWS)
-        in_outputs = output < active(out_channels, outputs, first, size, RAGGED, ROWS)
-        in_inputs = channel < active(in_channels, inputs, first, size, RAGGED, ROWS)
+    tile = tl.program_id(2) * share
+    last = tl.minimum(tile + share, tiles)
+    while tile < last:
+        sample, pixel, inside = pixel_rows(tile, size, rows, RAGGED, ROWS)
+        in_outputs = output < active(out_channels, outputs, tile, size, RAGGED, ROWS)
+        in_inputs = channel < active(in_channels, inputs, tile, size, RAGGED, ROWS)
         row, column = pixel // across, pixel % across
-        places = output[:, None] * g_channel + (sample * g_sample + row * g_row + column * g_column)[None, :]
+        places = sample * g_sample + row.to(tl.int64) * g_row + column.to(tl.int64) * g_column
+        places = (output * g_channel)[:, None] + places[None, :]
         back = tl.load(gradient + places, mask=in_outputs[:, None] & inside[None, :], other=0)
-        y = (row * STEP_Y - TOP)[:, None] + ky[None, :] * APART_Y
-        z = (column * STEP_X - LEFT)[:, None] + kx[None, :] * APART_X
-        read = inside[:, None] & in_inputs[None, :] & (y >= 0) & (y < height) & (z >= 0) & (z < width)
-        places = sample[:, None] * x_sample + channel[None, :] * x_channel + y * x_row + z * x_column
-        values = tl.load(x + places, mask=read, other=0)
+        values = patches(
+            x, sample, row, column, inside, channel, ky, kx, in_inputs, height, width, x_sample, x_channel, x_row, x_column,
+            STEP_Y, STEP_X, TOP, LEFT, APART_Y, APART_X,
+        )  # fmt: skip
         summed += tl.dot(operand(back, EXACT, WIDE), operand(values, EXACT, WIDE), input_precision="ieee", out_dtype=summed.dtype)
-        first += ROWS
+        tile += 1
     length = inputs * (KY * KX)
     places = (tl.program_id(2).to(tl.int64) * outputs + output)[:, None] * length + depth[None, :]
     store_entries(out, places, summed, (output < outputs)[:, None] & (depth < length)[None, :])
@@ -187,13 +199,16 @@ def _weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, widths: Widths
     ragged, size = widths is not None, gradient.shape[2] * gradient.shape[3]
     outputs, inputs, length = gradient.shape[1], x.shape[1], x.shape[1] * weight.shape[2] * weight.shape[3]
     tiles = tiles_for(size if ragged else x.shape[0] * size, outputs, length)
+    constants = constants_of(x, weight, steps)
     if not INTERPRETED:
-        tiles = type(tiles)(32, tiles.columns, 64)
+        # What is not multiplied by tensor cores is held in registers, all rows of a tile at once.
+        tiles = Tiles(16 if constants["EXACT"] else 32, tiles.columns, 64)
     rows = whole_rows(x.shape[0], size, tiles, ragged)
+    all_tiles = triton.cdiv(rows, tiles.rows)
     programs = triton.cdiv(outputs, tiles.columns) * triton.cdiv(length, tiles.depth)
     splits = max(1, min(_PROGRAMS // programs, rows // _LEAST_ROWS))
-    share = triton.cdiv(triton.cdiv(rows, tiles.rows), splits) * tiles.rows
-    splits = triton.cdiv(rows, share)
+    share = triton.cdiv(all_tiles, splits)
+    splits = triton.cdiv(all_tiles, share)
     partial = torch.empty((splits, outputs, length), dtype=accumulation_dtype(x), device=x.device)
     launch(
         weight_gradient_kernel,
@@ -210,10 +225,11 @@ def _weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor, widths: Widths
         x.shape[2],
         x.shape[3],
         share,
+        all_tiles,
         *gradient.stride(),
         *x.stride(),
         RAGGED=ragged,
-        **constants_of(x, weight, steps),
+        **constants,
         **tiles.constants(),
     )
     whole = weight.new_zeros(weight.shape)

@@ -13,7 +13,17 @@ from taskloom.ops.routed._prefix_checks import empty_result, output_size
 from taskloom.triton_kernels.launch import launch
 from taskloom.triton_kernels.masked.entries import store_entries, widened
 from taskloom.triton_kernels.routed import conv_gradients
-from taskloom.triton_kernels.routed.prefix_tiles import active, constants_of, given, operand, pixel_rows, taps, tiles_for, whole_rows
+from taskloom.triton_kernels.routed.prefix_tiles import (
+    active,
+    constants_of,
+    given,
+    operand,
+    patches,
+    pixel_rows,
+    taps,
+    tiles_for,
+    whole_rows,
+)
 
 
 @triton.jit
@@ -62,12 +72,11 @@ def prefix_conv2d_kernel(
     DEPTH: tl.constexpr,
 ):
     """A tile of pixels and output channels, of which ``most`` are stored: those past the active ones as zeros."""
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    sample, pixel, inside = pixel_rows(first, size, rows, RAGGED, ROWS)
-    active_in = active(in_channels, inputs, first, size, RAGGED, ROWS)
-    active_out = active(out_channels, outputs, first, size, RAGGED, ROWS)
+    tile = tl.program_id(0)
+    sample, pixel, inside = pixel_rows(tile, size, rows, RAGGED, ROWS)
+    active_in = active(in_channels, inputs, tile, size, RAGGED, ROWS)
+    active_out = active(out_channels, outputs, tile, size, RAGGED, ROWS)
     row, column = pixel // across, pixel % across
-    top, left = row * STEP_Y - TOP, column * STEP_X - LEFT
     output = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     live = output < active_out
     # A tile without an active output has nothing to sum.
@@ -78,11 +87,10 @@ def prefix_conv2d_kernel(
         depth = start + tl.arange(0, DEPTH)
         known = depth < total
         channel, ky, kx = taps(depth, KX, KY * KX)
-        y = top[:, None] + ky[None, :] * APART_Y
-        z = left[:, None] + kx[None, :] * APART_X
-        read = inside[:, None] & known[None, :] & (y >= 0) & (y < height) & (z >= 0) & (z < width)
-        places = sample[:, None] * x_sample + channel[None, :] * x_channel + y * x_row + z * x_column
-        values = tl.load(x + places, mask=read, other=0)
+        values = patches(
+            x, sample, row, column, inside, channel, ky, kx, known, height, width, x_sample, x_channel, x_row, x_column,
+            STEP_Y, STEP_X, TOP, LEFT, APART_Y, APART_X,
+        )  # fmt: skip
         places = output[None, :] * w_output + channel[:, None] * w_channel + (ky * w_row + kx * w_column)[:, None]
         factors = tl.load(weight + places, mask=known[:, None] & live[None, :], other=0)
         summed += tl.dot(operand(values, EXACT, WIDE), operand(factors, EXACT, WIDE), input_precision="ieee", out_dtype=summed.dtype)
@@ -90,7 +98,7 @@ def prefix_conv2d_kernel(
     if BIASED:
         summed += widened(tl.load(bias + output * b_output, mask=live, other=0), WIDE)[None, :]
     summed = tl.where(live[None, :], summed, 0.0)
-    places = (sample * y_sample + row * y_row + column * y_column)[:, None] + output[None, :] * y_channel
+    places = (sample * y_sample + row.to(tl.int64) * y_row + column.to(tl.int64) * y_column)[:, None] + output[None, :] * y_channel
     store_entries(out, places, summed, inside[:, None] & (output < most)[None, :])
 
 

@@ -14,11 +14,14 @@ from taskloom.triton_kernels.routed.window_rows import square_root, window_of, w
 
 
 @triton.jit
-def _group_window(start, widths, sample, width, begin, end, WIDTHS: tl.constexpr):
-    """The part of a sample's window that lies among the channels begin .. end."""
+def _group(start, widths, channels, groups, width, WIDTHS: tl.constexpr):
+    """A program's sample, the channels begin .. end of its group, and the part low .. high of the sample's window among them."""
+    sample = tl.program_id(0).to(tl.int64) // groups
+    begin = (tl.program_id(0).to(tl.int64) % groups) * (channels // groups)
+    end = begin + channels // groups
     low, high = window_of(start, widths, sample, width, WIDTHS)
     first = tl.minimum(tl.maximum(low, begin), end)
-    return first, tl.maximum(tl.minimum(high, end), first)
+    return sample, begin, end, first, tl.maximum(tl.minimum(high, end), first)
 
 
 @triton.jit
@@ -56,11 +59,7 @@ def window_group_norm_silu_kernel(
     BLOCK: tl.constexpr,
 ):
     """Normalise a group and apply SiLU."""
-    sample = tl.program_id(0).to(tl.int64) // groups
-    group = tl.program_id(0).to(tl.int64) % groups
-    begin = group * (channels // groups)
-    end = begin + channels // groups
-    low, high = _group_window(start, widths, sample, width, begin, end, WIDTHS)
+    sample, begin, end, low, high = _group(start, widths, channels, groups, width, WIDTHS)
     origin = sample * channels * places
     entry = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float64 if WIDE else tl.float32)
@@ -133,11 +132,7 @@ def window_group_norm_silu_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     """Each channel's sums first, then from their totals the gradient of x."""
-    sample = tl.program_id(0).to(tl.int64) // groups
-    group = tl.program_id(0).to(tl.int64) % groups
-    begin = group * (channels // groups)
-    end = begin + channels // groups
-    low, high = _group_window(start, widths, sample, width, begin, end, WIDTHS)
+    sample, begin, end, low, high = _group(start, widths, channels, groups, width, WIDTHS)
     origin = sample * channels * places
     entry = tl.arange(0, BLOCK)
     middle = tl.load(mean + tl.program_id(0))

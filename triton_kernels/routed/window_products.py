@@ -16,8 +16,8 @@ from taskloom.reference.routed.windows import out_mask
 from taskloom.triton_kernels.launch import INTERPRETED, launch, raw
 from taskloom.triton_kernels.routed.window_kernels import window_forward_kernel, window_input_kernel, window_weight_kernel
 
-# Entries of one sample, and of a weight, that offsets of 32 bits reach.
-MOST_ENTRIES = (1 << 31) - 1
+# Entries of one sample, and of a weight, that offsets of 32 bits reach, with those of a tile behind them.
+MOST_ENTRIES = (1 << 31) - 1 - 512
 
 
 def _blocks(exact: bool, names: tuple[str, str, str], sizes: tuple[int, int, int]) -> dict[str, int]:

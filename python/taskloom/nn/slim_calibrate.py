@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from taskloom.nn.slim_norm2d import SlimNorm2d
 from taskloom.nn.slim_widths import Widths, use_width
+from taskloom.ops.routed._conv_checks import check_integer
 
 
 def _batch_norms(model: nn.Module) -> list[SlimNorm2d]:
@@ -60,7 +61,7 @@ def calibrate(
     Raises
     ------
     ValueError
-        If the model has no such layers, or ones of torch's beside them, or no batch came.
+        If the model has no such layers, or ones of torch's beside them, or no batch came or is wanted.
 
     Notes
     -----
@@ -70,6 +71,9 @@ def calibrate(
 
     Source: Yu and Huang, ICCV 2019, arXiv 1903.05134, section 3.3; momentum None and 5 batches as in their code.
     """
+    check_integer("calibrate", "num_batches", num_batches)
+    if num_batches < 1:
+        raise ValueError(f"calibrate: num_batches: expected at least 1, got {num_batches}")
     norms = _batch_norms(model)
     run = forward or (lambda batch: model(_inputs(batch)))
     training = [(module, module.training) for module in model.modules()]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from taskloom.nn.slim_widths import SlimLayer, Width, active_channels
 from taskloom.ops import prefix_norm
+from taskloom.ops.routed._conv_checks import check_integer
 from taskloom.ops.routed.prefix_norm import KINDS, normalise
 
 _CALIBRATED = "calibrated."
@@ -93,6 +94,7 @@ class SlimNorm2d(SlimLayer):
             raise ValueError(f"SlimNorm2d: kind: expected one of {', '.join(KINDS)}, got {kind!r}")
         if kind != "batch" and widths is not None:
             raise ValueError(f"SlimNorm2d: widths: expected None for kind {kind!r}, which has no statistics to keep, got {widths}")
+        check_integer("SlimNorm2d", "groups", groups)
         if (kind != "group" and groups != 1) or groups < 1 or num_features % groups:
             raise ValueError(f"SlimNorm2d: groups: expected a divisor of {num_features} channels (1 unless kind is 'group'), got {groups}")
         self.num_features, self.kind, self.groups, self.eps, self.momentum, self.relu = num_features, kind, groups, eps, momentum, relu
@@ -105,6 +107,8 @@ class SlimNorm2d(SlimLayer):
             self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
         self.narrow: nn.ModuleDict | None = None
         if widths is not None:
+            if not isinstance(widths, Sequence):
+                raise TypeError(f"SlimNorm2d: widths: expected a sequence of ratios or integers, got {type(widths).__name__}")
             counts = {active_channels("SlimNorm2d: widths", width, num_features, divisor) for width in widths} - {num_features}
             norms = {str(count): nn.BatchNorm2d(count, eps, momentum, affine, **like) for count in sorted(counts)}
             self.narrow = nn.ModuleDict(norms)

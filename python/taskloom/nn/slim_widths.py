@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,10 +32,19 @@ def make_divisible(v: float, divisor: int = 8, min_value: int = 1) -> int:
     int
         The nearest multiple (halves go up), at least ``min_value``, or where that is below 0.9 v, ``divisor`` more.
 
+    Raises
+    ------
+    ValueError
+        If ``divisor`` is less than 1, or ``v`` is not finite.
+
     Notes
     -----
     Source: the code of slimmable networks, Yu et al., arXiv 1812.08928; with its quirk that 3.9 gives 9 = 1 + 8.
     """
+    if divisor < 1:
+        raise ValueError(f"make_divisible: divisor: expected at least 1, got {divisor}")
+    if not -math.inf < v < math.inf:
+        raise ValueError(f"make_divisible: v: expected a finite number, got {v}")
     nearest = max(min_value, int(v + divisor / 2) // divisor * divisor)
     return nearest + divisor if nearest < 0.9 * v else nearest
 
@@ -97,9 +107,15 @@ def _as_mapping(model: nn.Module, widths: Widths) -> dict[str, Width]:
         widths = {"": widths}
     layers = [name for name, module in model.named_modules() if isinstance(module, SlimLayer)]
     for key, width in widths.items():
-        # How many channels an integer may be, only the layers know.
-        if type(width) is not int or width < 1:
+        if not isinstance(key, str):
+            raise TypeError(f"use_width: expected paths of slim layers or of their parents, got {key!r}")
+        # How many channels an integer may be, only the layer knows.
+        if type(width) is not int:
             active_channels(f"use_width: {key!r}", width, 1, 1)
+        elif width < 1:
+            raise ValueError(f"use_width: {key!r}: expected at least 1 channel, got {width}")
+        elif key not in layers and any(name.startswith(f"{key}.") or not key for name in layers):
+            raise TypeError(f"use_width: {key!r}: expected a ratio for its layers, got the integer {width}; channels are set by layer")
         if not any(name == key or name.startswith(f"{key}.") or not key for name in layers):
             raise ValueError(f"use_width: expected paths of slim layers or of their parents, got {key!r}, which has none")
     given = {"": 1.0, **widths}
@@ -130,7 +146,7 @@ def use_width(model: nn.Module, widths: Widths) -> Iterator[None]:
     Raises
     ------
     TypeError
-        If a width is not a number, or one integer is given for all layers.
+        If a width is not a number, or one integer is given for several layers.
     ValueError
         If a ratio is not in its range, or a path leads to no slim layer.
 

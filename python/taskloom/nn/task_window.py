@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from taskloom.ops.routed._windows import INTEGERS
+from taskloom.ops.routed._conv_checks import check_integer
+from taskloom.ops.routed._windows import INTEGERS, check_values, window_of
 from taskloom.reference.routed.windows import window_mask
+
+
+def _check_integers(name: str, table: Tensor) -> None:
+    if not isinstance(table, Tensor) or table.dtype not in INTEGERS:
+        raise TypeError(f"TaskWindow: {name}: expected a tensor of integers, got {getattr(table, 'dtype', type(table).__name__)}")
 
 
 class TaskWindow(nn.Module):
     """The window of channels of each task, looked up in a table.
 
     Where the windows lie is a method's choice (``taskloom.methods.channels`` has denoising task routing's); this is its table. The
-    tables are buffers that move with the model and are not saved: they are made anew from the method's settings.
+    tables are buffers that move with the model and are not saved: they are made anew from the method's settings. A model that leaves the
+    meta device (``to_empty``) has them again.
 
     Parameters
     ----------
@@ -44,16 +52,19 @@ class TaskWindow(nn.Module):
 
     def __init__(self, start: Tensor, width: Tensor | int, channels: int) -> None:
         super().__init__()
-        for name, table in (("start", start), ("width", width)):
-            if isinstance(table, Tensor) and table.dtype not in INTEGERS:
-                raise TypeError(f"TaskWindow: {name}: expected integers, got {table.dtype}")
+        _check_integers("start", start)
+        for name, one in (("width", width), ("channels", channels)):
+            if name == "channels" or not isinstance(one, Tensor):
+                check_integer("TaskWindow", name, one)
+            else:
+                _check_integers(name, one)
         if start.dim() != 1 or not len(start):
             raise ValueError(f"TaskWindow: start: expected shape (T,) with at least one task, got {tuple(start.shape)}")
         if isinstance(width, Tensor) and width.shape != start.shape:
             raise ValueError(f"TaskWindow: width: expected shape {tuple(start.shape)} as start, got {tuple(width.shape)}")
         begin = start.detach().long()
-        widths = torch.as_tensor(width).long().to(begin.device).expand(len(begin))
-        wrong = (begin < 0) | (widths < 1) | (begin + widths > channels)
+        widths = torch.as_tensor(width, device=begin.device).long().expand(len(begin))
+        wrong = (begin < 0) | (widths < 1) | (begin > channels - widths)
         if bool(wrong.any()):
             task = int(wrong.int().argmax())
             raise ValueError(
@@ -62,8 +73,12 @@ class TaskWindow(nn.Module):
             )
         self.num_tasks, self.channels = len(begin), channels
         self._one_width = int(widths[0]) if bool((widths == widths[0]).all()) else None
-        self.register_buffer("start", begin.int().clone(), persistent=False)
-        self.register_buffer("width", None if self._one_width is not None else widths.int().clone(), persistent=False)
+        self._tables = {"start": begin.int().cpu()}
+        if self._one_width is None:
+            self._tables["width"] = widths.int().cpu()
+        for name in ("start", "width"):
+            table = self._tables.get(name)
+            self.register_buffer(name, None if table is None else table.to(begin.device, copy=True), persistent=False)
 
     def forward(self, task: Tensor) -> tuple[Tensor, Tensor | int]:
         """The windows of tasks: (start, width), as the routed ops take them.
@@ -98,6 +113,16 @@ class TaskWindow(nn.Module):
             return self.start[places], self._one_width
         return self.start[places], self.width[places]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        without_data = self.start.is_meta
+        module: Any = super()
+        module._apply(fn, recurse)
+        # No state dict fills them after to_empty.
+        if without_data and not self.start.is_meta:
+            for name, table in self._tables.items():
+                setattr(self, name, table.to(self.start.device, copy=True))
+        return self
+
     def extra_repr(self) -> str:
         """What the layer's line shows."""
         width = "of several widths" if self._one_width is None else f"width={self._one_width}"
@@ -111,13 +136,18 @@ class RoutedResidual(nn.Module):
     ----------
     branch
         What is added. A layer with ``takes_window`` (:class:`WindowLinear`, :class:`WindowConv2d`), or a ``nn.Sequential`` that begins with
-        one, is given x and the window, and no masked copy is made. Any other module is called with a copy of x that is 0 outside
-        the windows.
+        one, is given x and the window, and no masked copy is made; hooks of the ``nn.Sequential`` itself are not called then, those of its
+        modules are. Any other module is called with a copy of x that is 0 outside the windows.
     window
         Tasks to (start, width), such as a :class:`TaskWindow`; or to the mask itself, bool ``[N, C]``, such as the random channels of
         ``taskloom.methods.channels.dtr.RandomRouting``, for a branch that does not take windows.
     channel_dim
         Where x has its channels. Default -1; 1 for images.
+
+    Raises
+    ------
+    ValueError
+        In a call, if windows do not fit x: another number of samples, or of channels along ``channel_dim``.
 
     Notes
     -----
@@ -148,9 +178,10 @@ class RoutedResidual(nn.Module):
             If the mask has another shape.
         """
         found = self.window(task)
-        # Not children(), which leaves out a module that comes again.
-        first, *rest = self.branch if isinstance(self.branch, nn.Sequential) and len(self.branch) else (self.branch,)
+        first, *rest = self._steps()
         takes_window = getattr(first, "takes_window", False)
+        if not takes_window:
+            self._check_channels(x)
         if isinstance(found, Tensor):
             if takes_window:
                 raise TypeError(f"RoutedResidual: window: expected windows for {type(first).__name__}, got a mask")
@@ -163,12 +194,32 @@ class RoutedResidual(nn.Module):
             made = module(made)
         return x + cast(Tensor, made)
 
+    def _steps(self) -> list[nn.Module]:
+        """What is called one after the other; not children(), which leaves out a module that comes again."""
+        branch = self.branch
+        # A class with a forward of its own is called as it is.
+        if isinstance(branch, nn.Sequential) and type(branch).forward is nn.Sequential.forward and len(branch):
+            return list(branch)
+        return [branch]
 
-def masked(x: Tensor, start: Tensor, width: Tensor | int, channel_dim: int) -> Tensor:
-    """A copy of x that is 0 outside each sample's window."""
-    channels = x.shape[channel_dim]
-    widths = width if isinstance(width, Tensor) else None
-    return _kept(x, window_mask(len(x), channels, start, channels if isinstance(width, Tensor) else width, widths), channel_dim)
+    def _check_channels(self, x: Tensor) -> None:
+        """Raise where the windows are of other channels than x has along ``channel_dim``."""
+        if x.dim() < 2 or self.channel_dim == 0 or not -x.dim() < self.channel_dim < x.dim():
+            where = f"samples and, along dimension {self.channel_dim}, channels"
+            raise ValueError(f"RoutedResidual: x: expected {where}, got {tuple(x.shape)}")
+        channels = getattr(self.window, "channels", None)
+        if channels is not None and x.shape[self.channel_dim] != channels:
+            where = f"the window's {channels} channels along dimension {self.channel_dim} (channel_dim)"
+            raise ValueError(f"RoutedResidual: x: expected {where}, got {tuple(x.shape)}")
+
+
+def masked(x: Tensor, start: Tensor | int, width: Tensor | int, channel_dim: int) -> Tensor:
+    """A copy of x that is 0 outside each sample's window; raises where windows do not fit x."""
+    op, channels = "RoutedResidual", x.shape[channel_dim]
+    window = window_of(op, len(x), channels, start, width, x)
+    if window[0].is_cpu and not torch.compiler.is_compiling():
+        check_values(op, len(x), channels, window)
+    return _kept(x, window_mask(len(x), channels, *window), channel_dim)
 
 
 def _kept(x: Tensor, seen: Tensor, channel_dim: int) -> Tensor:

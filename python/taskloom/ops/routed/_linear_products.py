@@ -84,7 +84,7 @@ def window_linear(
     rows_out = y.view(samples * positions, outputs)
     if is_dense(keys, x, out_start):
         for part, masked in masked_parts(x, keys):
-            product(masked.view(-1, channels), weight.T, y[part].view(-1, outputs), bias)
+            product(masked.flatten(0, 1), weight.T, y[part].flatten(0, 1), bias)
         return y
     flat = x.reshape(samples * positions, channels)
     for group in grouped(keys, outputs):
@@ -124,7 +124,7 @@ def window_linear_backward(
 def _dense_for_x(gradient: Tensor, x: Tensor, weight: Tensor, keys: Keys) -> Tensor:
     made = torch.empty(x.shape, dtype=x.dtype)
     for part in tiles(len(x), x.shape[1] * x.shape[2]):
-        product(gradient[part].reshape(-1, len(weight)), weight, made[part].view(-1, x.shape[2]))
+        product(gradient[part].flatten(0, 1), weight, made[part].flatten(0, 1))
         zeroed_outside(made[part], keys[part])
     return made
 
@@ -178,7 +178,7 @@ def _dense_for_weight(gradient: Tensor, x: Tensor, weight: Tensor, keys: Keys) -
     whole = torch.zeros(weight.shape, dtype=weight.dtype)
     for part, sums in summed_parts(whole):
         for chosen, masked in masked_parts(x, keys):
-            add_product(gradient[chosen][..., part].reshape(-1, len(sums)).T, masked.view(-1, x.shape[2]), sums)
+            add_product(gradient[chosen][..., part].flatten(0, 1).T, masked.flatten(0, 1), sums)
     return whole
 
 

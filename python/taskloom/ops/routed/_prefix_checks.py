@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from taskloom.ops._checks import check_floating, check_shape
+from taskloom.ops.routed._conv_checks import check_integer, check_kernel
 
 
 def check_weights(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, dims: int) -> None:
@@ -30,8 +31,7 @@ def check_width(op: str, name: str, width: int | None, most: int) -> int:
     """The number of active channels, ``most`` where none is given; raise unless it is in 1..most."""
     if width is None:
         return most
-    if isinstance(width, bool | float | Tensor):
-        raise TypeError(f"{op}: {name}: expected an integer, got {type(width).__name__}")
+    check_integer(op, name, width)
     if not 1 <= width <= most:
         raise ValueError(f"{op}: {name}: expected 1 to {most}, the channels of weight, got {width}")
     return width
@@ -43,20 +43,9 @@ def check_inputs(op: str, inputs: int, most: int) -> None:
         raise ValueError(f"{op}: x: expected 1 to {most} channels, those of weight, got {inputs}")
 
 
-def pair(op: str, name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    """A number for both dimensions, or one for each; raise where one is less than ``least``."""
-    if type(value) is int and value >= least:
-        return value, value
-    both = (value, value) if isinstance(value, int | torch.SymInt) else tuple(value)
-    if len(both) != 2:
-        raise ValueError(f"{op}: {name}: expected an integer or two, got {value!r}")
-    if any(one < least for one in both):
-        raise ValueError(f"{op}: {name}: expected at least {least}, got {value!r}")
-    return both[0], both[1]
-
-
 def output_size(op: str, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> list[int]:
     """Height and width of a convolution's result; raise where there would be none."""
+    check_kernel(op, weight)
     sizes = []
     for place in (0, 1):
         size, kernel = x.shape[2 + place] + 2 * padding[place], dilation[place] * (weight.shape[2 + place] - 1) + 1

@@ -96,7 +96,9 @@ def prefix_norm_backward(
         found = torch.ops.aten.native_batch_norm_backward(g, values, multiplier, mean, var, mean, rstd, not running, eps, mask)
     else:
         sizes = (x.shape[0], channels, math.prod(x.shape[2:]), mean.shape[1])
-        found = torch.ops.aten.native_group_norm_backward(g, values, mean, rstd, multiplier, *sizes, mask)
+        # Torch finds no gradient of a bias without a weight.
+        factors = _vector(weight, x, dtype, 1.0)
+        found = torch.ops.aten.native_group_norm_backward(g, values, mean, rstd, factors, *sizes, mask)
     results = [found[0].to(x.dtype).contiguous()] if needed[0] else []
     for one, part, wanted in ((weight, found[1], needed[1]), (bias, found[2], needed[2])):
         if wanted and one is not None:

@@ -88,8 +88,9 @@ def _checked(op: str, names: tuple[str, str], window: Window, samples: int, chan
     keys = np.empty((samples, 2), np.int64)
     keys[:, 0] = start.numpy(force=True)
     keys[:, 1] = width if widths is None else widths.numpy(force=True)
-    if samples and (keys.min() < 0 or keys.sum(1).max() > channels):
-        wrong = (keys < 0).any(1) | (keys.sum(1) > channels)
+    # A sum of large numbers would wrap around.
+    if samples and (keys.min() < 0 or (keys[:, 0] > channels - keys[:, 1]).any()):
+        wrong = (keys < 0).any(1) | (keys[:, 0] > channels - keys[:, 1])
         sample = int(wrong.argmax())
         begin, wide = keys[sample].tolist()
         raise _outside(op, names, begin, wide, channels, f" for sample {sample}")
@@ -109,7 +110,7 @@ def assert_values(op: str, channels: int, window: Window | OutWindow, names: tup
     if start is None:
         return
     begin, wide = start.long(), width if widths is None else widths.long()
-    inside = (begin >= 0) & (begin + wide <= channels)
+    inside = (begin >= 0) & (begin <= channels - wide)
     if isinstance(wide, Tensor):
         inside = inside & (wide >= 0)
     torch._assert_async(inside.all(), f"{op}: {names[0]}: expected windows within {channels} channels")

@@ -10,7 +10,8 @@ from torch import Tensor
 from taskloom.ops._backends import kernel
 from taskloom.ops._register import implement_for_kernels, implement_on_cpu, register
 from taskloom.ops.routed import _prefix_products
-from taskloom.ops.routed._prefix_checks import check_inputs, check_weights, check_width, empty_result, output_size, pair
+from taskloom.ops.routed._conv_checks import Pair, check_integer, pair
+from taskloom.ops.routed._prefix_checks import check_inputs, check_weights, check_width, empty_result, output_size
 from taskloom.ops.routed._products import onednn_dtypes
 from taskloom.ops.routed.prefix_linear import fake_gradients, spread_found
 from taskloom.reference import routed as reference
@@ -45,9 +46,9 @@ def prefix_conv2d(
     bias: Tensor | None = None,
     out_channels: int | None = None,
     *,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
     groups: int = 1,
 ) -> Tensor:
     """Convolve with the part of a layer that its first input and output channels make: ``weight[:out, :in]`` and ``bias[:out]``.
@@ -58,7 +59,8 @@ def prefix_conv2d(
         ``[N, in, H, W]``, where ``in`` is how many of the layer's channels are active; float32, bfloat16, float16 or float64, in any
         strides. A view of a wider tensor is read where it is.
     weight, bias
-        The whole layer's, ``[O, C / groups, kh, kw]`` and ``[O]`` (default None), in x's dtype. They are read by stride.
+        The whole layer's, ``[O, C / groups, kh, kw]`` and ``[O]`` (default None), in x's dtype. Only the prefix is read, and
+        copied nowhere but in oneDNN's convolution on a CPU (docs/routed.md).
     out_channels
         How many output channels are active, 1 to O. Default None: all, or with several groups those of the groups that x has.
     stride, padding, dilation
@@ -90,6 +92,7 @@ def prefix_conv2d(
     op = "prefix_conv2d"
     check_weights(op, x, weight, bias, 4)
     check_image(op, x)
+    check_integer(op, "groups", groups)
     if groups == 1:
         check_inputs(op, x.shape[1], weight.shape[1])
         outputs = check_width(op, "out_channels", out_channels, weight.shape[0])

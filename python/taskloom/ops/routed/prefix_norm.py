@@ -11,6 +11,7 @@ from taskloom.ops._backends import kernel
 from taskloom.ops._checks import check_floating
 from taskloom.ops._register import implement_on_cpu, register
 from taskloom.ops.routed import _prefix_norms
+from taskloom.ops.routed._conv_checks import check_integer
 from taskloom.ops.routed._prefix_checks import empty_result
 from taskloom.ops.routed.prefix_linear import fake_gradients, spread_found
 from taskloom.reference import routed as reference
@@ -25,6 +26,7 @@ def _check(op: str, x: Tensor, kind: str, groups: int, vectors: dict[str, Tensor
         raise ValueError(f"{op}: x: expected shape (N, C, ...), got {tuple(x.shape)}")
     if kind not in KINDS:
         raise ValueError(f"{op}: kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    check_integer(op, "groups", groups)
     if kind != "group" and groups != 1:
         raise ValueError(f"{op}: groups: expected 1 for kind {kind!r}, got {groups}")
     if groups < 1 or x.shape[1] % groups or x.shape[1] == 0:

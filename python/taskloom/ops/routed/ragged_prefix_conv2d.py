@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,19 +11,31 @@ from torch import Tensor
 from taskloom.ops._backends import active_transform, kernel
 from taskloom.ops._register import implement_on_cpu, register
 from taskloom.ops.routed import _ragged_products
-from taskloom.ops.routed._prefix_checks import check_inputs, check_weights, output_size, pair
+from taskloom.ops.routed._conv_checks import Pair, check_integer, pair
+from taskloom.ops.routed._prefix_checks import check_inputs, check_weights, output_size
+from taskloom.ops.routed._windows import INTEGERS
 from taskloom.ops.routed.prefix_conv2d import check_image, fake_image
 from taskloom.ops.routed.prefix_linear import fake_gradients, spread_found
 from taskloom.reference import routed as reference
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+def _numbers(op: str, name: str, widths: object, most: int) -> list[int]:
+    """The numbers of a sequence, in their range: a larger one might not fit a tensor."""
+    if not isinstance(widths, Iterable) or isinstance(widths, str):
+        raise TypeError(f"{op}: {name}: expected a tensor or a sequence of integers, got {type(widths).__name__}")
+    numbers = list(widths)
+    for one in numbers:
+        check_integer(op, name, one)
+        if not 1 <= one <= most:
+            raise ValueError(f"{op}: {name}: expected values from 1 to {most}, got {one}")
+    return numbers
 
 
 def _widths(op: str, name: str, widths: Tensor | Sequence[int], most: int, x: Tensor) -> Tensor:
     """The number of channels of each sample, on x's device; values on a CPU are looked at."""
     if not isinstance(widths, Tensor):
-        widths = torch.tensor(list(widths), device=x.device)
-    if widths.dtype not in _INTEGERS and widths.numel():
+        widths = torch.tensor(_numbers(op, name, widths, most), dtype=torch.int64, device=x.device)
+    if widths.dtype not in INTEGERS:
         raise TypeError(f"{op}: {name}: expected integers, got {widths.dtype}")
     if widths.shape != x.shape[:1]:
         raise ValueError(f"{op}: {name}: expected shape ({x.shape[0]},), one for each sample, got {tuple(widths.shape)}")
@@ -41,9 +53,9 @@ def ragged_prefix_conv2d(
     *,
     in_channels: Tensor | Sequence[int],
     out_channels: Tensor | Sequence[int],
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
     zero_tail: bool = True,
 ) -> Tensor:
     """Convolve every sample with prefixes of its own: sample n with ``weight[:out_channels[n], :in_channels[n]]``.

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from taskloom.ops._backends import describe_path, kernel
 from taskloom.ops._checks import cast_layer_for_autocast, check_floating
 from taskloom.ops._register import implement_on_cpu, register
 from taskloom.ops.routed import _conv_loops, _conv_onednn, _conv_products
+from taskloom.ops.routed._conv_checks import Pair, check_kernel, pair
 from taskloom.ops.routed._windows import check_values, groups, out_window_of, window_of, window_tensors
 from taskloom.ops.routed.window_linear import check_weight, fake_backward
 from taskloom.reference import routed as reference
-
-Pair: TypeAlias = int | Sequence[int]
-
-
-def pair(op: str, name: str, value: Pair, least: int) -> list[int]:
-    """Two numbers, down and across."""
-    both = list(value) if isinstance(value, Sequence) else [value, value]
-    if len(both) != 2:
-        raise ValueError(f"{op}: {name}: expected one number or two, got {len(both)}")
-    for one in both:
-        if isinstance(one, bool) or not isinstance(one, (int, torch.SymInt)):
-            raise TypeError(f"{op}: {name}: expected integers, got {type(one).__name__}")
-        if one < least:
-            raise ValueError(f"{op}: {name}: expected at least {least}, got {one}")
-    return both
 
 
 def conv_geometry(
     op: str, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair
 ) -> tuple[list[int], list[int], list[int]]:
     """Stride, padding and dilation as pairs; raise where the kernel is larger than the padded input."""
+    check_kernel(op, weight)
     strides, paddings, dilations = pair(op, "stride", stride, 1), pair(op, "padding", padding, 0), pair(op, "dilation", dilation, 1)
     for size, taps, step, beside, apart in zip(x.shape[2:], weight.shape[2:], strides, paddings, dilations, strict=True):
         if _conv_products.out_size(size, taps, step, beside, apart) < 1:

@@ -9,7 +9,9 @@ from torch import Tensor
 from taskloom.ops._backends import kernel
 from taskloom.ops._checks import check_floating, check_shape
 from taskloom.ops._register import register
+from taskloom.ops.routed._conv_checks import check_integer
 from taskloom.ops.routed._kernel_runs import run_checked
+from taskloom.ops.routed._norm_autograd import keep_norm, norm_gradients
 from taskloom.ops.routed._windows import Window, check_values, window_of, window_tensors
 from taskloom.reference import routed as reference
 from taskloom.reference.arithmetic import accumulation_dtype
@@ -22,8 +24,7 @@ def check_maps(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, g
     check_floating(op, "x", x)
     if x.dim() < 2 or 0 in x.shape[1:]:
         raise ValueError(f"{op}: x: expected shape [N, C, ...] with at least one channel and one place in it, got {tuple(x.shape)}")
-    if isinstance(groups, bool) or not isinstance(groups, int):
-        raise TypeError(f"{op}: groups: expected an integer, got {type(groups).__name__}")
+    check_integer(op, "groups", groups)
     if groups < 1 or x.shape[1] % groups != 0:
         raise ValueError(f"{op}: groups: expected a divisor of {x.shape[1]}, the channels of x, got {groups}")
     given = []
@@ -207,22 +208,11 @@ def _fake_backward(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Normalised) -> None:
     x, weight, bias, groups, start, width, widths, _, outside = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, start, widths, output[1], output[2])
-    ctx.groups, ctx.width, ctx.outside = groups, width, outside
+    keep_norm(ctx, x, (weight, bias), (groups,), (start, width, widths), outside, output[1:])
 
 
 def _backward(ctx: Any, gradient: Tensor | None, for_mean: Tensor | None, for_rstd: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, weight, bias, start, widths, mean, rstd = ctx.saved_tensors
-    wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-    slopes = x.new_zeros(x.shape) if gradient is None else gradient
-    affine = wants_weight or wants_bias
-    window = (start, ctx.width, widths)
-    found = ctx.ops.window_group_norm_silu_backward.default(
-        slopes, x, weight, bias, ctx.groups, *window, mean, rstd, for_mean, for_rstd, ctx.outside, wants_x, affine
-    )
-    wanted = (wants_x, wants_weight, wants_bias)
-    return (*(one if want else None for one, want in zip(found, wanted, strict=True)), *[None] * 6)
+    return norm_gradients(ctx, ctx.ops.window_group_norm_silu_backward.default, gradient, for_mean, for_rstd, 6)
 
 
 register("window_group_norm_silu", fake=_fake_norm, backward=_backward, setup_context=_setup)

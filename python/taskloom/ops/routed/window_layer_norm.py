@@ -10,6 +10,7 @@ from taskloom.ops._backends import kernel
 from taskloom.ops._checks import check_floating, check_shape
 from taskloom.ops._register import register
 from taskloom.ops.routed._kernel_runs import run_checked
+from taskloom.ops.routed._norm_autograd import keep_norm, norm_gradients
 from taskloom.ops.routed._windows import Window, check_values, window_of, window_tensors
 from taskloom.reference import routed as reference
 from taskloom.reference.arithmetic import accumulation_dtype
@@ -196,22 +197,11 @@ def _fake_backward(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Normalised) -> None:
     x, shift, scale, start, width, widths, _, outside = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, shift, scale, start, widths, output[1], output[2])
-    ctx.width, ctx.outside = width, outside
+    keep_norm(ctx, x, (shift, scale), (), (start, width, widths), outside, output[1:])
 
 
 def _backward(ctx: Any, gradient: Tensor | None, for_mean: Tensor | None, for_rstd: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, shift, scale, start, widths, mean, rstd = ctx.saved_tensors
-    wants_x, wants_shift, wants_scale, *_ = ctx.needs_input_grad
-    slopes = x.new_zeros(x.shape) if gradient is None else gradient
-    modulation = wants_shift or wants_scale
-    window = (start, ctx.width, widths)
-    found = ctx.ops.window_layer_norm_backward.default(
-        slopes, x, shift, scale, *window, mean, rstd, for_mean, for_rstd, ctx.outside, wants_x, modulation
-    )
-    wanted = (wants_x, wants_shift, wants_scale)
-    return (*(one if want else None for one, want in zip(found, wanted, strict=True)), None, None, None, None, None)
+    return norm_gradients(ctx, ctx.ops.window_layer_norm_backward.default, gradient, for_mean, for_rstd, 5)
 
 
 register("window_layer_norm", fake=_fake_norm, backward=_backward, setup_context=_setup)

@@ -10,11 +10,12 @@ from taskloom.ops._backends import describe_path
 from taskloom.ops._checks import cast_layer_for_autocast, check_floating
 from taskloom.ops._compile import constant_under_compile
 from taskloom.ops.routed import _conv_loops
+from taskloom.ops.routed._conv_checks import Pair
 from taskloom.ops.routed._conv_products import geometry_of
 from taskloom.ops.routed._kernel_runs import sees_at_least, share_seen
 from taskloom.ops.routed._products import product_dtype
 from taskloom.ops.routed._windows import Window, window_of
-from taskloom.ops.routed.window_conv2d import Pair, conv_geometry, describe_conv2d, window_conv2d
+from taskloom.ops.routed.window_conv2d import conv_geometry, describe_conv2d, window_conv2d
 from taskloom.ops.routed.window_group_norm import check_maps, normalised_maps
 from taskloom.ops.routed.window_linear import check_weight
 from taskloom.reference.routed.windows import window_mask
