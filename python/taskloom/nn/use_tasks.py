@@ -21,6 +21,10 @@ def use_tasks(model: nn.Module, tasks: Tasks) -> Iterator[None]:
         Any module. Inputs of its adapted layers must have the samples along their first dimension.
     tasks
         As in :meth:`LowRankLinear.forward`.
+
+    Notes
+    -----
+    The tasks are attributes of the layers inside the block: threads that share a model have them in common, and need copies of it.
     """
     layers = [module for module in model.modules() if isinstance(module, LowRankLinear)]
     before = [layer.tasks for layer in layers]
