@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from taskloom.ops._backends import kernel
 from taskloom.ops._checks import check_floating, check_shape
-from taskloom.ops._register import implement_on_cpu, register
+from taskloom.ops._register import register
 from taskloom.reference import gating as reference
 from taskloom.reference.arithmetic import accumulation_dtype
 
@@ -128,8 +127,10 @@ def batch_norm_silu_backward(
     running: bool = False,
     eps: float = 1e-5,
     activation: str | None = "silu",
-    needed: Sequence[bool] = (True, True, True),
-) -> list[Tensor]:
+    for_z: bool = True,
+    for_weight: bool = True,
+    for_bias: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of :func:`batch_norm_silu`'s z, weight and bias.
 
     Parameters
@@ -144,13 +145,13 @@ def batch_norm_silu_backward(
         Whether the statistics are constants. Default False: they depend on z.
     eps, activation
         As in forward.
-    needed
-        Whether each of the three is wanted. Default: all.
+    for_z, for_weight, for_bias
+        Which gradients are wanted. Default: all.
 
     Returns
     -------
-    list of Tensor
-        Those that are wanted, in the shape and dtype of what they are the gradients of. Rows are added up in a fixed order.
+    dz, dweight, dbias : Tensor
+        In the shapes and dtypes of z, weight and bias; empty where not wanted or not there. Rows are added up in a fixed order.
 
     Notes
     -----
@@ -161,8 +162,7 @@ def batch_norm_silu_backward(
     check_shape(op, "gradient", gradient, z.shape, "z")
     vectors = [one for one in (weight, bias) if one is not None]
     run = kernel(op, gradient, z, mean, var, *vectors) or reference.batch_norm_silu_backward
-    wanted = [bool(one) and other is not None for one, other in zip(needed, (z, weight, bias), strict=True)]
-    found: list[Tensor] = run(gradient, z, weight, bias, mean, var, running, eps, name, wanted)
+    found: tuple[Tensor, Tensor, Tensor] = run(gradient, z, weight, bias, mean, var, running, eps, name, for_z, for_weight, for_bias)
     return found
 
 
@@ -189,9 +189,16 @@ def _fake_backward(
     running: bool,
     eps: float,
     activation: str,
-    needed: Sequence[bool],
-) -> list[Tensor]:
-    return [one.new_empty(one.shape) for one, wanted in zip((z, weight, bias), needed, strict=True) if wanted and one is not None]
+    for_z: bool,
+    for_weight: bool,
+    for_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    none = z.new_empty(0)
+    return (
+        z.new_empty(z.shape) if for_z else none,
+        none if weight is None else weight.new_empty(weight.shape if for_weight else (0,)),
+        none if bias is None else bias.new_empty(bias.shape if for_bias else (0,)),
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -202,13 +209,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 
 def _backward(ctx: Any, gradient: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
-    needed = [bool(one) for one in ctx.needs_input_grad[:3]]
-    run = ctx.ops.batch_norm_silu_backward.default
-    found = iter(run(gradient, *ctx.saved_tensors, *ctx.settings, needed) if any(needed) else ())
-    return (*(next(found) if wanted else None for wanted in needed), None, None, None, None)
+    wanted = tuple(bool(one) for one in ctx.needs_input_grad[:3])
+    found = ctx.ops.batch_norm_silu_backward.default(gradient, *ctx.saved_tensors, *ctx.settings, *wanted)
+    return (*(one if want else None for one, want in zip(found, wanted, strict=True)), None, None, None, None)
 
 
-implement_on_cpu("batch_norm_silu", reference.batch_norm_silu)
-implement_on_cpu("batch_norm_silu_backward", reference.batch_norm_silu_backward)
 register("batch_norm_silu", fake=_fake_norm, backward=_backward, setup_context=_setup)
 register("batch_norm_silu_backward", fake=_fake_backward)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -77,8 +76,12 @@ def lora_feature_gate_backward(
     up: Tensor,
     weight: Tensor,
     inner: Tensor,
-    needed: Sequence[bool] = (True, True, True, True),
-) -> list[Tensor]:
+    *,
+    for_x: bool = True,
+    for_down: bool = True,
+    for_up: bool = True,
+    for_weight: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of :func:`lora_feature_gate`'s x, down, up and weight.
 
     Parameters
@@ -89,13 +92,13 @@ def lora_feature_gate_backward(
         As in forward.
     inner
         The products ``x down`` of forward, ``[B, L r]`` in the dtype of the arithmetic.
-    needed
-        Whether each of the four is wanted. Default: all.
+    for_x, for_down, for_up, for_weight
+        Which gradients are wanted. Default: all.
 
     Returns
     -------
-    list of Tensor
-        Those that are wanted, in the shape and dtype of what they are the gradients of. Rows are added up in a fixed order.
+    dx, ddown, dup, dweight : Tensor
+        In the shapes and dtypes of x, down, up and weight; empty where not wanted. Rows are added up in a fixed order.
 
     Notes
     -----
@@ -106,7 +109,7 @@ def lora_feature_gate_backward(
     check_shape(op, "gradient", gradient, x.shape, "x")
     check_shape(op, "inner", inner, (x.shape[0], down.shape[0] * down.shape[2]), "x's rows and down's maps and ranks say")
     run = kernel(op, gradient, x, down, up, weight, inner) or reference.lora_feature_gate_backward
-    found: list[Tensor] = run(gradient, x, down, up, weight, inner, list(needed))
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = run(gradient, x, down, up, weight, inner, for_x, for_down, for_up, for_weight)
     return found
 
 
@@ -116,9 +119,23 @@ def _fake_gate(x: Tensor, down: Tensor, up: Tensor, weight: Tensor) -> tuple[Ten
 
 
 def _fake_backward(
-    gradient: Tensor, x: Tensor, down: Tensor, up: Tensor, weight: Tensor, inner: Tensor, needed: Sequence[bool]
-) -> list[Tensor]:
-    return [one.new_empty(one.shape) for one, wanted in zip((x, down, up, weight), needed, strict=True) if wanted]
+    gradient: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    inner: Tensor,
+    for_x: bool,
+    for_down: bool,
+    for_up: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if for_x else (0,)),
+        down.new_empty(down.shape if for_down else (0,)),
+        up.new_empty(up.shape if for_up else (0,)),
+        weight.new_empty(weight.shape if for_weight else (0,)),
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -127,9 +144,9 @@ def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) 
 
 
 def _backward(ctx: Any, gradient: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
-    needed = [bool(one) for one in ctx.needs_input_grad]
-    found = iter(ctx.ops.lora_feature_gate_backward.default(gradient, *ctx.saved_tensors, needed) if any(needed) else ())
-    return tuple(next(found) if wanted else None for wanted in needed)
+    wanted = tuple(bool(one) for one in ctx.needs_input_grad)
+    found = ctx.ops.lora_feature_gate_backward.default(gradient, *ctx.saved_tensors, *wanted)
+    return tuple(one if want else None for one, want in zip(found, wanted, strict=True))
 
 
 implement_on_cpu("lora_feature_gate", reference.lora_feature_gate)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -58,20 +58,21 @@ def batch_norm_silu_backward(
     running: bool,
     eps: float,
     activation: str,
-    needed: Sequence[bool],
-) -> list[Tensor]:
-    """The gradients of z, weight and bias; only those that are wanted."""
+    for_z: bool,
+    for_weight: bool,
+    for_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of z, weight and bias; empty where not wanted or not there."""
     dtype = mean.dtype
     rstd = 1 / torch.sqrt(var + eps)
     normal = (z.to(dtype) - mean) * rstd
     slopes = gradient.to(dtype) * _slope(_affine(normal, weight, bias), activation)
     plain, times_normal = slopes.sum(0), (slopes * normal).sum(0)
-    found = []
-    if needed[0]:
-        apart = slopes if running else slopes - (plain + normal * times_normal) / len(z)
-        found.append((apart * (rstd if weight is None else rstd * weight.to(dtype))).to(z.dtype).contiguous())
-    if needed[1] and weight is not None:
-        found.append(times_normal.to(weight.dtype))
-    if needed[2] and bias is not None:
-        found.append(plain.to(bias.dtype))
-    return found
+    apart = slopes if running else slopes - (plain + normal * times_normal) / len(z)
+    dz = (apart * (rstd if weight is None else rstd * weight.to(dtype))).to(z.dtype).contiguous()
+    none = z.new_empty(0)
+    return (
+        dz if for_z else none,
+        none if weight is None else times_normal.to(weight.dtype) if for_weight else weight.new_empty(0),
+        none if bias is None else plain.to(bias.dtype) if for_bias else bias.new_empty(0),
+    )

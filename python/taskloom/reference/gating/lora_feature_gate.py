@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -36,19 +34,34 @@ def lora_feature_gate(x: Tensor, down: Tensor, up: Tensor, weight: Tensor) -> tu
 
 @without_autocast
 def lora_feature_gate_backward(
-    gradient: Tensor, x: Tensor, down: Tensor, up: Tensor, weight: Tensor, inner: Tensor, needed: Sequence[bool]
-) -> list[Tensor]:
-    """The gradients of x, down, up and weight; only those that are wanted."""
+    gradient: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    inner: Tensor,
+    for_x: bool,
+    for_down: bool,
+    for_up: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, down, up and weight; empty where not wanted."""
     dtype = inner.dtype
-    values, g, left, right = (one.to(dtype) for one in (x, gradient, down, up))
-    gates, shares = _gates(inner, right), weight.to(dtype)
+    values, g, left, right, shares = (one.to(dtype) for one in (x, gradient, down, up, weight))
+    gates = _gates(inner, right)
     outer = (g * values)[:, None] * gates
     slopes = outer * shares[..., None] * (1 - gates / 2)
     thin = torch.einsum("bld,lrd->blr", slopes, right)
-    found = (
-        g * _weighed(gates, shares) + torch.einsum("blr,ldr->bd", thin, left),
-        torch.einsum("bd,blr->ldr", values, thin),
-        torch.einsum("blr,bld->lrd", inner.reshape(thin.shape), slopes),
-        outer.sum(2),
+    dx = g * _weighed(gates, shares) + torch.einsum("blr,ldr->bd", thin, left)
+    ddown = torch.einsum("bd,blr->ldr", values, thin)
+    dup = torch.einsum("blr,bld->lrd", inner.reshape(thin.shape), slopes)
+    return (
+        _result(dx, x, for_x),
+        _result(ddown, down, for_down),
+        _result(dup, up, for_up),
+        _result(outer.sum(2), weight, for_weight),
     )
-    return [one.to(like.dtype).contiguous() for one, like, wanted in zip(found, (x, down, up, weight), needed, strict=True) if wanted]
+
+
+def _result(found: Tensor, like: Tensor, wanted: bool) -> Tensor:
+    return found.to(like.dtype).contiguous() if wanted else like.new_empty(0)
