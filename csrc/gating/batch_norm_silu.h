@@ -30,8 +30,11 @@ struct BatchNormSiluBackward {
 
 // Rows whose sums are one part, whatever the threads; and the most columns of a piece of work.
 constexpr int64_t batch_norm_rows = 256, batch_norm_columns = 512;
-// Entries that are worked on at once: rows and columns.
-constexpr int64_t batch_norm_block_rows = 32, batch_norm_block_columns = 128;
+// Rows and columns of blocks that are worked on at once: in long runs where each entry is read on its own, in more rows for sums.
+constexpr int64_t batch_norm_run_rows = 8, batch_norm_run_columns = 512, batch_norm_sum_rows = 32, batch_norm_sum_columns = 128;
+constexpr int64_t batch_norm_block = batch_norm_run_rows * batch_norm_run_columns;
+static_assert(batch_norm_columns == batch_norm_run_columns);
+static_assert(batch_norm_block == batch_norm_sum_rows * batch_norm_sum_columns);
 
 // Some rows of some columns of an expert.
 struct BatchNormPiece {

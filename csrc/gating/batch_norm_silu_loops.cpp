@@ -1,13 +1,13 @@
 // CPU loops of batch_norm_silu, compiled once per CPU level. A lane is a column; rows are added up in blocks of a fixed number, and blocks
 // in double, whatever columns a call is for, so that the bits depend on neither threads nor level.
 #include "gating/batch_norm_silu.h"
-#include "routed/activations.h"
+#include "gating/logistic.h"
 #include "routed/lane_spans.h"
 
 namespace taskloom {
 namespace {
 
-constexpr int64_t block_rows = batch_norm_block_rows, most_columns = batch_norm_block_columns, block = block_rows * most_columns;
+constexpr int64_t block = batch_norm_block;
 
 inline int64_t whole_lanes(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
 
@@ -56,11 +56,11 @@ struct Target {
 
   bool direct() const { return dtype == dtype_of_arithmetic<Acc>; }
   Acc* at(int64_t row, int64_t column) const {
-    return direct() ? static_cast<Acc*>(data) + offset + row * row_stride + column : scratch + row * most_columns + column;
+    return direct() ? static_cast<Acc*>(data) + offset + row * row_stride + column : scratch + row * n + column;
   }
   void finish(int64_t rows) const {
     if (direct()) return;
-    for (int64_t row = 0; row < rows; ++row) store_block(dtype, scratch + row * most_columns, n, data, offset + row * row_stride);
+    for (int64_t row = 0; row < rows; ++row) store_block(dtype, scratch + row * n, n, data, offset + row * row_stride);
   }
   Target from_row(int64_t row) const { return {dtype, data, offset + row * row_stride, row_stride, n, scratch}; }
 };
@@ -81,15 +81,20 @@ inline __attribute__((always_inline)) Column<Acc> column_of(const BatchNormSilu&
 }
 
 // Calls body(row, rows, first, n) for the blocks of a piece.
-template <class F>
+template <int64_t block_rows, int64_t block_columns, class F>
 inline void over_blocks(const BatchNormPiece& piece, const F& body) {
   const int64_t last_row = piece.first_row + piece.rows, last = piece.first + piece.n;
   for (int64_t row = piece.first_row; row < last_row; row += block_rows) {
     const int64_t rows = last_row - row < block_rows ? last_row - row : block_rows;
-    for (int64_t first = piece.first; first < last; first += most_columns) {
-      body(row, rows, first, last - first < most_columns ? last - first : most_columns);
+    for (int64_t first = piece.first; first < last; first += block_columns) {
+      body(row, rows, first, last - first < block_columns ? last - first : block_columns);
     }
   }
+}
+
+template <class F>
+inline void over_runs(const BatchNormPiece& piece, const F& body) {
+  over_blocks<batch_norm_run_rows, batch_norm_run_columns>(piece, body);
 }
 
 template <class Acc>
@@ -108,7 +113,7 @@ inline void apply_block(const BatchNormSilu& view, int64_t place, const Block<Ac
   over_lanes(to.n, [&](int64_t column, auto count) __attribute__((always_inline)) {
     const Column<Acc> one = column_of<Acc>(view, place + column, count);
     for (int64_t row = 0; row < rows; ++row) {
-      store_some(to.at(row, column), count, activated<activation>(one.inner(one.normal(z.at(row, column)))));
+      store_some(to.at(row, column), count, gated<activation>(one.inner(one.normal(z.at(row, column)))));
     }
   });
   to.finish(rows);
@@ -164,7 +169,7 @@ inline void invert_as(const Acc* var, Acc eps, int64_t n, Acc* rstd) {
 template <class Acc>
 void moments_as(const BatchNormSilu& view, const BatchNormPiece& piece, double* mean, double* squares, Acc* scratch) {
   for (int64_t column = 0; column < piece.n; ++column) mean[column] = squares[column] = 0;
-  over_blocks(piece, [&](int64_t row, int64_t rows, int64_t first, int64_t n) {
+  over_blocks<batch_norm_sum_rows, batch_norm_sum_columns>(piece, [&](int64_t row, int64_t rows, int64_t first, int64_t n) {
     const Block<Acc> z = z_rows(view, piece.expert, row, rows, first, n, scratch);
     add_block(z, rows, n, row - piece.first_row, mean + (first - piece.first), squares + (first - piece.first));
   });
@@ -188,7 +193,7 @@ void join_moments_as(const BatchNormSilu& view, int64_t column, int64_t n, const
 
 template <Activation activation, class Acc>
 void apply_as(const BatchNormSilu& view, const BatchNormPiece& piece, Acc* scratch) {
-  over_blocks(piece, [&](int64_t row, int64_t rows, int64_t first, int64_t n) {
+  over_runs(piece, [&](int64_t row, int64_t rows, int64_t first, int64_t n) {
     const int64_t place = piece.expert * view.features + first;
     const Block<Acc> z = z_rows(view, piece.expert, row, rows, first, n, scratch + block);
     apply_block<activation>(view, place, z, rows, target_of(view, row, place, n, scratch));
@@ -207,38 +212,50 @@ inline bool keeps_slopes(const BatchNormSiluBackward& view) {
   return view.forward.y != nullptr && !view.running && view.forward.z.dtype == dtype_of_arithmetic<Acc>;
 }
 
+// Sums of some rows, which go to double before they are long.
+template <class Acc>
+struct ShortSums {
+  Acc plain[batch_norm_run_columns] = {}, product[batch_norm_run_columns] = {};
+
+  void move_to(double* plain_total, double* product_total, int64_t n) {
+    for (int64_t column = 0; column < n; ++column) {
+      plain_total[column] += static_cast<double>(plain[column]);
+      product_total[column] += static_cast<double>(product[column]);
+      plain[column] = product[column] = 0;
+    }
+  }
+};
+
 template <Activation activation, class Acc>
 void sums_as(const BatchNormSiluBackward& view, const BatchNormPiece& piece, double* plain, double* product, Acc* scratch) {
   const BatchNormSilu& f = view.forward;
   const bool keep = keeps_slopes<Acc>(view), last = f.y != nullptr && view.running;
-  for (int64_t column = 0; column < piece.n; ++column) plain[column] = product[column] = 0;
-  over_blocks(piece, [&](int64_t row, int64_t rows, int64_t first, int64_t n) {
-    const int64_t place = piece.expert * f.features + first, in_piece = first - piece.first;
+  const int64_t place = piece.expert * f.features + piece.first, n = piece.n;
+  ShortSums<Acc> sums;
+  for (int64_t column = 0; column < n; ++column) plain[column] = product[column] = 0;
+  over_runs(piece, [&](int64_t row, int64_t rows, int64_t first, int64_t) {
     const Block<Acc> z = z_rows(f, piece.expert, row, rows, first, n, scratch + block);
     const Block<Acc> gradient = gradient_rows(view, piece.expert, row, rows, first, n, scratch + 2 * block);
     const Target<Acc> to = target_of(f, row, place, n, scratch);
     over_lanes(n, [&](int64_t column, auto count) __attribute__((always_inline)) {
       const Column<Acc> one = column_of<Acc>(f, place + column, count);
       const Lanes<Acc> factor = one.rstd * one.weight;
-      Lanes<Acc> sum = every_lane(Acc{0}), products = sum;
+      Lanes<Acc> sum = load_whole(sums.plain + column), products = load_whole(sums.product + column);
       for (int64_t i = 0; i < rows; ++i) {
         const Lanes<Acc> normal = one.normal(z.at(i, column));
-        const Lanes<Acc> slope = gradient.at(i, column) * slope_of<activation>(one.inner(normal));
+        const Lanes<Acc> slope = gradient.at(i, column) * gated_slope<activation>(one.inner(normal));
         sum = sum + slope;
         products = products + slope * normal;
         if (keep) store_some(to.at(i, column), count, slope);
         if (last) store_some(to.at(i, column), count, slope * factor);
       }
-      Acc sum_lanes[lanes], product_lanes[lanes];
-      store_whole(sum_lanes, sum);
-      store_whole(product_lanes, products);
-      for (int64_t lane = 0; lane < count; ++lane) {
-        plain[in_piece + column + lane] += static_cast<double>(sum_lanes[lane]);
-        product[in_piece + column + lane] += static_cast<double>(product_lanes[lane]);
-      }
+      store_whole(sums.plain + column, sum);
+      store_whole(sums.product + column, products);
     });
     if (last) to.finish(rows);
+    if ((row + rows - piece.first_row) % batch_norm_sum_rows == 0) sums.move_to(plain, product, n);
   });
+  sums.move_to(plain, product, n);
 }
 
 template <class Acc>
@@ -261,7 +278,7 @@ void finish_as(const BatchNormSiluBackward& view, const BatchNormPiece& piece, A
   const BatchNormSilu& f = view.forward;
   const bool kept = keeps_slopes<Acc>(view);
   const Lanes<Acc> total = every_lane(static_cast<Acc>(f.rows));
-  over_blocks(piece, [&](int64_t row, int64_t rows, int64_t first, int64_t n) {
+  over_runs(piece, [&](int64_t row, int64_t rows, int64_t first, int64_t n) {
     const int64_t place = piece.expert * f.features + first;
     const Block<Acc> z = z_rows(f, piece.expert, row, rows, first, n, scratch + block);
     const Target<Acc> to = target_of(f, row, place, n, scratch);
@@ -274,7 +291,7 @@ void finish_as(const BatchNormSiluBackward& view, const BatchNormPiece& piece, A
       for (int64_t i = 0; i < rows; ++i) {
         const Lanes<Acc> normal = one.normal(z.at(i, column));
         const Lanes<Acc> slope =
-            kept ? load_some(to.at(i, column), count, Acc{0}) : gradient.at(i, column) * slope_of<activation>(one.inner(normal));
+            kept ? load_some(to.at(i, column), count, Acc{0}) : gradient.at(i, column) * gated_slope<activation>(one.inner(normal));
         store_some(to.at(i, column), count, factor * ((slope - plain) - normal * product));
       }
     });

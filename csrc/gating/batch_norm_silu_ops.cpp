@@ -111,7 +111,7 @@ class Pieces {
                     first_row = part * batch_norm_rows, first = others % groups_ * batch_norm_columns;
       const BatchNormPiece piece{expert, first_row, std::min(batch_norm_rows, rows_ - first_row), first,
                                  std::min(batch_norm_columns, features_ - first)};
-      const ThreadScratch scratch(ScratchUse::positions, blocks * batch_norm_block_rows * batch_norm_block_columns * (wide_ ? 8 : 4));
+      const ThreadScratch scratch(ScratchUse::positions, blocks * batch_norm_block * (wide_ ? 8 : 4));
       body(piece, part * stride() + expert * features_ + first, scratch.data());
     });
   }
