@@ -19,7 +19,12 @@ F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float6
 def _given(rows: int, features: int, maps: int, rank: int, dtype: torch.dtype = F32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shares = weights(rows, maps, seed=3).softmax(1).to(dtype)
     x = weights(rows, features, dtype=dtype)
-    return x, weights(maps, features, rank, seed=1, dtype=dtype), weights(maps, rank, features, seed=2, dtype=dtype), shares
+    return (
+        x,
+        weights(maps, features, rank, seed=1, dtype=dtype, scale=features**-0.5),
+        weights(maps, rank, features, seed=2, dtype=dtype),
+        shares,
+    )
 
 
 def gate_cases() -> Iterator[Case]:
