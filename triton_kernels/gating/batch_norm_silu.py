@@ -21,9 +21,9 @@ _PART_ROWS, _MOST_PARTS = 256, 32
 @triton.jit
 def _columns(experts, features, expert_stride, COLUMNS: tl.constexpr):
     """The program's columns of all experts' as one list, their places in a row, and which there are."""
-    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     expert = column // features
-    return column, expert * expert_stride + (column - expert * features), column < experts * features
+    return column, expert.to(tl.int64) * expert_stride + (column - expert * features), column < experts * features
 
 
 @triton.jit
@@ -94,7 +94,6 @@ def batch_moments_kernel(
     apart = tl.zeros_like(mean)
     first = part * part_rows
     last = tl.minimum(first + part_rows, rows)
-    count = 0
     while first < last:
         row = first + tl.arange(0, ROWS)
         inside = (row < last)[:, None] & present[None, :]
@@ -102,8 +101,8 @@ def batch_moments_kernel(
         more = tl.minimum(last - first, ROWS)
         middle = divided(tl.sum(values, axis=0), tl.zeros_like(mean) + more, WIDE)
         distance = tl.where(inside, values - middle[None, :], 0.0)
-        mean, apart = _joined(mean, apart, count, middle, tl.sum(distance * distance, axis=0), more, WIDE)
-        count += more
+        before = first - part * part_rows
+        mean, apart = _joined(mean, apart, before, middle, tl.sum(distance * distance, axis=0), more, WIDE)
         first += ROWS
     tl.store(means + part * experts * features + column, mean, mask=present)
     tl.store(squares + part * experts * features + column, apart, mask=present)
@@ -339,7 +338,7 @@ def _plan(rows: int, columns: int) -> tuple[tuple[int, int], int, dict[str, Any]
     """The grid, the rows of a part, and the sizes of blocks."""
     parts = max(1, min(_MOST_PARTS, triton.cdiv(rows, _PART_ROWS)))
     part_rows = triton.cdiv(max(rows, 1), parts)
-    block = {"ROWS": 32, "COLUMNS": 64} if not INTERPRETED else {"ROWS": 256, "COLUMNS": 512}
+    block = {"ROWS": 16, "COLUMNS": 64} if not INTERPRETED else {"ROWS": 256, "COLUMNS": 512}
     parts = triton.cdiv(max(rows, 1), part_rows)
     return (triton.cdiv(columns, block["COLUMNS"]), parts), part_rows, block
 
