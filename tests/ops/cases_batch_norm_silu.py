@@ -39,14 +39,14 @@ def norm_cases() -> Iterator[Case]:
 def _norm_cases() -> Iterator[Case]:
     for dtype in (F32, F16, BF16, F64):
         yield Case(f"{dtype}", (*_given(35, 3, 7, dtype), *_running(3, 7, dtype)), TRAIN)
+    for dtype in (F32, BF16):
         yield Case(f"{dtype}, running", (*_given(35, 3, 7, dtype), *_running(3, 7, dtype)), {"training": False})
     z, weight, bias = _given(9, 2, 37)
     for activation in (None, "relu"):
         yield Case(f"{activation}", (z, weight, bias), TRAIN | {"activation": activation, "eps": 0.1})
     yield Case("mixed", (z.half(), weight.bfloat16(), bias.double(), *_running(2, 37)), TRAIN | {"momentum": 0.5})
     yield Case("plain", (z + 10,), TRAIN)
-    yield Case("weight", (z, weight), TRAIN)
-    yield Case("bias", (z, None, bias), TRAIN)
+    yield Case("only bias", (z, None, bias), TRAIN)
     yield Case("experts first", (weights(3, 35, 7).transpose(0, 1), *_given(1, 3, 7)[1:]), TRAIN)
     yield Case("experts first, running", (weights(3, 35, 7).half().transpose(0, 1), None, None, *_running(3, 7)), {"training": False})
     yield Case("strided", (weights(9, 2, 74)[..., ::2], weights(37, 2, seed=1).t(), bias), TRAIN)
@@ -64,7 +64,8 @@ def backward_cases() -> Iterator[Case]:
         gradient = weights(rows, experts, features, seed=7, dtype=dtype)
         found = reference.gating.batch_norm_silu(z, weight, bias, None, None, 1e-5, "silu")[1:]
         yield Case(name, (gradient, z, weight, bias, *found))
-        yield Case(f"{name}, running", (gradient, z, weight, bias, *found), {"running": True})
+        if dtype != F64:
+            yield Case(f"{name}, running", (gradient, z, weight, bias, *found), {"running": True})
         if dtype != F32 or rows > 100:
             continue
         for activation in (None, "relu"):

@@ -334,11 +334,11 @@ def _stacked(given: Tensor) -> tuple[Tensor, int, int]:
     return raw(dense), dense.stride(0), dense.stride(1)
 
 
-def _plan(rows: int, columns: int) -> tuple[tuple[int, int], int, dict[str, Any]]:
+def _plan(rows: int, columns: int, wide: bool) -> tuple[tuple[int, int], int, dict[str, Any]]:
     """The grid, the rows of a part, and the sizes of blocks."""
     parts = max(1, min(_MOST_PARTS, triton.cdiv(rows, _PART_ROWS)))
     part_rows = triton.cdiv(max(rows, 1), parts)
-    block = {"ROWS": 16, "COLUMNS": 64} if not INTERPRETED else {"ROWS": 256, "COLUMNS": 512}
+    block = {"ROWS": 8 if wide else 16, "COLUMNS": 64} if not INTERPRETED else {"ROWS": 256, "COLUMNS": 512}
     parts = triton.cdiv(max(rows, 1), part_rows)
     return (triton.cdiv(columns, block["COLUMNS"]), parts), part_rows, block
 
@@ -356,7 +356,7 @@ def batch_norm_silu(
     rows, experts, features = z.shape
     dtype = accumulation_dtype(z, weight, bias, running_mean, running_var)
     wide = dtype == torch.float64
-    grid, part_rows, block = _plan(rows, experts * features)
+    grid, part_rows, block = _plan(rows, experts * features, wide)
     values, row_stride, expert_stride = _stacked(z)
     y = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     mean, var = (torch.empty((experts, features), dtype=dtype, device=z.device) for _ in range(2))
@@ -389,7 +389,7 @@ def batch_norm_silu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward op."""
     rows, experts, features = z.shape
-    grid, part_rows, block = _plan(rows, experts * features)
+    grid, part_rows, block = _plan(rows, experts * features, mean.dtype == torch.float64)
     values, row_stride, expert_stride = _stacked(z)
     slopes, gradient_stride, gradient_expert_stride = _stacked(gradient)
     plain, product = (torch.empty((grid[1], experts, features), dtype=mean.dtype, device=z.device) for _ in range(2))
