@@ -10,14 +10,16 @@
 #include "common/stable_gaps.h"
 #include "common/thread_scratch.h"
 #include "gating/lora_feature_gate.h"
+#include "routed/run_sums.h"
 #include "routed/window_tensors.h"
 
 namespace taskloom {
 namespace {
 
-// What the maps of a tile take, about; a product of fewer rows would not keep the cores busy.
-constexpr int64_t tile_bytes = 2 << 20, least_rows = 64;
-constexpr int64_t rows_of_a_task = 16;
+// What the maps of a tile take, about, so that they stay near one core; a product of fewer rows is slow.
+constexpr int64_t tile_bytes = 1 << 20, least_rows = 64;
+// Parts of the rows at most, whose sums over the batch are their own until they are added up in order.
+constexpr int64_t most_parts = 8;
 
 bool is_wide(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
 
@@ -26,7 +28,10 @@ Tensor matrix_at(void* data, int64_t rows, int64_t columns, int64_t stride, Scal
   return torch::stable::from_blob(data, {rows, columns}, {stride, 1}, torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
 }
 
-Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+// The same transposed: rows of `stride` entries, of which there are `columns`.
+Tensor transposed_at(void* data, int64_t rows, int64_t columns, int64_t stride, ScalarType dtype) {
+  return torch::stable::from_blob(data, {rows, columns}, {1, stride}, torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
+}
 
 struct GateShape {
   int64_t rows, features, maps, rank;
@@ -50,6 +55,13 @@ struct GateShape {
   DType dtype() const { return wide ? DType::f64 : DType::f32; }
   int64_t element() const { return wide ? 8 : 4; }
   int64_t ranks() const { return maps * rank; }
+  // One map's part of inner products [rows, L r], and of factors [L, r, D].
+  Tensor inner_of(char* inner, int64_t map, int64_t n) const {
+    return matrix_at(inner + map * rank * element(), n, rank, ranks(), arithmetic());
+  }
+  Tensor up_of(char* up, int64_t map) const {
+    return matrix_at(up + map * rank * features * element(), rank, features, features, arithmetic());
+  }
   int64_t tile() const {
     const int64_t fit = tile_bytes / (maps * features * element());
     return std::max<int64_t>(1, std::min(rows, std::max(fit, least_rows)));
@@ -78,11 +90,7 @@ class TiledRows {
   char* at(int64_t first, int64_t rows) {
     if (!copy_) return static_cast<char*>(const_cast<void*>(elements_.data)) + first * columns_ * shape_.element();
     char* const to = static_cast<char*>(copy_->mutable_data_ptr());
-    torch_parallel()(chunk_count(rows, rows_of_a_task), [&](int64_t task) {
-      const int64_t row = task * rows_of_a_task, n = std::min(rows_of_a_task, rows - row);
-      lora_feature_gate_loops().load(shape_.wide, elements_, (first + row) * columns_, n * columns_,
-                                     to + row * columns_ * shape_.element());
-    });
+    lora_feature_gate_loops().load(shape_.wide, elements_, first * columns_, rows * columns_, to);
     return to;
   }
 
@@ -107,12 +115,7 @@ class TiledResult {
   }
   void finish(int64_t first, int64_t rows) {
     if (!copy_) return;
-    const char* const from = static_cast<const char*>(copy_->const_data_ptr());
-    torch_parallel()(chunk_count(rows, rows_of_a_task), [&](int64_t task) {
-      const int64_t row = task * rows_of_a_task, n = std::min(rows_of_a_task, rows - row);
-      lora_feature_gate_loops().store(shape_.wide, from + row * columns_ * shape_.element(), n * columns_, dtype_, data_,
-                                      (first + row) * columns_);
-    });
+    lora_feature_gate_loops().store(shape_.wide, copy_->const_data_ptr(), rows * columns_, dtype_, data_, first * columns_);
   }
 
  private:
@@ -134,33 +137,18 @@ class TileMaps {
   Tensor matrix(int64_t map, int64_t rows) const { return matrix_at(at(map), rows, shape_.features, shape_.features, shape_.arithmetic()); }
 
   // From the tile's part of the inner products.
-  void multiply_inner(char* inner, int64_t rows, const Tensor& up) const {
-    for (int64_t map = 0; map < shape_.maps; ++map) multiply(matrix(map, rows), inner_of(inner, map, rows), up_of(up, map), false);
+  void multiply_inner(char* inner, int64_t rows, char* up) const {
+    for (int64_t map = 0; map < shape_.maps; ++map) {
+      multiply(matrix(map, rows), shape_.inner_of(inner, map, rows), shape_.up_of(up, map), false);
+    }
   }
-  Tensor inner_of(char* inner, int64_t map, int64_t rows) const {
-    return matrix_at(inner + map * shape_.rank * shape_.element(), rows, shape_.rank, shape_.ranks(), shape_.arithmetic());
-  }
-  Tensor up_of(const Tensor& up, int64_t map) const { return torch::stable::select(up, 0, map); }
 
  private:
   GateShape shape_;
   ThreadScratch scratch_;
 };
 
-// Calls body(first, rows) for tiles of rows.
-template <class F>
-void over_tiles(const GateShape& shape, const F& body) {
-  const int64_t tile = shape.tile();
-  for (int64_t first = 0; first < shape.rows; first += tile) body(first, std::min(tile, shape.rows - first));
-}
-
-// Calls body(row) for the rows of a tile.
-template <class F>
-void over_rows(int64_t rows, const F& body) {
-  torch_parallel()(chunk_count(rows, rows_of_a_task), [&](int64_t task) {
-    for (int64_t row = task * rows_of_a_task; row < std::min(rows, (task + 1) * rows_of_a_task); ++row) body(row);
-  });
-}
+char* data_of(const Tensor& tensor) { return static_cast<char*>(const_cast<void*>(tensor.const_data_ptr())); }
 
 std::tuple<Tensor, Tensor> lora_feature_gate_cpu(const Tensor& x, const Tensor& down, const Tensor& up, const Tensor& weight) {
   const GateShape shape(x, down, up, weight, is_wide(x) || is_wide(down) || is_wide(up) || is_wide(weight));
@@ -168,34 +156,30 @@ std::tuple<Tensor, Tensor> lora_feature_gate_cpu(const Tensor& x, const Tensor& 
   Tensor y = empty_of_shape(x, x.scalar_type()), inner = empty_cpu({shape.rows, shape.ranks()}, shape.arithmetic());
   if (shape.rows == 0) return {y, inner};
   const Factors factors(shape, down, up);
-  TiledRows rows_in(shape, x, "x"), shares(shape, weight, "weight");
-  TiledResult result(shape, y, "x");
-  const TileMaps maps(shape);
-  auto* const inner_data = static_cast<char*>(inner.mutable_data_ptr());
-  over_tiles(shape, [&](int64_t first, int64_t rows) {
+  const Tensor values_given = contiguous_of(x), shares_given = contiguous_of(weight);
+  char *const inner_data = data_of(inner), *const down_data = data_of(factors.down), *const up_data = data_of(factors.up);
+  const int64_t tile = shape.tile();
+  // Inside of a parallel region a product of torch's takes one thread, so that each has a tile of its own.
+  torch_parallel()(chunk_count(shape.rows, tile), [&](int64_t index) {
+    const int64_t first = index * tile, rows = std::min(tile, shape.rows - first);
+    TiledRows rows_in(shape, values_given, "x"), shares(shape, shares_given, "weight");
+    TiledResult result(shape, y, "x");
+    const TileMaps maps(shape);
     char *const values = rows_in.at(first, rows), *const share = shares.at(first, rows), *const to = result.at(first);
     char* const part = inner_data + first * shape.ranks() * unit;
     multiply(matrix_at(part, rows, shape.ranks(), shape.ranks(), shape.arithmetic()),
-             matrix_at(values, rows, features, features, shape.arithmetic()), factors.down, false);
-    maps.multiply_inner(part, rows, factors.up);
-    over_rows(rows, [&](int64_t row) {
+             matrix_at(values, rows, features, features, shape.arithmetic()),
+             matrix_at(down_data, features, shape.ranks(), shape.ranks(), shape.arithmetic()), false);
+    maps.multiply_inner(part, rows, up_data);
+    for (int64_t row = 0; row < rows; ++row) {
       const int64_t offset = row * features * unit;
       lora_feature_gate_loops().forward(shape.wide, {features, shape.maps, maps.stride(), maps.at(0) + offset,
                                                      share + row * shape.maps * unit, values + offset, to + offset});
-    });
+    }
     result.finish(first, rows);
   });
   return {y, inner};
 }
-
-// Sums over rows, which tiles are added to in order.
-struct GradientSums {
-  Tensor down, up;  // [D, L r] and [L, r, D]
-
-  explicit GradientSums(const GateShape& shape)
-      : down(empty_cpu({shape.features, shape.ranks()}, shape.arithmetic())),
-        up(empty_cpu({shape.maps, shape.rank, shape.features}, shape.arithmetic())) {}
-};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lora_feature_gate_backward_cpu(const Tensor& gradient, const Tensor& x, const Tensor& down,
                                                                           const Tensor& up, const Tensor& weight, const Tensor& inner,
@@ -214,43 +198,64 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_feature_gate_backward_cpu(const 
   Tensor ddown = result_like(down, for_down), dup = result_like(up, for_up);
   if (shape.rows == 0) return {dx, torch::stable::zero_(ddown), torch::stable::zero_(dup), dweight};
   const Factors factors(shape, down, up);
-  TiledRows rows_in(shape, x, "x"), shares(shape, weight, "weight"), slopes(shape, gradient, "gradient");
-  Tensor own = for_x ? dx : empty_cpu({shape.tile(), features}, shape.arithmetic());
-  Tensor own_weight = for_weight ? dweight : empty_cpu({shape.tile(), shape.maps}, shape.arithmetic());
-  TiledResult result(shape, own, "x"), weight_result(shape, own_weight, "weight");
-  const TileMaps maps(shape);
-  GradientSums sums(shape);
-  Tensor thin = empty_cpu({shape.tile(), ranks}, shape.arithmetic());
+  const Tensor values_given = contiguous_of(x), shares_given = contiguous_of(weight), slopes_given = contiguous_of(gradient);
   const Tensor products = contiguous_of(inner);
-  auto *const inner_data = static_cast<char*>(const_cast<void*>(products.const_data_ptr())), *const thin_data = static_cast<char*>(
-                                                                                                 thin.mutable_data_ptr());
-  over_tiles(shape, [&](int64_t first, int64_t rows) {
-    char *const values = rows_in.at(first, rows), *const share = shares.at(first, rows), *const slope = slopes.at(first, rows);
-    char *const to = result.at(for_x ? first : 0), *const weight_to = weight_result.at(for_weight ? first : 0);
-    char* const part = inner_data + first * ranks * unit;
-    maps.multiply_inner(part, rows, factors.up);
-    over_rows(rows, [&](int64_t row) {
-      const int64_t offset = row * features * unit, in_shares = row * shape.maps * unit;
-      const GateRow one{features, shape.maps, maps.stride(), maps.at(0) + offset, share + in_shares, values + offset, to + offset};
-      lora_feature_gate_loops().backward(shape.wide, one, slope + offset, weight_to + in_shares);
-    });
-    for (int64_t map = 0; map < shape.maps; ++map) {
-      const Tensor maps_slopes = maps.matrix(map, rows);
-      if (for_up) multiply(maps.up_of(sums.up, map), transposed(maps.inner_of(part, map, rows)), maps_slopes, first > 0);
-      if (for_x || for_down) multiply(maps.inner_of(thin_data, map, rows), maps_slopes, transposed(maps.up_of(factors.up, map)), false);
+  char *const inner_data = data_of(products), *const down_data = data_of(factors.down), *const up_data = data_of(factors.up);
+  const ScalarType dtype = shape.arithmetic();
+  const int64_t tile = shape.tile(), tiles = chunk_count(shape.rows, tile), each = chunk_count(tiles, most_parts),
+                parts = chunk_count(tiles, each), factor_size = features * ranks;
+  Tensor down_sums = empty_cpu({for_down ? parts : 0, factor_size}, dtype), up_sums = empty_cpu({for_up ? parts : 0, factor_size}, dtype);
+  char *const down_parts = data_of(down_sums), *const up_parts = data_of(up_sums);
+  torch_parallel()(parts, [&](int64_t part_index) {
+    Tensor own = for_x ? dx : empty_cpu({tile, features}, dtype), own_weight = for_weight ? dweight : empty_cpu({tile, shape.maps}, dtype);
+    Tensor thin = empty_cpu({tile, ranks}, dtype);
+    TiledRows rows_in(shape, values_given, "x"), shares(shape, shares_given, "weight"), slopes(shape, slopes_given, "gradient");
+    TiledResult result(shape, own, "x"), weight_result(shape, own_weight, "weight");
+    const TileMaps maps(shape);
+    char *const thin_data = data_of(thin), *const for_down_part = down_parts + part_index * factor_size * unit,
+                *const for_up_part = up_parts + part_index * factor_size * unit;
+    for (int64_t index = part_index * each; index < std::min(tiles, (part_index + 1) * each); ++index) {
+      const int64_t first = index * tile, rows = std::min(tile, shape.rows - first);
+      const bool add = index > part_index * each;
+      char *const values = rows_in.at(first, rows), *const share = shares.at(first, rows), *const slope = slopes.at(first, rows);
+      char *const to = result.at(for_x ? first : 0), *const weight_to = weight_result.at(for_weight ? first : 0);
+      char* const part = inner_data + first * ranks * unit;
+      maps.multiply_inner(part, rows, up_data);
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t offset = row * features * unit, in_shares = row * shape.maps * unit;
+        const GateRow one{features, shape.maps, maps.stride(), maps.at(0) + offset, share + in_shares, values + offset, to + offset};
+        lora_feature_gate_loops().backward(shape.wide, one, slope + offset, weight_to + in_shares);
+      }
+      for (int64_t map = 0; map < shape.maps; ++map) {
+        const Tensor map_slopes = maps.matrix(map, rows);
+        const int64_t rank_offset = map * shape.rank * unit, up_offset = rank_offset * features;
+        if (for_up)
+          multiply(shape.up_of(for_up_part, map), transposed_at(part + rank_offset, shape.rank, rows, ranks, dtype), map_slopes, add);
+        if (for_x || for_down) {
+          multiply(shape.inner_of(thin_data, map, rows), map_slopes,
+                   transposed_at(up_data + up_offset, features, shape.rank, features, dtype), false);
+        }
+      }
+      const Tensor thin_rows = matrix_at(thin_data, rows, ranks, ranks, dtype);
+      if (for_down) {
+        multiply(matrix_at(for_down_part, features, ranks, ranks, dtype), transposed_at(values, features, rows, features, dtype), thin_rows,
+                 add);
+      }
+      if (for_x) {
+        multiply(matrix_at(to, rows, features, features, dtype), thin_rows, transposed_at(down_data, ranks, features, ranks, dtype), true);
+        result.finish(first, rows);
+      }
+      if (for_weight) weight_result.finish(first, rows);
     }
-    const Tensor thin_rows = matrix_at(thin_data, rows, ranks, ranks, shape.arithmetic());
-    if (for_down) {
-      multiply(sums.down, transposed(matrix_at(values, rows, features, features, shape.arithmetic())), thin_rows, first > 0);
-    }
-    if (for_x) multiply(matrix_at(to, rows, features, features, shape.arithmetic()), thin_rows, transposed(factors.down), true);
-    if (for_x) result.finish(first, rows);
-    if (for_weight) weight_result.finish(first, rows);
   });
   if (for_down) {
-    torch::stable::copy_(ddown, torch::stable::transpose(torch::stable::reshape(sums.down, {features, shape.maps, shape.rank}), 0, 1));
+    Tensor sum = empty_cpu({features, shape.maps, shape.rank}, dtype);
+    run_sums_loops().add_up(shape.wide, down_parts, parts, factor_size, factor_size, shape.dtype(), sum.mutable_data_ptr(), 0);
+    torch::stable::copy_(ddown, torch::stable::transpose(sum, 0, 1));
   }
-  if (for_up) torch::stable::copy_(dup, sums.up);
+  if (for_up) {
+    run_sums_loops().add_up(shape.wide, up_parts, parts, factor_size, factor_size, dtype_of(dup, "up"), dup.mutable_data_ptr(), 0);
+  }
   return {dx, ddown, dup, dweight};
 }
 
