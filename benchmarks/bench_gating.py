@@ -10,9 +10,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import rows_batch_norm_silu
+import rows_lora_feature_gate
 from harness import Row
 
-ROWS: tuple[Row, ...] = ()
+ROWS: tuple[Row, ...] = (*rows_lora_feature_gate.ROWS, *rows_batch_norm_silu.ROWS)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import rows_bases
+import rows_gating_features
 import rows_kernel
 import rows_lowrank
 import rows_mask
@@ -42,6 +43,7 @@ ROWS: tuple[Row, ...] = tuple(
             *rows_lowrank.ROWS,
             *rows_kernel.ROWS,
             *rows_bases.ROWS,
+            *rows_gating_features.ROWS,
             *rows_prefix_layers.ROWS,
             *rows_windows.ROWS,
             *rows_window_norms.ROWS,

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from taskloom.ops._backends import Explanation, backend, explain
+from taskloom.ops.gating import (
+    batch_norm_silu,
+    lora_feature_gate,
+)
 from taskloom.ops.lowrank import (
     dora_merge,
     kernel_linear,
@@ -61,6 +65,7 @@ __all__ = [
     "MagnitudeThreshold",
     "SparseMergeStatistics",
     "backend",
+    "batch_norm_silu",
     "block_scale_merge",
     "channel_scale",
     "dora_merge",
@@ -68,6 +73,7 @@ __all__ = [
     "kernel_linear",
     "kernel_merge",
     "kernel_quantile",
+    "lora_feature_gate",
     "lowrank_apply",
     "lowrank_merge",
     "lowrank_merge_",

@@ -36,6 +36,8 @@ FAST = {
     "sparse_merge_out": {"scalar", "strided out", "della"},
 }
 SLOW = {
+    "lora_feature_gate": {"two tiles"},
+    "lora_feature_gate_backward": {"two tiles"},
     "magnitude_histogram": {"large"},
     "mask_count": {"130 of 777, k 40", "64 of 5003, k 20", "sequence"},
     "block_scale_merge_backward": {"two chunks in groups"},
