@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from taskloom.ops._backends import Explanation, backend, explain
+from taskloom.ops.gating import (
+    GateStatistics,
+    SoftmaxMix,
+    gate_statistics,
+    multi_gate_combine,
+    stream_softmax_mix,
+)
 from taskloom.ops.lowrank import (
     dora_merge,
     kernel_linear,
@@ -58,13 +65,16 @@ from taskloom.ops.routed import (
 
 __all__ = [
     "Explanation",
+    "GateStatistics",
     "MagnitudeThreshold",
+    "SoftmaxMix",
     "SparseMergeStatistics",
     "backend",
     "block_scale_merge",
     "channel_scale",
     "dora_merge",
     "explain",
+    "gate_statistics",
     "kernel_linear",
     "kernel_merge",
     "kernel_quantile",
@@ -85,6 +95,7 @@ __all__ = [
     "masked_switch_",
     "masked_update",
     "masked_update_",
+    "multi_gate_combine",
     "multi_task_vector",
     "pack_mask",
     "prefix_conv2d",
@@ -96,6 +107,7 @@ __all__ = [
     "rmm_reconstruct",
     "sparse_merge",
     "split_threshold",
+    "stream_softmax_mix",
     "task_mask",
     "threshold_from_histograms",
     "unpack_mask",
