@@ -160,8 +160,8 @@ def multi_gate_combine_backward(
     Returns
     -------
     dlogits, dz, dself_logits : Tensor
-        In the shapes and dtypes of logits, z and self_logits; empty where not wanted or not there. Masked entries are 0, and so is an expert
-        that no gate may read.
+        In the shapes and dtypes of logits, z and self_logits; empty where not wanted or not there. Masked entries are 0, and so is that of
+        an expert that no gate may read.
 
     Notes
     -----
