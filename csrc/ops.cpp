@@ -142,4 +142,14 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
   m.def(
       "stream_softmax_mix_backward(Tensor? for_pred, Tensor? for_lse, Tensor x, Tensor y, Tensor experts, Tensor pred, Tensor lse, float "
       "sigma, bool for_x, bool for_y, bool for_experts) -> (Tensor, Tensor, Tensor)");
+  m.def("lora_feature_gate(Tensor x, Tensor down, Tensor up, Tensor weight) -> (Tensor, Tensor)");
+  m.def(
+      "lora_feature_gate_backward(Tensor gradient, Tensor x, Tensor down, Tensor up, Tensor weight, Tensor inner, bool for_x, bool "
+      "for_down, bool for_up, bool for_weight) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_silu(Tensor z, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, float eps, str activation) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_silu_backward(Tensor gradient, Tensor z, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, bool running, float eps, "
+      "str activation, bool for_z, bool for_weight, bool for_bias) -> (Tensor, Tensor, Tensor)");
 }

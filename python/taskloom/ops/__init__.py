@@ -6,7 +6,9 @@ from taskloom.ops._backends import Explanation, backend, explain
 from taskloom.ops.gating import (
     GateStatistics,
     SoftmaxMix,
+    batch_norm_silu,
     gate_statistics,
+    lora_feature_gate,
     multi_gate_combine,
     stream_softmax_mix,
 )
@@ -70,6 +72,7 @@ __all__ = [
     "SoftmaxMix",
     "SparseMergeStatistics",
     "backend",
+    "batch_norm_silu",
     "block_scale_merge",
     "channel_scale",
     "dora_merge",
@@ -78,6 +81,7 @@ __all__ = [
     "kernel_linear",
     "kernel_merge",
     "kernel_quantile",
+    "lora_feature_gate",
     "lowrank_apply",
     "lowrank_merge",
     "lowrank_merge_",
