@@ -1,13 +1,13 @@
 // CPU loops of batch_norm_silu, compiled once per CPU level. A lane is a column; rows are added up in blocks of a fixed number, and blocks
 // in double, whatever columns a call is for, so that the bits depend on neither threads nor level.
 #include "gating/batch_norm_silu.h"
-#include "routed/activations.h"
+#include "gating/logistic.h"
 #include "routed/lane_spans.h"
 
 namespace taskloom {
 namespace {
 
-constexpr int64_t block_rows = batch_norm_rows, most_columns = batch_norm_columns;
+constexpr int64_t block = batch_norm_block;
 
 inline int64_t whole_lanes(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
 
@@ -56,11 +56,11 @@ struct Target {
 
   bool direct() const { return dtype == dtype_of_arithmetic<Acc>; }
   Acc* at(int64_t row, int64_t column) const {
-    return direct() ? static_cast<Acc*>(data) + offset + row * row_stride + column : scratch + row * most_columns + column;
+    return direct() ? static_cast<Acc*>(data) + offset + row * row_stride + column : scratch + row * n + column;
   }
   void finish(int64_t rows) const {
     if (direct()) return;
-    for (int64_t row = 0; row < rows; ++row) store_block(dtype, scratch + row * most_columns, n, data, offset + row * row_stride);
+    for (int64_t row = 0; row < rows; ++row) store_block(dtype, scratch + row * n, n, data, offset + row * row_stride);
   }
   Target from_row(int64_t row) const { return {dtype, data, offset + row * row_stride, row_stride, n, scratch}; }
 };
@@ -80,12 +80,32 @@ inline __attribute__((always_inline)) Column<Acc> column_of(const BatchNormSilu&
   return {some(view.mean), some(view.rstd), some(view.weight), some(view.bias)};
 }
 
-// Where the columns of a strip are in vectors [experts, features].
-inline int64_t place_of(const BatchNormSilu& view, int64_t expert, int64_t first) { return expert * view.features + first; }
+// Calls body(row, rows, first, n) for the blocks of a piece.
+template <int64_t block_rows, int64_t block_columns, class F>
+inline void over_blocks(const BatchNormPiece& piece, const F& body) {
+  const int64_t last_row = piece.first_row + piece.rows, last = piece.first + piece.n;
+  for (int64_t row = piece.first_row; row < last_row; row += block_rows) {
+    const int64_t rows = last_row - row < block_rows ? last_row - row : block_rows;
+    for (int64_t first = piece.first; first < last; first += block_columns) {
+      body(row, rows, first, last - first < block_columns ? last - first : block_columns);
+    }
+  }
+}
+
+template <class F>
+inline void over_runs(const BatchNormPiece& piece, const F& body) {
+  over_blocks<batch_norm_run_rows, batch_norm_run_columns>(piece, body);
+}
 
 template <class Acc>
-inline Target<Acc> target_of(const BatchNormSilu& view, int64_t place, int64_t n, Acc* scratch) {
-  return {view.z.dtype, view.y, place, view.experts * view.features, n, scratch};
+inline Block<Acc> z_rows(const BatchNormSilu& view, int64_t expert, int64_t row, int64_t rows, int64_t first, int64_t n, Acc* scratch) {
+  return read_rows(view.z, row * view.row_stride + expert * view.expert_stride + first, view.row_stride, rows, n, scratch);
+}
+
+template <class Acc>
+inline Target<Acc> target_of(const BatchNormSilu& view, int64_t row, int64_t place, int64_t n, Acc* scratch) {
+  const int64_t stride = view.experts * view.features;
+  return {view.z.dtype, view.y, row * stride + place, stride, n, scratch};
 }
 
 template <Activation activation, class Acc>
@@ -93,7 +113,7 @@ inline void apply_block(const BatchNormSilu& view, int64_t place, const Block<Ac
   over_lanes(to.n, [&](int64_t column, auto count) __attribute__((always_inline)) {
     const Column<Acc> one = column_of<Acc>(view, place + column, count);
     for (int64_t row = 0; row < rows; ++row) {
-      store_some(to.at(row, column), count, activated<activation>(one.inner(one.normal(z.at(row, column)))));
+      store_some(to.at(row, column), count, gated<activation>(one.inner(one.normal(z.at(row, column)))));
     }
   });
   to.finish(rows);
@@ -111,32 +131,33 @@ inline __attribute__((always_inline)) Lanes<Acc> sum_of_rows(int64_t rows, const
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Means and sums of squares about them of a strip's columns, as blocks of rows are added (Chan, Golub and LeVeque).
-template <class Acc>
-struct Moments {
-  double mean[most_columns] = {}, squares[most_columns] = {};
-  int64_t count = 0;
+// The mean and the sum of squares about it of `count` values, with `rows` more (Chan, Golub and LeVeque).
+inline void add_moments(double& mean, double& squares, double other_mean, double other_squares, double share, double weight) {
+  const double step = other_mean - mean;
+  squares = squares + (other_squares + step * step * weight);
+  mean = mean + step * share;
+}
 
-  void add(const Block<Acc>& z, int64_t rows, int64_t n) {
-    Acc means[most_columns], apart[most_columns];
-    for (int64_t column = 0; column < n; column += lanes) {
-      const Lanes<Acc> sum = sum_of_rows<Acc>(rows, [&](int64_t row) __attribute__((always_inline)) { return z.at(row, column); });
-      const Lanes<Acc> middle = sum / every_lane(static_cast<Acc>(rows));
-      store_whole(means + column, middle);
-      store_whole(apart + column, sum_of_rows<Acc>(rows, [&](int64_t row) __attribute__((always_inline)) {
-                    const Lanes<Acc> one = z.at(row, column) - middle;
-                    return one * one;
-                  }));
+template <class Acc>
+inline void add_block(const Block<Acc>& z, int64_t rows, int64_t n, int64_t count, double* mean, double* squares) {
+  const double share = static_cast<double>(rows) / static_cast<double>(count + rows), weight = static_cast<double>(count) * share;
+  const Lanes<Acc> rows_lanes = every_lane(static_cast<Acc>(rows));
+  over_lanes(n, [&](int64_t column, auto wanted) __attribute__((always_inline)) {
+    const Lanes<Acc> middle =
+        sum_of_rows<Acc>(rows, [&](int64_t row) __attribute__((always_inline)) { return z.at(row, column); }) / rows_lanes;
+    const Lanes<Acc> apart = sum_of_rows<Acc>(rows, [&](int64_t row) __attribute__((always_inline)) {
+      const Lanes<Acc> one = z.at(row, column) - middle;
+      return one * one;
+    });
+    Acc means[lanes], parts[lanes];
+    store_whole(means, middle);
+    store_whole(parts, apart);
+    for (int64_t lane = 0; lane < wanted; ++lane) {
+      add_moments(mean[column + lane], squares[column + lane], static_cast<double>(means[lane]), static_cast<double>(parts[lane]), share,
+                  weight);
     }
-    const double share = static_cast<double>(rows) / static_cast<double>(count + rows), weight = static_cast<double>(count) * share;
-    for (int64_t column = 0; column < n; ++column) {
-      const double step = static_cast<double>(means[column]) - mean[column];
-      squares[column] = squares[column] + (static_cast<double>(apart[column]) + step * step * weight);
-      mean[column] = mean[column] + step * share;
-    }
-    count += rows;
-  }
-};
+  });
+}
 
 template <class Acc>
 inline void invert_as(const Acc* var, Acc eps, int64_t n, Acc* rstd) {
@@ -145,123 +166,136 @@ inline void invert_as(const Acc* var, Acc eps, int64_t n, Acc* rstd) {
   });
 }
 
-template <class F>
-inline void over_row_blocks(int64_t rows, const F& work) {
-  for (int64_t row = 0; row < rows; row += block_rows) work(row, rows - row < block_rows ? rows - row : block_rows);
-}
-
-template <Activation activation, class Acc>
-void train_as(const BatchNormSilu& view, int64_t expert, int64_t first, int64_t n, bool keep, Acc* scratch) {
-  const int64_t stride = whole_lanes(n), place = place_of(view, expert, first), offset = expert * view.expert_stride + first;
-  Acc* const kept = scratch + block_rows * most_columns;
-  Moments<Acc> moments;
-  over_row_blocks(view.rows, [&](int64_t row, int64_t rows) {
-    const int64_t from = offset + row * view.row_stride;
-    const Block<Acc> z = keep ? copied_rows(view.z, from, view.row_stride, rows, n, kept + row * stride)
-                              : read_rows(view.z, from, view.row_stride, rows, n, kept);
-    moments.add(z, rows, n);
-  });
-  Acc *const mean = static_cast<Acc*>(view.mean) + place, *const var = static_cast<Acc*>(view.var) + place;
-  for (int64_t column = 0; column < n; ++column) {
-    mean[column] = static_cast<Acc>(moments.mean[column]);
-    var[column] = static_cast<Acc>(moments.squares[column] / static_cast<double>(view.rows));
-  }
-  invert_as(var, static_cast<Acc>(view.eps), n, static_cast<Acc*>(view.rstd) + place);
-  const Target<Acc> to = target_of(view, place, n, scratch);
-  over_row_blocks(view.rows, [&](int64_t row, int64_t rows) {
-    const Block<Acc> z =
-        keep ? Block<Acc>{kept + row * stride, stride} : read_rows(view.z, offset + row * view.row_stride, view.row_stride, rows, n, kept);
-    apply_block<activation>(view, place, z, rows, to.from_row(row));
+template <class Acc>
+void moments_as(const BatchNormSilu& view, const BatchNormPiece& piece, double* mean, double* squares, Acc* scratch) {
+  for (int64_t column = 0; column < piece.n; ++column) mean[column] = squares[column] = 0;
+  over_blocks<batch_norm_sum_rows, batch_norm_sum_columns>(piece, [&](int64_t row, int64_t rows, int64_t first, int64_t n) {
+    const Block<Acc> z = z_rows(view, piece.expert, row, rows, first, n, scratch);
+    add_block(z, rows, n, row - piece.first_row, mean + (first - piece.first), squares + (first - piece.first));
   });
 }
 
-template <Activation activation, class Acc>
-void apply_as(const BatchNormSilu& view, int64_t first_row, int64_t rows, Acc* scratch) {
-  for (int64_t expert = 0; expert < view.experts; ++expert) {
-    for (int64_t first = 0; first < view.features; first += most_columns) {
-      const int64_t n = view.features - first < most_columns ? view.features - first : most_columns, place = place_of(view, expert, first);
-      const int64_t offset = expert * view.expert_stride + first + first_row * view.row_stride;
-      const Block<Acc> z = read_rows(view.z, offset, view.row_stride, rows, n, scratch + block_rows * most_columns);
-      apply_block<activation>(view, place, z, rows, target_of(view, place, n, scratch).from_row(first_row));
+template <class Acc>
+void join_moments_as(const BatchNormSilu& view, int64_t column, int64_t n, const double* mean, const double* squares, int64_t stride) {
+  for (int64_t i = column; i < column + n; ++i) {
+    double middle = 0, apart = 0;
+    for (int64_t row = 0; row < view.rows; row += batch_norm_rows) {
+      const int64_t place = row / batch_norm_rows * stride + i,
+                    rows = view.rows - row < batch_norm_rows ? view.rows - row : batch_norm_rows;
+      const double share = static_cast<double>(rows) / static_cast<double>(row + rows);
+      add_moments(middle, apart, mean[place], squares[place], share, static_cast<double>(row) * share);
     }
+    static_cast<Acc*>(view.mean)[i] = static_cast<Acc>(middle);
+    static_cast<Acc*>(view.var)[i] = static_cast<Acc>(apart / static_cast<double>(view.rows));
   }
+  invert_as(static_cast<const Acc*>(view.var) + column, static_cast<Acc>(view.eps), n, static_cast<Acc*>(view.rstd) + column);
 }
 
-// What backward reads of a strip, and what it makes of it a block of rows at a time.
 template <Activation activation, class Acc>
-struct BackwardStrip {
-  const BatchNormSiluBackward& view;
-  int64_t expert, first, n, place;
-  Acc *slopes, *normals;  // each of a block, or of all rows
-  double plain[most_columns] = {}, times_normal[most_columns] = {};
+void apply_as(const BatchNormSilu& view, const BatchNormPiece& piece, Acc* scratch) {
+  over_runs(piece, [&](int64_t row, int64_t rows, int64_t first, int64_t n) {
+    const int64_t place = piece.expert * view.features + first;
+    const Block<Acc> z = z_rows(view, piece.expert, row, rows, first, n, scratch + block);
+    apply_block<activation>(view, place, z, rows, target_of(view, row, place, n, scratch));
+  });
+}
 
-  int64_t stride() const { return whole_lanes(n); }
+template <class Acc>
+inline Block<Acc> gradient_rows(const BatchNormSiluBackward& view, int64_t expert, int64_t row, int64_t rows, int64_t first, int64_t n,
+                                Acc* scratch) {
+  return read_rows(view.gradient, row * view.row_stride + expert * view.expert_stride + first, view.row_stride, rows, n, scratch);
+}
 
-  // The gradients of the activation's arguments and the normalised values of rows, put at row `at` of the two.
-  void differentiate(int64_t row, int64_t rows, int64_t at, bool add) {
-    const BatchNormSilu& f = view.forward;
-    Acc *const slope_rows = slopes + at * stride(), *const normal_rows = normals + at * stride();
-    const Block<Acc> gradient =
-        read_rows(view.gradient, expert * view.expert_stride + first + row * view.row_stride, view.row_stride, rows, n, slope_rows);
-    const Block<Acc> z = read_rows(f.z, expert * f.expert_stride + first + row * f.row_stride, f.row_stride, rows, n, normal_rows);
-    over_lanes(n, [&](int64_t column, auto count) __attribute__((always_inline)) {
-      const Column<Acc> one = column_of<Acc>(f, place + column, count);
-      Lanes<Acc> sum = every_lane(Acc{0}), product = sum;
-      for (int64_t i = 0; i < rows; ++i) {
-        const Lanes<Acc> normal = one.normal(z.at(i, column));
-        const Lanes<Acc> slope = gradient.at(i, column) * slope_of<activation>(one.inner(normal));
-        sum = sum + slope;
-        product = product + slope * normal;
-        store_whole(slope_rows + i * stride() + column, slope);
-        store_whole(normal_rows + i * stride() + column, normal);
-      }
-      if (!add) return;
-      Acc sums[lanes], products[lanes];
-      store_whole(sums, sum);
-      store_whole(products, product);
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        plain[column + lane] += static_cast<double>(sums[lane]);
-        times_normal[column + lane] += static_cast<double>(products[lane]);
-      }
-    });
-  }
+// Whether the summands may lie where the gradient of z will.
+template <class Acc>
+inline bool keeps_slopes(const BatchNormSiluBackward& view) {
+  return view.forward.y != nullptr && !view.running && view.forward.z.dtype == dtype_of_arithmetic<Acc>;
+}
 
-  // The gradient of z from what `differentiate` put at row `at`.
-  void finish(int64_t rows, int64_t at, const Acc* mean_plain, const Acc* mean_product, const Target<Acc>& to) const {
-    const Block<Acc> slope{slopes + at * stride(), stride()}, normal{normals + at * stride(), stride()};
-    over_lanes(n, [&](int64_t column, auto count) __attribute__((always_inline)) {
-      const Column<Acc> one = column_of<Acc>(view.forward, place + column, count);
-      const Lanes<Acc> factor = one.rstd * one.weight, apart = load_whole(mean_plain + column), product = load_whole(mean_product + column);
-      for (int64_t i = 0; i < rows; ++i) {
-        store_some(to.at(i, column), count, factor * ((slope.at(i, column) - apart) - normal.at(i, column) * product));
-      }
-    });
-    to.finish(rows);
+// Sums of some rows, which go to double before they are long.
+template <class Acc>
+struct ShortSums {
+  Acc plain[batch_norm_run_columns] = {}, product[batch_norm_run_columns] = {};
+
+  void move_to(double* plain_total, double* product_total, int64_t n) {
+    for (int64_t column = 0; column < n; ++column) {
+      plain_total[column] += static_cast<double>(plain[column]);
+      product_total[column] += static_cast<double>(product[column]);
+      plain[column] = product[column] = 0;
+    }
   }
 };
 
 template <Activation activation, class Acc>
-void backward_as(const BatchNormSiluBackward& view, int64_t expert, int64_t first, int64_t n, bool keep, Acc* scratch) {
+void sums_as(const BatchNormSiluBackward& view, const BatchNormPiece& piece, double* plain, double* product, Acc* scratch) {
   const BatchNormSilu& f = view.forward;
-  const int64_t kept_rows = keep ? f.rows : block_rows, place = place_of(f, expert, first);
-  Acc *const slopes = scratch + block_rows * most_columns, *const normals = slopes + kept_rows * whole_lanes(n);
-  BackwardStrip<activation, Acc> strip{view, expert, first, n, place, slopes, normals};
-  const Target<Acc> to = target_of(f, place, n, scratch);
-  Acc mean_plain[most_columns] = {}, mean_product[most_columns] = {};
-  over_row_blocks(f.rows, [&](int64_t row, int64_t rows) {
-    strip.differentiate(row, rows, keep ? row : 0, true);
-    if (view.running && f.y != nullptr) strip.finish(rows, keep ? row : 0, mean_plain, mean_product, to.from_row(row));
+  const bool keep = keeps_slopes<Acc>(view), last = f.y != nullptr && view.running;
+  const int64_t place = piece.expert * f.features + piece.first, n = piece.n;
+  ShortSums<Acc> sums;
+  for (int64_t column = 0; column < n; ++column) plain[column] = product[column] = 0;
+  over_runs(piece, [&](int64_t row, int64_t rows, int64_t first, int64_t) {
+    const Block<Acc> z = z_rows(f, piece.expert, row, rows, first, n, scratch + block);
+    const Block<Acc> gradient = gradient_rows(view, piece.expert, row, rows, first, n, scratch + 2 * block);
+    const Target<Acc> to = target_of(f, row, place, n, scratch);
+    over_lanes(n, [&](int64_t column, auto count) __attribute__((always_inline)) {
+      const Column<Acc> one = column_of<Acc>(f, place + column, count);
+      const Lanes<Acc> factor = one.rstd * one.weight;
+      Lanes<Acc> sum = load_whole(sums.plain + column), products = load_whole(sums.product + column);
+      for (int64_t i = 0; i < rows; ++i) {
+        const Lanes<Acc> normal = one.normal(z.at(i, column));
+        const Lanes<Acc> slope = gradient.at(i, column) * gated_slope<activation>(one.inner(normal));
+        sum = sum + slope;
+        products = products + slope * normal;
+        if (keep) store_some(to.at(i, column), count, slope);
+        if (last) store_some(to.at(i, column), count, slope * factor);
+      }
+      store_whole(sums.plain + column, sum);
+      store_whole(sums.product + column, products);
+    });
+    if (last) to.finish(rows);
+    if ((row + rows - piece.first_row) % batch_norm_sum_rows == 0) sums.move_to(plain, product, n);
   });
-  for (int64_t column = 0; column < n; ++column) {
-    static_cast<Acc*>(view.for_bias)[place + column] = static_cast<Acc>(strip.plain[column]);
-    static_cast<Acc*>(view.for_weight)[place + column] = static_cast<Acc>(strip.times_normal[column]);
-    mean_plain[column] = static_cast<Acc>(strip.plain[column] / static_cast<double>(f.rows));
-    mean_product[column] = static_cast<Acc>(strip.times_normal[column] / static_cast<double>(f.rows));
+  sums.move_to(plain, product, n);
+}
+
+template <class Acc>
+void join_sums_as(const BatchNormSiluBackward& view, int64_t column, int64_t n, const double* plain, const double* product,
+                  int64_t stride) {
+  const int64_t parts = (view.forward.rows + batch_norm_rows - 1) / batch_norm_rows;
+  for (int64_t i = column; i < column + n; ++i) {
+    double sum = 0, products = 0;
+    for (int64_t part = 0; part < parts; ++part) {
+      sum = sum + plain[part * stride + i];
+      products = products + product[part * stride + i];
+    }
+    static_cast<Acc*>(view.for_bias)[i] = static_cast<Acc>(sum);
+    static_cast<Acc*>(view.for_weight)[i] = static_cast<Acc>(products);
   }
-  if (view.running || f.y == nullptr) return;
-  over_row_blocks(f.rows, [&](int64_t row, int64_t rows) {
-    if (!keep) strip.differentiate(row, rows, 0, false);
-    strip.finish(rows, keep ? row : 0, mean_plain, mean_product, to.from_row(row));
+}
+
+template <Activation activation, class Acc>
+void finish_as(const BatchNormSiluBackward& view, const BatchNormPiece& piece, Acc* scratch) {
+  const BatchNormSilu& f = view.forward;
+  const bool kept = keeps_slopes<Acc>(view);
+  const Lanes<Acc> total = every_lane(static_cast<Acc>(f.rows));
+  over_runs(piece, [&](int64_t row, int64_t rows, int64_t first, int64_t n) {
+    const int64_t place = piece.expert * f.features + first;
+    const Block<Acc> z = z_rows(f, piece.expert, row, rows, first, n, scratch + block);
+    const Target<Acc> to = target_of(f, row, place, n, scratch);
+    const Block<Acc> gradient = kept ? Block<Acc>{} : gradient_rows(view, piece.expert, row, rows, first, n, scratch + 2 * block);
+    over_lanes(n, [&](int64_t column, auto count) __attribute__((always_inline)) {
+      const Column<Acc> one = column_of<Acc>(f, place + column, count);
+      const Lanes<Acc> factor = one.rstd * one.weight;
+      const Lanes<Acc> plain = load_some(static_cast<const Acc*>(view.for_bias) + place + column, count, Acc{0}) / total,
+                       product = load_some(static_cast<const Acc*>(view.for_weight) + place + column, count, Acc{0}) / total;
+      for (int64_t i = 0; i < rows; ++i) {
+        const Lanes<Acc> normal = one.normal(z.at(i, column));
+        const Lanes<Acc> slope =
+            kept ? load_some(to.at(i, column), count, Acc{0}) : gradient.at(i, column) * gated_slope<activation>(one.inner(normal));
+        store_some(to.at(i, column), count, factor * ((slope - plain) - normal * product));
+      }
+    });
+    to.finish(rows);
   });
 }
 
@@ -301,37 +335,55 @@ void invert(bool wide, const void* var, double eps, int64_t n, void* rstd) {
   }
 }
 
-void train(bool wide, const BatchNormSilu& view, int64_t expert, int64_t first, int64_t n, bool keep, void* scratch) {
+void moments(bool wide, const BatchNormSilu& view, const BatchNormPiece& piece, double* mean, double* squares, void* scratch) {
+  if (wide) {
+    moments_as(view, piece, mean, squares, static_cast<double*>(scratch));
+  } else {
+    moments_as(view, piece, mean, squares, static_cast<float*>(scratch));
+  }
+}
+
+void join_moments(bool wide, const BatchNormSilu& view, int64_t column, int64_t n, const double* mean, const double* squares,
+                  int64_t stride) {
+  (wide ? join_moments_as<double> : join_moments_as<float>)(view, column, n, mean, squares, stride);
+}
+
+void apply(bool wide, const BatchNormSilu& view, const BatchNormPiece& piece, void* scratch) {
   with_activation(view.activation, [&]<Activation activation>() {
     if (wide) {
-      train_as<activation>(view, expert, first, n, keep, static_cast<double*>(scratch));
+      apply_as<activation>(view, piece, static_cast<double*>(scratch));
     } else {
-      train_as<activation>(view, expert, first, n, keep, static_cast<float*>(scratch));
+      apply_as<activation>(view, piece, static_cast<float*>(scratch));
     }
   });
 }
 
-void apply(bool wide, const BatchNormSilu& view, int64_t first_row, int64_t rows, void* scratch) {
-  with_activation(view.activation, [&]<Activation activation>() {
-    if (wide) {
-      apply_as<activation>(view, first_row, rows, static_cast<double*>(scratch));
-    } else {
-      apply_as<activation>(view, first_row, rows, static_cast<float*>(scratch));
-    }
-  });
-}
-
-void backward(bool wide, const BatchNormSiluBackward& view, int64_t expert, int64_t first, int64_t n, bool keep, void* scratch) {
+void sums(bool wide, const BatchNormSiluBackward& view, const BatchNormPiece& piece, double* plain, double* product, void* scratch) {
   with_activation(view.forward.activation, [&]<Activation activation>() {
     if (wide) {
-      backward_as<activation>(view, expert, first, n, keep, static_cast<double*>(scratch));
+      sums_as<activation>(view, piece, plain, product, static_cast<double*>(scratch));
     } else {
-      backward_as<activation>(view, expert, first, n, keep, static_cast<float*>(scratch));
+      sums_as<activation>(view, piece, plain, product, static_cast<float*>(scratch));
     }
   });
 }
 
-const BatchNormSiluLoops table = {load, invert, train, apply, backward};
+void join_sums(bool wide, const BatchNormSiluBackward& view, int64_t column, int64_t n, const double* plain, const double* product,
+               int64_t stride) {
+  (wide ? join_sums_as<double> : join_sums_as<float>)(view, column, n, plain, product, stride);
+}
+
+void finish(bool wide, const BatchNormSiluBackward& view, const BatchNormPiece& piece, void* scratch) {
+  with_activation(view.forward.activation, [&]<Activation activation>() {
+    if (wide) {
+      finish_as<activation>(view, piece, static_cast<double*>(scratch));
+    } else {
+      finish_as<activation>(view, piece, static_cast<float*>(scratch));
+    }
+  });
+}
+
+const BatchNormSiluLoops table = {load, invert, moments, join_moments, apply, sums, join_sums, finish};
 
 }  // namespace
 

@@ -13,10 +13,7 @@
 namespace taskloom {
 namespace {
 
-// What a strip of columns may keep of all rows: more does not stay near a core until it is read again.
-constexpr int64_t most_kept = 3 << 20;
-// Strips that give many threads work each.
-constexpr int64_t many_strips = 32;
+constexpr int64_t columns_of_a_join = 1024;
 
 Activation activation_of(const std::string& name) {
   if (name == "none") return Activation::none;
@@ -93,21 +90,44 @@ struct Given {
   }
 };
 
-// The columns of each expert in strips.
-struct Strips {
-  int64_t features, step, each, count, element;
-
-  Strips(const BatchNormSilu& view, bool wide) : features(view.features), step(batch_norm_columns), element(wide ? 8 : 4) {
-    while (step > 16 && view.experts * chunk_count(features, step) < many_strips) step /= 2;
-    each = chunk_count(features, step);
-    count = view.experts * each;
+// The rows of each expert's columns in pieces, and their sums over rows, two for each piece and column.
+class Pieces {
+ public:
+  Pieces(const BatchNormSilu& view, bool wide)
+      : rows_(view.rows), features_(view.features), columns_(view.experts * view.features), wide_(wide) {
+    groups_ = chunk_count(features_, batch_norm_columns);
+    parts_ = chunk_count(rows_, batch_norm_rows);
+    count_ = view.experts * groups_ * parts_;
   }
 
-  int64_t expert(int64_t strip) const { return strip / each; }
-  int64_t first(int64_t strip) const { return strip % each * step; }
-  int64_t size(int64_t strip) const { return std::min(step, features - first(strip)); }
-  int64_t block() const { return batch_norm_rows * batch_norm_columns * element; }
-  int64_t all_rows(int64_t rows) const { return rows * step * element; }
+  int64_t parts() const { return parts_; }
+  int64_t stride() const { return 2 * columns_; }
+
+  // Calls body(piece, place of its sums, scratch of `blocks` blocks) for each piece.
+  template <class F>
+  void each(int64_t blocks, const F& body) const {
+    torch_parallel()(count_, [&](int64_t index) {
+      const int64_t part = index / (count_ / parts_), others = index % (count_ / parts_), expert = others / groups_,
+                    first_row = part * batch_norm_rows, first = others % groups_ * batch_norm_columns;
+      const BatchNormPiece piece{expert, first_row, std::min(batch_norm_rows, rows_ - first_row), first,
+                                 std::min(batch_norm_columns, features_ - first)};
+      const ThreadScratch scratch(ScratchUse::positions, blocks * batch_norm_block * (wide_ ? 8 : 4));
+      body(piece, part * stride() + expert * features_ + first, scratch.data());
+    });
+  }
+
+  // Calls body(column, n) for runs of columns.
+  template <class F>
+  void each_join(const F& body) const {
+    torch_parallel()(chunk_count(columns_, columns_of_a_join), [&](int64_t index) {
+      const int64_t column = index * columns_of_a_join;
+      body(column, std::min(columns_of_a_join, columns_ - column));
+    });
+  }
+
+ private:
+  int64_t rows_, features_, columns_, groups_, parts_, count_;
+  bool wide_;
 };
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_silu_cpu(const Tensor& z, OptionalTensor weight, OptionalTensor bias,
@@ -122,25 +142,23 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_silu_cpu(const Tensor& z, Optional
   Tensor mean = empty_cpu({given.experts, given.features}, arithmetic_type(wide)),
          var = empty_cpu({given.experts, given.features}, arithmetic_type(wide));
   const BatchNormSilu view = given.view(mean, var, y.mutable_data_ptr(), given.z.is_dense(given.features));
+  const Pieces pieces(view, wide);
   const BatchNormSiluLoops& loops = batch_norm_silu_loops();
   if (running_mean) {
     loops.load(wide, OptionalElements(running_mean, columns, "running_mean").view(), 0, columns, view.mean);
     loops.load(wide, OptionalElements(running_var, columns, "running_var").view(), 0, columns, view.var);
     loops.invert(wide, view.var, eps, columns, view.rstd);
-    torch_parallel()(columns == 0 ? 0 : chunk_count(given.rows, batch_norm_rows), [&](int64_t piece) {
-      const ThreadScratch scratch(ScratchUse::positions, 2 * Strips(view, wide).block());
-      const int64_t first = piece * batch_norm_rows;
-      batch_norm_silu_loops().apply(wide, view, first, std::min(batch_norm_rows, given.rows - first), scratch.data());
+  } else {
+    STD_TORCH_CHECK(given.rows > 1, "z: expected at least two rows for a batch's statistics, got ", given.rows);
+    Tensor sums = empty_cpu({pieces.parts(), pieces.stride()}, ScalarType::Double);
+    auto* const means = static_cast<double*>(sums.mutable_data_ptr());
+    double* const squares = means + columns;
+    pieces.each(1, [&](const BatchNormPiece& piece, int64_t place, void* scratch) {
+      loops.moments(wide, view, piece, means + place, squares + place, scratch);
     });
-    return {y, mean, var};
+    pieces.each_join([&](int64_t column, int64_t n) { loops.join_moments(wide, view, column, n, means, squares, pieces.stride()); });
   }
-  STD_TORCH_CHECK(given.rows > 1, "z: expected at least two rows for a batch's statistics, got ", given.rows);
-  const Strips strips(view, wide);
-  const bool keep = strips.all_rows(given.rows) <= most_kept;
-  torch_parallel()(strips.count, [&](int64_t strip) {
-    const ThreadScratch scratch(ScratchUse::positions, strips.block() + std::max(strips.block(), keep ? strips.all_rows(given.rows) : 0));
-    batch_norm_silu_loops().train(wide, view, strips.expert(strip), strips.first(strip), strips.size(strip), keep, scratch.data());
-  });
+  pieces.each(2, [&](const BatchNormPiece& piece, int64_t, void* scratch) { loops.apply(wide, view, piece, scratch); });
   return {y, mean, var};
 }
 
@@ -170,14 +188,19 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_silu_backward_cpu(const Tensor& gr
                                    running,
                                    dweight.mutable_data_ptr(),
                                    dbias.mutable_data_ptr()};
-  batch_norm_silu_loops().invert(wide, view.forward.var, eps, columns, view.forward.rstd);
-  const Strips strips(view.forward, wide);
-  const bool keep = for_z && !running && 2 * strips.all_rows(given.rows) <= most_kept;
-  torch_parallel()(strips.count, [&](int64_t strip) {
-    const int64_t kept = std::max(strips.block(), keep ? strips.all_rows(given.rows) : 0);
-    const ThreadScratch scratch(ScratchUse::positions, strips.block() + 2 * kept);
-    batch_norm_silu_loops().backward(wide, view, strips.expert(strip), strips.first(strip), strips.size(strip), keep, scratch.data());
+  const BatchNormSiluLoops& loops = batch_norm_silu_loops();
+  loops.invert(wide, view.forward.var, eps, columns, view.forward.rstd);
+  const Pieces pieces(view.forward, wide);
+  Tensor sums = empty_cpu({pieces.parts(), pieces.stride()}, ScalarType::Double);
+  auto* const plain = static_cast<double*>(sums.mutable_data_ptr());
+  double* const product = plain + columns;
+  pieces.each(3, [&](const BatchNormPiece& piece, int64_t place, void* scratch) {
+    loops.sums(wide, view, piece, plain + place, product + place, scratch);
   });
+  pieces.each_join([&](int64_t column, int64_t n) { loops.join_sums(wide, view, column, n, plain, product, pieces.stride()); });
+  if (for_z && !running) {
+    pieces.each(3, [&](const BatchNormPiece& piece, int64_t, void* scratch) { loops.finish(wide, view, piece, scratch); });
+  }
   const auto result = [](const Tensor& sums, const OptionalTensor& like, bool wanted, ScalarType otherwise) {
     if (!wanted || !like) return empty_cpu({0}, like ? like->scalar_type() : otherwise);
     return sums.scalar_type() == like->scalar_type() ? sums : torch::stable::to(sums, like->scalar_type());

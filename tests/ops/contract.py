@@ -15,6 +15,8 @@ _INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloa
 # Sums of many products, which a GPU, or a program of one, adds up in another order than the CPU, or by fused multiply-adds.
 REORDERED_SUMS = frozenset(
     {
+        "batch_norm_silu",
+        "batch_norm_silu_backward",
         "block_scale_merge_backward",
         "channel_scale",
         "channel_scale_backward",
@@ -23,6 +25,8 @@ REORDERED_SUMS = frozenset(
         "kernel_merge",
         "kernel_merge_backward",
         "kernel_merge_out",
+        "lora_feature_gate",
+        "lora_feature_gate_backward",
         "lowrank_apply",
         "lowrank_apply_backward",
         "lowrank_merge",

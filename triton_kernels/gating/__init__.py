@@ -1,1 +1,13 @@
 """Launchers of the gating family's Triton kernels, with the arguments of the ops of the same names in ``torch.ops.taskloom``."""
+
+from __future__ import annotations
+
+from taskloom.triton_kernels.gating.batch_norm_silu import batch_norm_silu, batch_norm_silu_backward
+from taskloom.triton_kernels.gating.lora_feature_gate import lora_feature_gate, lora_feature_gate_backward
+
+__all__ = [
+    "batch_norm_silu",
+    "batch_norm_silu_backward",
+    "lora_feature_gate",
+    "lora_feature_gate_backward",
+]

@@ -1,10 +1,12 @@
 """Modules made of the ops: adapters beside layers, their way into a model and onto the disk; layers of some channels or changing width;
 gates over experts.
 """
+"""Modules made of the ops: adapters beside layers, into a model and onto the disk; layers of some channels; gates and experts."""
 
 from __future__ import annotations
 
 from taskloom.nn.adapter_files import adapter_state_dict, load_adapter, save_adapter
+from taskloom.nn.feature_gate import FeatureGate
 from taskloom.nn.fused_linear import SplitLinear, split_fused
 from taskloom.nn.inject import LayerConfig, inject
 from taskloom.nn.kernel_linear import KernelConfig, KernelLinear
@@ -17,12 +19,14 @@ from taskloom.nn.slim_export import export
 from taskloom.nn.slim_layers import SlimConv2d, SlimLinear
 from taskloom.nn.slim_norm2d import SlimNorm2d
 from taskloom.nn.slim_widths import Width, Widths, make_divisible, use_width
+from taskloom.nn.stacked_experts import StackedBatchNormSiLU, StackedExperts
 from taskloom.nn.task_window import RoutedResidual, TaskWindow
 from taskloom.nn.use_tasks import use_tasks
 from taskloom.nn.window_layers import WindowConv2d, WindowLinear
 
 __all__ = [
     "BASE",
+    "FeatureGate",
     "KernelConfig",
     "KernelLinear",
     "LayerConfig",
@@ -35,6 +39,8 @@ __all__ = [
     "SlimLinear",
     "SlimNorm2d",
     "SplitLinear",
+    "StackedBatchNormSiLU",
+    "StackedExperts",
     "TaskWindow",
     "Width",
     "Widths",

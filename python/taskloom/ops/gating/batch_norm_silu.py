@@ -193,11 +193,10 @@ def _fake_backward(
     for_weight: bool,
     for_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    none = z.new_empty(0)
     return (
-        z.new_empty(z.shape) if for_z else none,
-        none if weight is None else weight.new_empty(weight.shape if for_weight else (0,)),
-        none if bias is None else bias.new_empty(bias.shape if for_bias else (0,)),
+        z.new_empty(z.shape if for_z else (0,)),
+        z.new_empty(0) if weight is None else weight.new_empty(weight.shape if for_weight else (0,)),
+        z.new_empty(0) if bias is None else bias.new_empty(bias.shape if for_bias else (0,)),
     )
 
 

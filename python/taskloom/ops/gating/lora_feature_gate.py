@@ -8,7 +8,7 @@ from torch import Tensor
 
 from taskloom.ops._backends import kernel
 from taskloom.ops._checks import check_floating, check_shape
-from taskloom.ops._register import implement_on_cpu, register
+from taskloom.ops._register import register
 from taskloom.reference import gating as reference
 from taskloom.reference.arithmetic import accumulation_dtype
 
@@ -149,7 +149,5 @@ def _backward(ctx: Any, gradient: Tensor, *others: Tensor) -> tuple[Tensor | Non
     return tuple(one if want else None for one, want in zip(found, wanted, strict=True))
 
 
-implement_on_cpu("lora_feature_gate", reference.lora_feature_gate)
-implement_on_cpu("lora_feature_gate_backward", reference.lora_feature_gate_backward)
 register("lora_feature_gate", fake=_fake_gate, backward=_backward, setup_context=_setup)
 register("lora_feature_gate_backward", fake=_fake_backward)

@@ -70,9 +70,8 @@ def batch_norm_silu_backward(
     plain, times_normal = slopes.sum(0), (slopes * normal).sum(0)
     apart = slopes if running else slopes - (plain + normal * times_normal) / len(z)
     dz = (apart * (rstd if weight is None else rstd * weight.to(dtype))).to(z.dtype).contiguous()
-    none = z.new_empty(0)
     return (
-        dz if for_z else none,
-        none if weight is None else times_normal.to(weight.dtype) if for_weight else weight.new_empty(0),
-        none if bias is None else plain.to(bias.dtype) if for_bias else bias.new_empty(0),
+        dz if for_z else z.new_empty(0),
+        z.new_empty(0) if weight is None else times_normal.to(weight.dtype) if for_weight else weight.new_empty(0),
+        z.new_empty(0) if bias is None else plain.to(bias.dtype) if for_bias else bias.new_empty(0),
     )

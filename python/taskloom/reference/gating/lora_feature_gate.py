@@ -11,7 +11,7 @@ from taskloom.reference.arithmetic import accumulation_dtype, without_autocast
 def _gates(inner: Tensor, up: Tensor) -> Tensor:
     """Each map's gate 2 sigmoid((x down) up), [B, L, D]."""
     maps, rank, _ = up.shape
-    return 2 * torch.sigmoid(torch.einsum("blr,lrd->bld", inner.reshape(-1, maps, rank), up))
+    return 2 * torch.sigmoid(torch.einsum("blr,lrd->bld", inner.unflatten(1, (maps, rank)), up))
 
 
 def _weighed(gates: Tensor, weight: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def lora_feature_gate(x: Tensor, down: Tensor, up: Tensor, weight: Tensor) -> tu
     """``x * sum_l weight_l * 2 sigmoid((x down_l) up_l)`` and the inner products ``x down``, [B, L r]."""
     dtype = accumulation_dtype(x, down, up, weight)
     values = x.to(dtype)
-    inner = torch.einsum("bd,ldr->blr", values, down.to(dtype)).reshape(len(x), -1)
+    inner = torch.einsum("bd,ldr->blr", values, down.to(dtype)).flatten(1)
     gate = _weighed(_gates(inner, up.to(dtype)), weight.to(dtype))
     return (values * gate).to(x.dtype), inner
 
