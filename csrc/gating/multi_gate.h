@@ -20,6 +20,7 @@ struct MultiGate {
   Elements self_logits;  // as logits, or no data
   int64_t gates, experts, width;
   RowLists read, own, either;  // experts of a gate, of its self gate, and of the two together
+  RowLists readers;            // gates of an expert
   bool sigmoid;
   void* out;    // [batch, gates, width] in the dtype of z
   void* probs;  // as logits, in the dtype of the arithmetic
@@ -40,10 +41,9 @@ inline int64_t multi_gate_tile(int64_t experts, int64_t width) {
   return tile < least ? (width < least ? width : least) : (width < tile ? width : tile);
 }
 
-// Accumulators of scratch that one sample takes.
+// Accumulators of scratch that a call takes: for sixteen samples together, whose weights are computed as lanes.
 inline int64_t multi_gate_scratch(int64_t gates, int64_t experts, int64_t width) {
-  const int64_t tile = multi_gate_tile(experts, width);
-  return 5 * gates * experts + 4 * (experts + 16) + (experts + gates + 1) * tile;
+  return 6 * 16 * gates * experts + (experts + gates + 1) * multi_gate_tile(experts, width);
 }
 
 struct MultiGateLoops {

@@ -115,6 +115,7 @@ struct Given {
             read.view(),
             own.view(),
             either.view(),
+            readers.view(),
             sigmoid,
             out,
             probs};
@@ -123,7 +124,8 @@ struct Given {
   // Calls work(first sample, samples, scratch) on torch's threads.
   template <class F>
   void over_pieces(const F& work) const {
-    const int64_t step = std::max<int64_t>(1, entries_per_piece / std::max<int64_t>(1, (gates + experts) * (width + gates)));
+    // Sixteen samples at a time share the work on their weights.
+    const int64_t step = 16 * std::max<int64_t>(1, entries_per_piece / (16 * (gates + experts) * (width + gates)));
     const int64_t bytes = multi_gate_scratch(gates, experts, width) * (wide ? 8 : 4);
     torch_parallel()(chunk_count(batch, step), [&](int64_t piece) {
       const ThreadScratch scratch(ScratchUse::positions, bytes);
