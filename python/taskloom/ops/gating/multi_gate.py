@@ -10,7 +10,7 @@ from torch import Tensor
 
 from taskloom.ops._backends import active_transform, kernel
 from taskloom.ops._checks import check_dtype, check_floating, check_shape
-from taskloom.ops._register import implement_on_cpu, register
+from taskloom.ops._register import register
 from taskloom.reference import gating as reference
 from taskloom.reference.arithmetic import accumulation_dtype
 
@@ -277,19 +277,5 @@ def _backward(ctx: Any, gradient: Tensor | None, for_probs: Tensor | None) -> tu
     return dlogits, dz, None, None, dself, None
 
 
-def _composed(*arguments: Any) -> tuple[Tensor, Tensor]:
-    check_masks("multi_gate_combine", arguments[2], arguments[5])
-    out, probs = reference.multi_gate_combine(*arguments)
-    return out.contiguous(), probs.contiguous()
-
-
-def _composed_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    check_masks("multi_gate_combine_backward", arguments[4], arguments[7])
-    dlogits, dz, dself = reference.multi_gate_combine_backward(*arguments)
-    return dlogits.contiguous(), dz.contiguous(), dself.contiguous()
-
-
-implement_on_cpu("multi_gate_combine", _composed)
-implement_on_cpu("multi_gate_combine_backward", _composed_backward)
 register("multi_gate_combine", fake=_fake_combine, backward=_backward, setup_context=_setup)
 register("multi_gate_combine_backward", fake=_fake_backward)
