@@ -1,8 +1,6 @@
 """Modules made of the ops: adapters beside layers, their way into a model and onto the disk; layers of some channels or changing width;
-gates over experts.
+gates and experts.
 """
-
-"""Modules made of the ops: adapters beside layers, into a model and onto the disk; layers of some channels; gates and experts."""
 
 from __future__ import annotations
 

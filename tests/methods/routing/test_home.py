@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taskloom.methods.routing.home import CGC, PLE, HoME, HoMEExpert, MMoE, multi_task_loss
-from taskloom.methods.routing.home.experts import ExpertPool, StackedMLP
+from taskloom.methods.routing.home.experts import ExpertPool
 from taskloom.methods.routing.home.ranking import RATES, TASKS, Teachers, auc
 from taskloom.methods.threads import one_thread
 
@@ -58,14 +58,11 @@ def _experts(pool: ExpertPool, place: int, x: Tensor) -> list[Tensor]:
     """A group's experts, one after the other, in eval mode."""
     if pool.gates is not None:
         x = _gate_of(pool.gates[place], x)
-    mlp, norm = pool.mlps[place], pool.norm.batch
-    assert isinstance(mlp, StackedMLP)
-    begin = pool.columns(list(pool.groups)[place]).start
+    layer, norm = pool.experts[place].layers[0], pool.experts[place].norm
     found = []
-    for expert in range(len(mlp.weights[0])):
-        z = x @ mlp.weights[0][expert] + mlp.biases[0][expert]
-        at = begin + expert
-        z = (z - norm.running_mean[at]) / torch.sqrt(norm.running_var[at] + 1e-5) * norm.weight[at] + norm.bias[at]
+    for expert, (weight, bias) in enumerate(zip(layer.weight, layer.bias, strict=True)):
+        z = x @ weight.T + bias
+        z = (z - norm.running_mean[expert]) / torch.sqrt(norm.running_var[expert] + 1e-5) * norm.weight[expert] + norm.bias[expert]
         found.append(F.silu(z))
     return found
 
@@ -131,21 +128,18 @@ def test_other_categories_get_no_gradient_in_level_two() -> None:
     model = _randomised(_small())
     model(_rows())["a"].sum().backward()
     pool = model.level2.pool
-    for name, mlp in zip(pool.groups, pool.mlps, strict=True):
-        reached = any(bool(one.grad.any()) for one in mlp.parameters() if one.grad is not None)
-        assert reached == (name in {"shared", "category watch", "task a"}), name
-    norm = pool.norm.batch
-    for name in pool.groups:
-        assert bool(norm.weight.grad[pool.columns(name)].any()) == (name in {"shared", "category watch", "task a"}), name
-    first = dict(zip(model.level1.pool.groups, model.level1.pool.mlps, strict=True))
-    assert all(bool(one.grad.any()) for one in first["category inter"].weights)  # by way of the shared gate
+    for name, experts in zip(pool.groups, pool.experts, strict=True):
+        reached = {bool(one.grad.any()) for one in experts.parameters() if one.grad is not None}
+        assert reached == {name in {"shared", "category watch", "task a"}}, name
+    first = dict(zip(model.level1.pool.groups, model.level1.pool.experts, strict=True))
+    assert bool(first["category inter"].layers[0].weight.grad.any())  # by way of the shared gate
 
 
 def test_without_shared_gate_path_the_other_category_gets_nothing() -> None:
     model = _randomised(_small())
     meta = model.level1([_rows()] * 3, _rows())
     meta[:, 0].sum().backward()
-    other = dict(zip(model.level1.pool.groups, model.level1.pool.mlps, strict=True))["category inter"]
+    other = dict(zip(model.level1.pool.groups, model.level1.pool.experts, strict=True))["category inter"]
     assert not any(bool(one.grad.any()) for one in other.parameters() if one.grad is not None)
 
 
@@ -153,7 +147,7 @@ def test_experts_are_normalised_in_training_and_independent_of_the_batch_in_eval
     expert = HoMEExpert(7, 5)
     x = _rows(64)
     seen: list[Tensor] = []
-    expert.norm.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    expert.stacked.norm.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     y = expert(x)
     z = seen[0][:, 0]
     normal = (z - z.mean(0)) / torch.sqrt(z.var(0, correction=0) + 1e-5)
@@ -168,19 +162,17 @@ def test_two_layers_of_stacked_experts_are_those_of_single_ones() -> None:
     pool = ExpertPool({"one": 2, "two": 3}, 7, 5, (6, 4), norm=None, activation="relu")
     x, other = _rows(), _rows(seed=1)
     z = pool([x, other])
-    for place, (given, mlp) in enumerate(zip((x, other), pool.mlps, strict=True)):
+    for place, (given, experts) in enumerate(zip((x, other), pool.experts, strict=True)):
         for expert, at in enumerate(range(*pool.columns(("one", "two")[place]).indices(5))):
-            layers = [
-                layer for weight, bias in zip(mlp.weights, mlp.biases, strict=True) for layer in (_linear(weight, bias, expert), nn.ReLU())
-            ]
+            layers = [layer for stacked in experts.layers for layer in (_linear(stacked.weight[expert], stacked.bias[expert]), nn.ReLU())]
             torch.testing.assert_close(z[:, at], nn.Sequential(*layers)(given), rtol=1e-5, atol=1e-5)
 
 
-def _linear(weight: Tensor, bias: Tensor, expert: int) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[2])
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
     with torch.no_grad():
-        layer.weight.copy_(weight[expert].T)
-        layer.bias.copy_(bias[expert])
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
     return layer
 
 
@@ -211,7 +203,7 @@ def test_baselines_are_sums_over_the_experts_that_their_gates_read(build: Callab
     for level in [model.level] if isinstance(model, MMoE) else model.levels:
         pool, gate = level.pool, level.gate
         given = [x] * len(pool.groups) if inputs is None else inputs
-        z = torch.cat([F.relu(mlp(one)) for mlp, one in zip(pool.mlps, given, strict=True)], 1)
+        z = torch.cat([F.relu(experts.layers[0](one)) for experts, one in zip(pool.experts, given, strict=True)], 1)
         if said.dim() == 3:
             said = said[:, : gate.n_gates]
         logits = gate.logits(said)[:, 0].masked_fill(~gate.mask, -math.inf)
@@ -226,17 +218,16 @@ def test_baselines_are_sums_over_the_experts_that_their_gates_read(build: Callab
 def test_cgc_tasks_do_not_reach_each_other() -> None:
     model = CGC(7, ["a", "b"], 6, 2, 1, (4,))
     model(_rows())["a"].sum().backward()
-    reached = {
-        name: bool(mlp.weights[0].grad.any()) for name, mlp in zip(model.levels[0].pool.groups, model.levels[0].pool.mlps, strict=True)
-    }
+    pool = model.levels[0].pool
+    reached = {name: bool(experts.layers[0].weight.grad.any()) for name, experts in zip(pool.groups, pool.experts, strict=True)}
     assert reached == {"a": True, "b": False, "shared": True}
 
 
 def test_gate_report_says_what_the_gates_and_experts_do() -> None:
     model = _randomised(_small(norm=None, activation="relu")).eval()
     with torch.no_grad():
-        model.level1.pool.mlps[1].weights[0][1].zero_()
-        model.level1.pool.mlps[1].biases[0][1].fill_(-1)
+        model.level1.pool.experts[1].layers[0].weight[1].zero_()
+        model.level1.pool.experts[1].layers[0].bias[1].fill_(-1)
     x = _rows(50)
     report = model.gate_report(x)
     first, second = report["level1"], report["level2"]
@@ -253,11 +244,16 @@ def test_gate_report_says_what_the_gates_and_experts_do() -> None:
     assert (second.entropy <= math.log(4) + 1e-6).all()
 
 
-def test_shared_parameters_are_all_but_the_towers() -> None:
-    model = _small()
+def test_shared_parameters_are_those_that_several_tasks_train() -> None:
+    model = _randomised(_small())
     shared = {id(one) for one in model.get_share_params()}
-    assert shared.isdisjoint(map(id, model.towers.parameters()))
-    assert len(shared) + len(list(model.towers.parameters())) == len(list(model.parameters()))
+    trained: dict[int, int] = {}
+    for task in "abcde":
+        model.zero_grad(set_to_none=True)
+        model(_rows())[task].sum().backward()
+        for one in model.parameters():
+            trained[id(one)] = trained.get(id(one), 0) + (one.grad is not None and bool(one.grad.any()))
+    assert shared == {one for one, tasks in trained.items() if tasks > 1}
 
 
 def test_a_model_is_saved_copied_and_compiled() -> None:

@@ -13,6 +13,7 @@ from taskloom.methods.routing.home.tasks import Categories, Towers, check_tasks
 from taskloom.nn import MultiGateMoE
 
 SHARED = "shared"
+_TASK = "task "
 PerLevel = int | tuple[int, int]
 
 
@@ -213,9 +214,18 @@ class HoME(nn.Module):
         return {"level1": first, "level2": second}
 
     def get_share_params(self) -> Iterator[nn.Parameter]:
-        """All parameters but those of the towers, as LibMTL's encoders have it; the gates and experts of single tasks are among them."""
-        for level in (self.level1, self.level2):
-            yield from level.parameters()
+        """The parameters that several tasks share, as LibMTL's encoders have it: all but the towers and the groups of single tasks.
+
+        The gates of a level are one matrix, which counts as shared.
+        """
+        yield from self.level1.parameters()
+        yield from self.level2.gate.parameters()
+        pool = self.level2.pool
+        shared = [not name.startswith(_TASK) for name in pool.groups]
+        for parts in (pool.experts, pool.gates or ()):
+            for part, several in zip(parts, shared, strict=False):
+                if several:
+                    yield from part.parameters()
 
 
 def _category(name: str) -> str:
@@ -223,4 +233,4 @@ def _category(name: str) -> str:
 
 
 def _task(name: str) -> str:
-    return f"task {name}"
+    return f"{_TASK}{name}"
