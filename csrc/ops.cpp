@@ -132,6 +132,16 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
       "activation, bool for_x, bool for_scale, bool for_bias) -> (Tensor, Tensor, Tensor)");
 
   // gating
+  m.def(
+      "multi_gate_combine(Tensor logits, Tensor z, Tensor? mask, str activation, Tensor? self_logits, Tensor? self_mask) -> (Tensor, "
+      "Tensor)");
+  m.def(
+      "multi_gate_combine_backward(Tensor gradient, Tensor? for_probs, Tensor logits, Tensor z, Tensor? mask, str activation, Tensor? "
+      "self_logits, Tensor? self_mask, bool for_logits, bool for_z, bool for_self) -> (Tensor, Tensor, Tensor)");
+  m.def("stream_softmax_mix(Tensor x, Tensor y, Tensor experts, float sigma) -> (Tensor, Tensor)");
+  m.def(
+      "stream_softmax_mix_backward(Tensor? for_pred, Tensor? for_lse, Tensor x, Tensor y, Tensor experts, Tensor pred, Tensor lse, float "
+      "sigma, bool for_x, bool for_y, bool for_experts) -> (Tensor, Tensor, Tensor)");
   m.def("lora_feature_gate(Tensor x, Tensor down, Tensor up, Tensor weight) -> (Tensor, Tensor)");
   m.def(
       "lora_feature_gate_backward(Tensor gradient, Tensor x, Tensor down, Tensor up, Tensor weight, Tensor inner, bool for_x, bool "

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX__) || defined(__SSE2__)
 #include <immintrin.h>
@@ -202,14 +203,32 @@ TASKLOOM_LANES exponential(const Lanes<T>& x) {
   return r;
 }
 
-// The lanes added up in a fixed order.
+// Halves of a vector added up until one value is left, in registers.
+template <class T, int size>
+struct Halved {
+  typedef T Whole __attribute__((vector_size(size * sizeof(T))));
+  static constexpr int half = size / 2;
+
+  template <int... place>
+  static inline __attribute__((always_inline)) T sum(Whole v, std::integer_sequence<int, place...>) {
+    return Halved<T, half>::sum(__builtin_shufflevector(v, v, place...) + __builtin_shufflevector(v, v, (half + place)...));
+  }
+  static inline __attribute__((always_inline)) T sum(Whole v) { return sum(v, std::make_integer_sequence<int, half>{}); }
+};
+template <class T>
+struct Halved<T, 2> {
+  typedef T Whole __attribute__((vector_size(2 * sizeof(T))));
+  static inline __attribute__((always_inline)) T sum(Whole v) { return v[0] + v[1]; }
+};
+
+// The lanes added up in a fixed order: lane i and lane i + 8, of these i and i + 4, and so on.
 template <class T>
 inline T sum_of_lanes(const Lanes<T>& a) {
-  T one[lanes];
-  store_lanes(one, a);
-  for (int width = lanes / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) one[lane] = one[lane] + one[lane + width];
-  return one[0];
+  typename Lanes<T>::Native part[Lanes<T>::parts];
+  for (int i = 0; i < Lanes<T>::parts; ++i) part[i] = a.part[i];
+  for (int count = Lanes<T>::parts / 2; count > 0; count /= 2)
+    for (int i = 0; i < count; ++i) part[i] = part[i] + part[i + count];
+  return Halved<T, native_bytes / static_cast<int>(sizeof(T))>::sum(part[0]);
 }
 
 #undef TASKLOOM_LANES

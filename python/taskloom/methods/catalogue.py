@@ -97,6 +97,17 @@ _add(
 
 _add(
     Method(
+        name="home",
+        wing="routing",
+        title="Hierarchy of multi-gate experts (HoME)",
+        paper="HoME: Hierarchy of Multi-Gate Experts for Multi-Task Learning at Kuaishou, 2024, arXiv 2408.05430",
+        family="gating",
+        claim="Normalised experts in a hierarchy of categories rank better than a flat pool of ReLU experts, rare tasks most.",
+    )
+)
+
+_add(
+    Method(
         name="rmm",
         wing="merging",
         title="Reversible model merging (RMM)",

@@ -1,4 +1,6 @@
-"""Modules made of the ops: adapters beside layers, into a model and onto the disk; layers of some channels; gates and experts."""
+"""Modules made of the ops: adapters beside layers, their way into a model and onto the disk; layers of some channels or changing width;
+gates and experts.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from taskloom.nn.kernel_linear import KernelConfig, KernelLinear
 from taskloom.nn.lowrank_config import LowRankConfig
 from taskloom.nn.lowrank_linear import LowRankLinear
 from taskloom.nn.lowrank_parts import BASE
+from taskloom.nn.multi_gate import MultiGateMoE, SelfGate
 from taskloom.nn.slim_calibrate import calibrate
 from taskloom.nn.slim_export import export
 from taskloom.nn.slim_layers import SlimConv2d, SlimLinear
@@ -28,7 +31,9 @@ __all__ = [
     "LayerConfig",
     "LowRankConfig",
     "LowRankLinear",
+    "MultiGateMoE",
     "RoutedResidual",
+    "SelfGate",
     "SlimConv2d",
     "SlimLinear",
     "SlimNorm2d",

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from taskloom.ops._backends import Explanation, backend, explain
 from taskloom.ops.gating import (
+    GateStatistics,
+    SoftmaxMix,
     batch_norm_silu,
+    gate_statistics,
     lora_feature_gate,
+    multi_gate_combine,
+    stream_softmax_mix,
 )
 from taskloom.ops.lowrank import (
     dora_merge,
@@ -62,7 +67,9 @@ from taskloom.ops.routed import (
 
 __all__ = [
     "Explanation",
+    "GateStatistics",
     "MagnitudeThreshold",
+    "SoftmaxMix",
     "SparseMergeStatistics",
     "backend",
     "batch_norm_silu",
@@ -70,6 +77,7 @@ __all__ = [
     "channel_scale",
     "dora_merge",
     "explain",
+    "gate_statistics",
     "kernel_linear",
     "kernel_merge",
     "kernel_quantile",
@@ -91,6 +99,7 @@ __all__ = [
     "masked_switch_",
     "masked_update",
     "masked_update_",
+    "multi_gate_combine",
     "multi_task_vector",
     "pack_mask",
     "prefix_conv2d",
@@ -102,6 +111,7 @@ __all__ = [
     "rmm_reconstruct",
     "sparse_merge",
     "split_threshold",
+    "stream_softmax_mix",
     "task_mask",
     "threshold_from_histograms",
     "unpack_mask",

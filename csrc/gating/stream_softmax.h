@@ -1,0 +1,51 @@
+// stream_softmax_mix: a softmax gate over very many linear experts, in tiles of them. Torch-free.
+#pragma once
+
+#include <cstdint>
+
+#include "common/cpu_level.h"
+#include "common/dtype.h"
+
+namespace taskloom {
+
+struct StreamSoftmax {
+  Elements x, y, experts;  // [batch, pairs, dims], [batch, pairs], [experts, dims]
+  int64_t batch, pairs, dims, count;
+  double sigma;
+};
+
+// What a part of the experts came to for one sequence and pair: the largest score, and sums of exp(score - largest) and of that times the
+// expert's prediction.
+struct StreamPartial {
+  void *largest, *sum, *weighted;  // [chunks, batch, pairs] in the dtype of the arithmetic
+};
+
+// Experts of a chunk, whose sums are one partial. It depends on the sizes alone, and so do the results.
+constexpr int64_t stream_chunk = 8192;
+// Sequences that see a tile of experts one after the other.
+constexpr int64_t stream_sequences = 8;
+// Pairs that are predicted together.
+constexpr int64_t stream_pairs = 4;
+
+// Experts of a tile, a multiple of sixteen: their weights stay in the nearest cache.
+inline int64_t stream_tile(int64_t dims) {
+  constexpr int64_t cached = 4096, most = 512;
+  const int64_t tile = cached / dims / 16 * 16;
+  return tile < 16 ? 16 : tile > most ? most : tile;
+}
+
+// Accumulators of scratch.
+inline int64_t stream_scratch(int64_t pairs, int64_t dims) {
+  return (dims + 1 + 2 * stream_pairs) * stream_tile(dims) + dims + stream_sequences * (pairs * (dims + 1) + pairs * (2 * 16 + 1));
+}
+
+struct StreamSoftmaxLoops {
+  // Experts of chunk `chunk` for sequences begin .. begin + n, at most stream_sequences.
+  void (*partial)(bool wide, const StreamSoftmax& view, const StreamPartial& to, int64_t chunk, int64_t begin, int64_t n, void* scratch);
+  // Adds up the partials of `chunks` chunks for entries begin .. begin + n of pred and lse, [batch, pairs].
+  void (*combine)(bool wide, const StreamPartial& from, int64_t chunks, int64_t entries, int64_t begin, int64_t n, void* pred, void* lse);
+};
+
+TASKLOOM_LOOPS(StreamSoftmaxLoops, stream_softmax_loops)
+
+}  // namespace taskloom

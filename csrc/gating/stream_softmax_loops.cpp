@@ -1,0 +1,233 @@
+// CPU loops of stream_softmax_mix, compiled once per CPU level: sixteen experts at a time, an online softmax for each pair. Sums go by
+// sixteen lanes and in a fixed order, and no product is fused with an add, so that the bits are the same at all levels.
+#include "gating/stream_softmax.h"
+#include "routed/lane_spans.h"
+
+namespace taskloom {
+namespace {
+
+// Whether a lane is not below a bound: also where it is NaN.
+inline __attribute__((always_inline)) bool any_not_below(const Lanes<float>& a, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(a.part[0], _mm512_set1_ps(bound), _CMP_NLT_UQ) != 0;
+#elif defined(__AVX2__)
+  const __m256 b = _mm256_set1_ps(bound);
+  return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(a.part[0], b, _CMP_NLT_UQ), _mm256_cmp_ps(a.part[1], b, _CMP_NLT_UQ))) != 0;
+#elif defined(__SSE2__)
+  const __m128 b = _mm_set1_ps(bound);
+  __m128 any = _mm_cmpnlt_ps(a.part[0], b);
+  for (int i = 1; i < Lanes<float>::parts; ++i) any = _mm_or_ps(any, _mm_cmpnlt_ps(a.part[i], b));
+  return _mm_movemask_ps(any) != 0;
+#else
+  bool any = false;
+  for (int i = 0; i < Lanes<float>::parts; ++i)
+    for (int lane = 0; lane < native_bytes / 4; ++lane) any |= !(a.part[i][lane] < bound);
+  return any;
+#endif
+}
+
+inline __attribute__((always_inline)) bool any_not_below(const Lanes<double>& a, double bound) {
+  bool any = false;
+  for (int i = 0; i < Lanes<double>::parts; ++i)
+    for (int lane = 0; lane < native_bytes / 8; ++lane) any |= !(a.part[i][lane] < bound);
+  return any;
+}
+
+template <class Acc>
+inline Acc exponential_of(Acc x) {
+  Acc all[lanes];
+  store_whole(all, exponential(every_lane(x)));
+  return all[0];
+}
+
+template <class Acc>
+inline Acc largest_lane(const Lanes<Acc>& a) {
+  Acc all[lanes];
+  store_whole(all, a);
+  Acc found = all[0];
+  for (int lane = 1; lane < lanes; ++lane) found = all[lane] > found ? all[lane] : found;
+  return found;
+}
+
+// What scores are taken relative to: their maximum, or 0 where none is finite, so that -inf stays -inf.
+template <class Acc>
+inline Acc center_of(Acc largest) {
+  return largest == -bits_infinity<Acc>() ? Acc{0} : largest;
+}
+
+// The online softmax of one pair of one sequence.
+template <class Acc>
+struct Online {
+  Acc* largest;
+  Acc* sum;       // lanes
+  Acc* weighted;  // lanes
+
+  void start() const {
+    *largest = -bits_infinity<Acc>();
+    store_whole(sum, every_lane(Acc{0}));
+    store_whole(weighted, every_lane(Acc{0}));
+  }
+
+  // Takes in the scores and predictions of `n` experts, a multiple of sixteen; `top` holds the largest scores by lane.
+  void add(const Acc* scores, const Acc* predictions, int64_t n, const Lanes<Acc>& top) const {
+    Lanes<Acc> total = load_whole(sum), mixed = load_whole(weighted);
+    const Acc highest = largest_lane(top);
+    if (highest > *largest) {
+      const Lanes<Acc> shrink = every_lane(exponential_of(*largest - highest));
+      total = total * shrink;
+      mixed = mixed * shrink;
+      *largest = highest;
+    }
+    const Lanes<Acc> center = every_lane(center_of(*largest));
+    for (int64_t m = 0; m < n; m += lanes) {
+      const Lanes<Acc> below = load_whole(scores + m) - center;
+      // After a few pairs most experts have become so unlikely that the exponential is 0.
+      if (!any_not_below(below, ExpTable<Acc>::lowest)) continue;
+      const Lanes<Acc> likelihood = exponential(below);
+      total = total + likelihood;
+      mixed = mixed + likelihood * load_whole(predictions + m);
+    }
+    store_whole(sum, total);
+    store_whole(weighted, mixed);
+  }
+};
+
+// One sequence's inputs, targets and sums.
+template <class Acc>
+struct Sequence {
+  const Acc *x, *y;
+  Acc *largest, *sums, *weighted;
+
+  Online<Acc> online(int64_t pair) const { return {largest + pair, sums + pair * lanes, weighted + pair * lanes}; }
+};
+
+// Experts first .. first + n of the pool, transposed: expert m at place m of each dimension's row of `tile`.
+template <class Acc>
+inline void load_tile(const StreamSoftmax& view, int64_t first, int64_t n, int64_t tile, Acc* row, Acc* out) {
+  for (int64_t m = 0; m < n; ++m) {
+    load_block(view.experts.dtype, view.experts.data, (first + m) * view.dims, view.dims, row);
+    for (int64_t d = 0; d < view.dims; ++d) out[d * tile + m] = row[d];
+  }
+  const int64_t padded = (n + lanes - 1) / lanes * lanes;
+  for (int64_t d = 0; d < view.dims; ++d) {
+    for (int64_t m = n; m < padded; ++m) out[d * tile + m] = 0;
+  }
+}
+
+// Predictions and scores of `together` pairs from pair `k` on by the experts of a tile; `squares` holds their squared errors so far.
+template <int together, class Acc>
+inline void predict(const Sequence<Acc>& sequence, int64_t k, int64_t dims, const Acc* weights, int64_t tile, int64_t padded, Acc scale,
+                    Acc* squares, Acc* predictions, Acc* scores, Lanes<Acc>* top) {
+  for (int i = 0; i < together; ++i) top[i] = every_lane(-bits_infinity<Acc>());
+  const Lanes<Acc> factor = every_lane(scale);
+  for (int64_t m = 0; m < padded; m += lanes) {
+    Lanes<Acc> predicted[together];
+    for (int i = 0; i < together; ++i) predicted[i] = every_lane(Acc{0});
+    for (int64_t d = 0; d < dims; ++d) {
+      const Lanes<Acc> weight = load_whole(weights + d * tile + m);
+      for (int i = 0; i < together; ++i) predicted[i] = predicted[i] + every_lane(sequence.x[(k + i) * dims + d]) * weight;
+    }
+    Lanes<Acc> square = load_whole(squares + m);
+    for (int i = 0; i < together; ++i) {
+      const Lanes<Acc> score = square * factor, error = every_lane(sequence.y[k + i]) - predicted[i];
+      square = square + error * error;
+      top[i] = larger(score, top[i]);
+      store_whole(predictions + i * tile + m, predicted[i]);
+      store_whole(scores + i * tile + m, score);
+    }
+    store_whole(squares + m, square);
+  }
+}
+
+template <class Acc>
+void partial_as(const StreamSoftmax& view, const StreamPartial& to, int64_t chunk, int64_t begin, int64_t n, Acc* scratch) {
+  const int64_t pairs = view.pairs, dims = view.dims, tile = stream_tile(dims);
+  Acc *const weights = scratch, *const squares = weights + dims * tile, *const predictions = squares + tile;
+  Acc *const scores = predictions + stream_pairs * tile, *const row = scores + stream_pairs * tile;
+  Acc *const x = row + dims, *const y = x + n * pairs * dims, *const largest = y + n * pairs, *const sums = largest + n * pairs,
+             *const weighted = sums + n * pairs * lanes;
+  load_block(view.x.dtype, view.x.data, begin * pairs * dims, n * pairs * dims, x);
+  load_block(view.y.dtype, view.y.data, begin * pairs, n * pairs, y);
+  const auto sequence = [&](int64_t b) {
+    const int64_t at = b * pairs;
+    return Sequence<Acc>{x + at * dims, y + at, largest + at, sums + at * lanes, weighted + at * lanes};
+  };
+  for (int64_t b = 0; b < n; ++b) {
+    for (int64_t k = 0; k < pairs; ++k) sequence(b).online(k).start();
+  }
+  const Acc scale = static_cast<Acc>(-0.5 / (view.sigma * view.sigma));
+  const int64_t start = chunk * stream_chunk, stop = view.count - start < stream_chunk ? view.count : start + stream_chunk;
+  for (int64_t first = start; first < stop; first += tile) {
+    const int64_t count = stop - first < tile ? stop - first : tile, padded = (count + lanes - 1) / lanes * lanes;
+    load_tile(view, first, count, tile, row, weights);
+    for (int64_t b = 0; b < n; ++b) {
+      const Sequence<Acc> one = sequence(b);
+      // Places after the last expert have likelihood 0 from the start.
+      for (int64_t m = 0; m < padded; ++m) squares[m] = m < count ? Acc{0} : bits_infinity<Acc>();
+      for (int64_t k = 0; k < pairs;) {
+        Lanes<Acc> top[stream_pairs];
+        const bool several = k + stream_pairs <= pairs;
+        if (several) {
+          predict<stream_pairs>(one, k, dims, weights, tile, padded, scale, squares, predictions, scores, top);
+        } else {
+          predict<1>(one, k, dims, weights, tile, padded, scale, squares, predictions, scores, top);
+        }
+        for (int64_t i = 0; i < (several ? stream_pairs : 1); ++i, ++k) {
+          one.online(k).add(scores + i * tile, predictions + i * tile, padded, top[i]);
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; i < n * pairs; ++i) {
+    const int64_t place = (chunk * view.batch + begin) * pairs + i;
+    static_cast<Acc*>(to.largest)[place] = largest[i];
+    static_cast<Acc*>(to.sum)[place] = sum_of_lanes(load_whole(sums + i * lanes));
+    static_cast<Acc*>(to.weighted)[place] = sum_of_lanes(load_whole(weighted + i * lanes));
+  }
+}
+
+template <class Acc>
+void combine_as(const StreamPartial& from, int64_t chunks, int64_t entries, int64_t begin, int64_t n, Acc* pred, Acc* lse) {
+  const Acc *const tops = static_cast<const Acc*>(from.largest), *const sums = static_cast<const Acc*>(from.sum),
+                   *const mixes = static_cast<const Acc*>(from.weighted);
+  for (int64_t i = begin; i < begin + n; ++i) {
+    Acc largest = tops[i];
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+      const Acc top = tops[chunk * entries + i];
+      largest = top > largest ? top : largest;
+    }
+    const Acc center = center_of(largest);
+    Acc sum = 0, weighted = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const Acc shrink = exponential_of(tops[chunk * entries + i] - center);
+      sum = sum + shrink * sums[chunk * entries + i];
+      weighted = weighted + shrink * mixes[chunk * entries + i];
+    }
+    pred[i] = weighted / sum;
+    lse[i] = center + std::log(sum);
+  }
+}
+
+void partial(bool wide, const StreamSoftmax& view, const StreamPartial& to, int64_t chunk, int64_t begin, int64_t n, void* scratch) {
+  if (wide) {
+    partial_as(view, to, chunk, begin, n, static_cast<double*>(scratch));
+  } else {
+    partial_as(view, to, chunk, begin, n, static_cast<float*>(scratch));
+  }
+}
+
+void combine(bool wide, const StreamPartial& from, int64_t chunks, int64_t entries, int64_t begin, int64_t n, void* pred, void* lse) {
+  if (wide) {
+    combine_as(from, chunks, entries, begin, n, static_cast<double*>(pred), static_cast<double*>(lse));
+  } else {
+    combine_as(from, chunks, entries, begin, n, static_cast<float*>(pred), static_cast<float*>(lse));
+  }
+}
+
+const StreamSoftmaxLoops table = {partial, combine};
+
+}  // namespace
+
+TASKLOOM_EXPORT_LOOPS(StreamSoftmaxLoops, stream_softmax_loops, table)
+
+}  // namespace taskloom
