@@ -14,10 +14,10 @@ struct StreamSoftmax {
   double sigma;
 };
 
-// What a part of the experts came to for one sequence and pair: the largest score, and sums of exp(score - largest) and of that times the
-// expert's prediction.
+// What chunks of the experts came to for each sequence and pair: the largest score, and sums of exp(score - largest) and of that times the
+// expert's prediction. [slots, batch, pairs] each, in the dtype of the arithmetic.
 struct StreamPartial {
-  void *largest, *sum, *weighted;  // [chunks, batch, pairs] in the dtype of the arithmetic
+  void *largest, *sum, *weighted;
 };
 
 // Experts of a chunk, whose sums are one partial. It depends on the sizes alone, and so do the results.
@@ -40,10 +40,13 @@ inline int64_t stream_scratch(int64_t pairs, int64_t dims) {
 }
 
 struct StreamSoftmaxLoops {
-  // Experts of chunk `chunk` for sequences begin .. begin + n, at most stream_sequences.
-  void (*partial)(bool wide, const StreamSoftmax& view, const StreamPartial& to, int64_t chunk, int64_t begin, int64_t n, void* scratch);
-  // Adds up the partials of `chunks` chunks for entries begin .. begin + n of pred and lse, [batch, pairs].
-  void (*combine)(bool wide, const StreamPartial& from, int64_t chunks, int64_t entries, int64_t begin, int64_t n, void* pred, void* lse);
+  // Experts of chunk `chunk` for sequences begin .. begin + n, at most stream_sequences, into a slot.
+  void (*partial)(bool wide, const StreamSoftmax& view, const StreamPartial& to, int64_t slot, int64_t chunk, int64_t begin, int64_t n,
+                  void* scratch);
+  // Adds slots 1 .. 1 + chunks, in order, to what slot 0 holds; where `starts`, that is nothing yet.
+  void (*fold)(bool wide, const StreamPartial& partial, bool starts, int64_t chunks, int64_t entries);
+  // The predictions and logarithms of slot 0.
+  void (*finish)(bool wide, const StreamPartial& partial, int64_t entries, void* pred, void* lse);
 };
 
 TASKLOOM_LOOPS(StreamSoftmaxLoops, stream_softmax_loops)

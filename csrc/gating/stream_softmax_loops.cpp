@@ -140,7 +140,7 @@ inline void predict(const Sequence<Acc>& sequence, int64_t k, int64_t dims, cons
 }
 
 template <class Acc>
-void partial_as(const StreamSoftmax& view, const StreamPartial& to, int64_t chunk, int64_t begin, int64_t n, Acc* scratch) {
+void partial_as(const StreamSoftmax& view, const StreamPartial& to, int64_t slot, int64_t chunk, int64_t begin, int64_t n, Acc* scratch) {
   const int64_t pairs = view.pairs, dims = view.dims, tile = stream_tile(dims);
   Acc *const weights = scratch, *const squares = weights + dims * tile, *const predictions = squares + tile;
   Acc *const scores = predictions + stream_pairs * tile, *const row = scores + stream_pairs * tile;
@@ -179,7 +179,7 @@ void partial_as(const StreamSoftmax& view, const StreamPartial& to, int64_t chun
     }
   }
   for (int64_t i = 0; i < n * pairs; ++i) {
-    const int64_t place = (chunk * view.batch + begin) * pairs + i;
+    const int64_t place = (slot * view.batch + begin) * pairs + i;
     static_cast<Acc*>(to.largest)[place] = largest[i];
     static_cast<Acc*>(to.sum)[place] = sum_of_lanes(load_whole(sums + i * lanes));
     static_cast<Acc*>(to.weighted)[place] = sum_of_lanes(load_whole(weighted + i * lanes));
@@ -187,44 +187,60 @@ void partial_as(const StreamSoftmax& view, const StreamPartial& to, int64_t chun
 }
 
 template <class Acc>
-void combine_as(const StreamPartial& from, int64_t chunks, int64_t entries, int64_t begin, int64_t n, Acc* pred, Acc* lse) {
-  const Acc *const tops = static_cast<const Acc*>(from.largest), *const sums = static_cast<const Acc*>(from.sum),
-                   *const mixes = static_cast<const Acc*>(from.weighted);
-  for (int64_t i = begin; i < begin + n; ++i) {
-    Acc largest = tops[i];
-    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-      const Acc top = tops[chunk * entries + i];
-      largest = top > largest ? top : largest;
+void fold_as(const StreamPartial& partial, bool starts, int64_t chunks, int64_t entries) {
+  Acc *const tops = static_cast<Acc*>(partial.largest), *const sums = static_cast<Acc*>(partial.sum),
+             *const mixes = static_cast<Acc*>(partial.weighted);
+  for (int64_t i = 0; i < entries; ++i) {
+    Acc largest = starts ? -bits_infinity<Acc>() : tops[i], sum = starts ? Acc{0} : sums[i], weighted = starts ? Acc{0} : mixes[i];
+    for (int64_t at = i + entries; at <= i + chunks * entries; at += entries) {
+      const Acc higher = tops[at] > largest ? tops[at] : largest, center = center_of(higher);
+      const Acc before = exponential_of(largest - center), now = exponential_of(tops[at] - center);
+      sum = before * sum + now * sums[at];
+      weighted = before * weighted + now * mixes[at];
+      largest = higher;
     }
-    const Acc center = center_of(largest);
-    Acc sum = 0, weighted = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const Acc shrink = exponential_of(tops[chunk * entries + i] - center);
-      sum = sum + shrink * sums[chunk * entries + i];
-      weighted = weighted + shrink * mixes[chunk * entries + i];
-    }
-    pred[i] = weighted / sum;
-    lse[i] = center + std::log(sum);
+    tops[i] = largest;
+    sums[i] = sum;
+    mixes[i] = weighted;
   }
 }
 
-void partial(bool wide, const StreamSoftmax& view, const StreamPartial& to, int64_t chunk, int64_t begin, int64_t n, void* scratch) {
+template <class Acc>
+void finish_as(const StreamPartial& partial, int64_t entries, Acc* pred, Acc* lse) {
+  const Acc *const tops = static_cast<const Acc*>(partial.largest), *const sums = static_cast<const Acc*>(partial.sum),
+                   *const mixes = static_cast<const Acc*>(partial.weighted);
+  for (int64_t i = 0; i < entries; ++i) {
+    pred[i] = mixes[i] / sums[i];
+    lse[i] = center_of(tops[i]) + std::log(sums[i]);
+  }
+}
+
+void partial(bool wide, const StreamSoftmax& view, const StreamPartial& to, int64_t slot, int64_t chunk, int64_t begin, int64_t n,
+             void* scratch) {
   if (wide) {
-    partial_as(view, to, chunk, begin, n, static_cast<double*>(scratch));
+    partial_as(view, to, slot, chunk, begin, n, static_cast<double*>(scratch));
   } else {
-    partial_as(view, to, chunk, begin, n, static_cast<float*>(scratch));
+    partial_as(view, to, slot, chunk, begin, n, static_cast<float*>(scratch));
   }
 }
 
-void combine(bool wide, const StreamPartial& from, int64_t chunks, int64_t entries, int64_t begin, int64_t n, void* pred, void* lse) {
+void fold(bool wide, const StreamPartial& partial, bool starts, int64_t chunks, int64_t entries) {
   if (wide) {
-    combine_as(from, chunks, entries, begin, n, static_cast<double*>(pred), static_cast<double*>(lse));
+    fold_as<double>(partial, starts, chunks, entries);
   } else {
-    combine_as(from, chunks, entries, begin, n, static_cast<float*>(pred), static_cast<float*>(lse));
+    fold_as<float>(partial, starts, chunks, entries);
   }
 }
 
-const StreamSoftmaxLoops table = {partial, combine};
+void finish(bool wide, const StreamPartial& partial, int64_t entries, void* pred, void* lse) {
+  if (wide) {
+    finish_as(partial, entries, static_cast<double*>(pred), static_cast<double*>(lse));
+  } else {
+    finish_as(partial, entries, static_cast<float*>(pred), static_cast<float*>(lse));
+  }
+}
+
+const StreamSoftmaxLoops table = {partial, fold, finish};
 
 }  // namespace
 

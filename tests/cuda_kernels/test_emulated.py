@@ -25,6 +25,7 @@ WITHOUT_KERNEL_PREFIXES = (
     "channel_scale",
     "kernel_",
     "lowrank_",
+    "multi_gate_",
     "prefix_",
     "ragged_prefix_",
     "rmm_linear",

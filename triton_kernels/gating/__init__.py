@@ -1,1 +1,13 @@
 """Launchers of the gating family's Triton kernels, with the arguments of the ops of the same names in ``torch.ops.taskloom``."""
+
+from __future__ import annotations
+
+from taskloom.triton_kernels.gating.multi_gate import multi_gate_combine, multi_gate_combine_backward
+from taskloom.triton_kernels.gating.stream_softmax import stream_softmax_mix, stream_softmax_mix_backward
+
+__all__ = [
+    "multi_gate_combine",
+    "multi_gate_combine_backward",
+    "stream_softmax_mix",
+    "stream_softmax_mix_backward",
+]
