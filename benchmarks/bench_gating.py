@@ -10,9 +10,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import rows_multi_gate
+import rows_stream_softmax_mix
 from harness import Row
 
-ROWS: tuple[Row, ...] = ()
+ROWS: tuple[Row, ...] = (*rows_multi_gate.ROWS, *rows_stream_softmax_mix.ROWS)
 
 
 @pytest.mark.parametrize(

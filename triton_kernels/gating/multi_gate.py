@@ -90,7 +90,8 @@ def multi_gate_combine_kernel(
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < width
     summed = tl.zeros([GATES, BLOCK], tl.float64 if WIDE else tl.float32)
-    for e in range(experts):
+    e = 0
+    while e < experts:
         reads = _allowed(mask, gate, e, gates, experts, MASK)
         column = load_entries(logits + row, gate * experts + e, reads, WIDE)
         weight = _weights(column, reads, largest, total, single, WIDE)
@@ -103,6 +104,7 @@ def multi_gate_combine_kernel(
         values = load_entries(z, (sample * experts + e) * width + place, inside & anybody, WIDE)
         # What a gate may not read is not multiplied by 0: it may be NaN.
         summed += tl.where(reads[:, None], weight[:, None] * values[None, :], 0.0)
+        e += 1
     # A gate without experts has read nothing; NaN says so.
     if MASK:
         summed = tl.where((total != total)[:, None], total[:, None], summed)
@@ -167,7 +169,8 @@ def multi_gate_combine_backward_kernel(
         inside = place < width
         offsets = (sample * gates + gate[:, None]) * width + place[None, :]
         back = load_entries(gradient, offsets, (gate[:, None] < gates) & inside[None, :], WIDE)
-        for e in range(experts):
+        e = 0
+        while e < experts:
             reads = _allowed(mask, gate, e, gates, experts, MASK)
             column = load_entries(logits + row, gate * experts + e, reads, WIDE)
             weight = _weights(column, reads, largest, total, single, WIDE)
@@ -184,6 +187,7 @@ def multi_gate_combine_backward_kernel(
                 slopes += tl.where(expert[None, :] == e, products[:, None], 0.0)
             if FOR_Z:
                 store_entries(for_z, at, tl.sum(tl.where(reads[:, None], weight[:, None] * back, 0.0), axis=0), inside)
+            e += 1
         first += BLOCK
     if FOR_SELF:
         weights = _weights(own_said, own, own_largest[:, None], own_total[:, None], own_single[:, None], WIDE)

@@ -56,10 +56,12 @@ def stream_softmax_partial_kernel(
         expert = start + tl.arange(0, BLOCK)
         present = expert < stop
         predicted = tl.zeros([PAIRS, BLOCK], tl.float64 if WIDE else tl.float32)
-        for d in range(dims):
+        d = 0
+        while d < dims:
             inputs = load_entries(x, (sequence * pairs + pair) * dims + d, known, WIDE)
             weights = load_entries(experts, expert * dims + d, present, WIDE)
             predicted += inputs[:, None] * weights[None, :]
+            d += 1
         errors = target[:, None] - predicted
         # The sum up to the pair before: taking the pair's own square off again would let its target in by rounding.
         squares = tl.gather(tl.cumsum(errors * errors, axis=0), before, axis=0)
@@ -106,7 +108,8 @@ def stream_softmax_fold_kernel(
         largest = tl.load(largest_so_far + place, mask=inside, other=0.0)
         total = tl.load(sum_so_far + place, mask=inside, other=1.0)
         mixed = tl.load(weighted_so_far + place, mask=inside, other=0.0)
-    for chunk in range(chunks):
+    chunk = 0
+    while chunk < chunks:
         at = place + chunk * entries
         top = tl.load(largest_of + at, mask=inside, other=0.0)
         higher = tl.maximum(largest, top)
@@ -115,6 +118,7 @@ def stream_softmax_fold_kernel(
         total = shrink * total + now * tl.load(sum_of + at, mask=inside, other=1.0)
         mixed = shrink * mixed + now * tl.load(weighted_of + at, mask=inside, other=0.0)
         largest = higher
+        chunk += 1
     if ENDS:
         tl.store(pred + place, divided(mixed, total, WIDE), mask=inside)
         tl.store(lse + place, _center(largest) + tl.log(total), mask=inside)
