@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import allocated
 from compiled import compiled
 from contract import assert_same_bits
 from samples import weights
@@ -153,6 +154,16 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     for rows in (slice(0, 1), slice(5, 23), slice(69, 70)):
         for one, other in zip(run(rows), whole, strict=True):
             assert_same_bits(one.detach(), other.detach()[rows])
+
+
+def test_memory_is_that_of_the_results() -> None:
+    logits, z, own = inputs(torch.float32, 400, 256)
+    settings: dict[str, Any] = {"self_logits": own, "self_mask": OWN}
+    out = taskloom.multi_gate_combine(logits, z, MASK, **settings)[0]
+    assert allocated(lambda: taskloom.multi_gate_combine(logits, z, MASK, **settings)) <= out.nbytes + logits.nbytes
+    slope = torch.ones_like(out)
+    gradients = z.nbytes + 2 * logits.nbytes
+    assert allocated(lambda: torch.autograd.grad(out, [logits, z, own], slope, retain_graph=True)) <= gradients
 
 
 @activations

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import allocated
 from compiled import compiled
 from contract import assert_same_bits
 from samples import weights
@@ -123,6 +124,16 @@ def test_gradients_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = torch.autograd.grad(tuple(taskloom.stream_softmax_mix(*given, 0.5)), given, slopes)
     theirs = torch.autograd.grad(naive(*given, 0.5), given, slopes)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_memory_does_not_grow_with_the_experts() -> None:
+    taken = [
+        allocated(lambda given=given: taskloom.stream_softmax_mix(*given, 0.5)) for given in (pairs(600, 4, 2, m) for m in (100, 40_000))
+    ]
+    assert taken[1] <= taken[0]
+    x, y, experts = pairs(64, 4, 2, 10_000, torch.float32)
+    few = allocated(lambda: taskloom.stream_softmax_mix(x, y, experts, 0.5))
+    assert few < y.numel() * len(experts) * 4 / 100
 
 
 def test_transforms() -> None:
