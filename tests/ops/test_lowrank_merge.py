@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import allocated
 from cases_lowrank_merge import factors
 from compiled import compiled
-from allocations import allocated
 from contract import assert_close, assert_same_bits
 from samples import weights
 from torch import Tensor
