@@ -51,4 +51,34 @@ struct StreamSoftmaxLoops {
 
 TASKLOOM_LOOPS(StreamSoftmaxLoops, stream_softmax_loops)
 
+// The dtype of the arithmetic throughout, but for the experts' gradient.
+struct StreamBackward {
+  StreamSoftmax forward;
+  const void *for_pred, *for_lse;  // [batch, pairs], or null
+  const void *pred, *lse;          // [batch, pairs]
+  void *for_x, *for_y;             // [parts, batch, pairs, dims], [parts, batch, pairs], or null
+  void* for_experts;               // in the dtype of the experts, or null
+};
+
+// How the experts are split into parts, each of which adds up what it gives to x and y: by the sizes of the pool alone.
+struct StreamParts {
+  static constexpr int64_t most = 16, most_tile = 128;
+  int64_t tile, size, count;
+
+  StreamParts(int64_t experts, int64_t dims) : tile(stream_tile(dims) < most_tile ? stream_tile(dims) : most_tile) {
+    const int64_t tiles = (experts + tile - 1) / tile, together = (tiles + most - 1) / most;
+    size = together * tile;
+    count = (experts + size - 1) / size;
+  }
+
+  // Accumulators of scratch.
+  int64_t scratch(int64_t pairs, int64_t dims) const { return (2 * dims + 1 + 2 * pairs) * tile + dims + pairs * (dims + 1 + 16); }
+};
+
+struct StreamBackwardLoops {
+  void (*part)(bool wide, const StreamBackward& view, const StreamParts& parts, int64_t part, void* scratch);
+};
+
+TASKLOOM_LOOPS(StreamBackwardLoops, stream_softmax_backward_loops)
+
 }  // namespace taskloom

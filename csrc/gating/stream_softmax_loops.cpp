@@ -1,7 +1,7 @@
 // CPU loops of stream_softmax_mix, compiled once per CPU level: sixteen experts at a time, an online softmax for each pair. Sums go by
 // sixteen lanes and in a fixed order, and no product is fused with an add, so that the bits are the same at all levels.
 #include "gating/stream_softmax.h"
-#include "routed/lane_spans.h"
+#include "gating/stream_softmax_tile.h"
 
 namespace taskloom {
 namespace {
@@ -101,44 +101,6 @@ struct Sequence {
   Online<Acc> online(int64_t pair) const { return {largest + pair, sums + pair * lanes, weighted + pair * lanes}; }
 };
 
-// Experts first .. first + n of the pool, transposed: expert m at place m of each dimension's row of `tile`.
-template <class Acc>
-inline void load_tile(const StreamSoftmax& view, int64_t first, int64_t n, int64_t tile, Acc* row, Acc* out) {
-  for (int64_t m = 0; m < n; ++m) {
-    load_block(view.experts.dtype, view.experts.data, (first + m) * view.dims, view.dims, row);
-    for (int64_t d = 0; d < view.dims; ++d) out[d * tile + m] = row[d];
-  }
-  const int64_t padded = (n + lanes - 1) / lanes * lanes;
-  for (int64_t d = 0; d < view.dims; ++d) {
-    for (int64_t m = n; m < padded; ++m) out[d * tile + m] = 0;
-  }
-}
-
-// Predictions and scores of `together` pairs from pair `k` on by the experts of a tile; `squares` holds their squared errors so far.
-template <int together, class Acc>
-inline void predict(const Sequence<Acc>& sequence, int64_t k, int64_t dims, const Acc* weights, int64_t tile, int64_t padded, Acc scale,
-                    Acc* squares, Acc* predictions, Acc* scores, Lanes<Acc>* top) {
-  for (int i = 0; i < together; ++i) top[i] = every_lane(-bits_infinity<Acc>());
-  const Lanes<Acc> factor = every_lane(scale);
-  for (int64_t m = 0; m < padded; m += lanes) {
-    Lanes<Acc> predicted[together];
-    for (int i = 0; i < together; ++i) predicted[i] = every_lane(Acc{0});
-    for (int64_t d = 0; d < dims; ++d) {
-      const Lanes<Acc> weight = load_whole(weights + d * tile + m);
-      for (int i = 0; i < together; ++i) predicted[i] = predicted[i] + every_lane(sequence.x[(k + i) * dims + d]) * weight;
-    }
-    Lanes<Acc> square = load_whole(squares + m);
-    for (int i = 0; i < together; ++i) {
-      const Lanes<Acc> score = square * factor, error = every_lane(sequence.y[k + i]) - predicted[i];
-      square = square + error * error;
-      top[i] = larger(score, top[i]);
-      store_whole(predictions + i * tile + m, predicted[i]);
-      store_whole(scores + i * tile + m, score);
-    }
-    store_whole(squares + m, square);
-  }
-}
-
 template <class Acc>
 void partial_as(const StreamSoftmax& view, const StreamPartial& to, int64_t slot, int64_t chunk, int64_t begin, int64_t n, Acc* scratch) {
   const int64_t pairs = view.pairs, dims = view.dims, tile = stream_tile(dims);
@@ -158,19 +120,18 @@ void partial_as(const StreamSoftmax& view, const StreamPartial& to, int64_t slot
   const Acc scale = static_cast<Acc>(-0.5 / (view.sigma * view.sigma));
   const int64_t start = chunk * stream_chunk, stop = view.count - start < stream_chunk ? view.count : start + stream_chunk;
   for (int64_t first = start; first < stop; first += tile) {
-    const int64_t count = stop - first < tile ? stop - first : tile, padded = (count + lanes - 1) / lanes * lanes;
+    const int64_t count = stop - first < tile ? stop - first : tile, padded = in_whole_lanes(count);
     load_tile(view, first, count, tile, row, weights);
     for (int64_t b = 0; b < n; ++b) {
       const Sequence<Acc> one = sequence(b);
-      // Places after the last expert have likelihood 0 from the start.
-      for (int64_t m = 0; m < padded; ++m) squares[m] = m < count ? Acc{0} : bits_infinity<Acc>();
+      start_squares(count, padded, squares);
       for (int64_t k = 0; k < pairs;) {
         Lanes<Acc> top[stream_pairs];
         const bool several = k + stream_pairs <= pairs;
         if (several) {
-          predict<stream_pairs>(one, k, dims, weights, tile, padded, scale, squares, predictions, scores, top);
+          predict<stream_pairs>(one.x, one.y, k, dims, weights, tile, padded, scale, squares, predictions, scores, top);
         } else {
-          predict<1>(one, k, dims, weights, tile, padded, scale, squares, predictions, scores, top);
+          predict<1>(one.x, one.y, k, dims, weights, tile, padded, scale, squares, predictions, scores, top);
         }
         for (int64_t i = 0; i < (several ? stream_pairs : 1); ++i, ++k) {
           one.online(k).add(scores + i * tile, predictions + i * tile, padded, top[i]);

@@ -119,5 +119,5 @@ CONTRACTS = (
     Contract("multi_gate_combine_backward", multi_gate_combine_backward, combine_backward_cases),
     # Likelihoods of many pairs differ by large numbers, whose rounding is that of the logarithms of the weights.
     Contract("stream_softmax_mix", taskloom.stream_softmax_mix, mix_cases, single=1e-5),
-    Contract("stream_softmax_mix_backward", stream_softmax_mix_backward, mix_backward_cases, single=3e-5, torch_products=True),
+    Contract("stream_softmax_mix_backward", stream_softmax_mix_backward, mix_backward_cases, single=3e-5),
 )

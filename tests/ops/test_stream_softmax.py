@@ -13,6 +13,7 @@ from samples import weights
 from torch import Tensor
 
 import taskloom
+from taskloom.ops.gating import _stream_products
 
 F64 = torch.float64
 
@@ -115,14 +116,23 @@ def test_gradients() -> None:
         assert torch.autograd.gradgradcheck(mixed, given, fast_mode=True)
 
 
-def test_gradients_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from taskloom.ops.gating import _stream_products
+@pytest.mark.parametrize("experts", [33, 3000])
+def test_gradients_of_many_tiles(experts: int) -> None:
+    given = [one.requires_grad_() for one in pairs(3, 6, 5, experts)]
+    slopes = [weights(3, 6, seed=seed, dtype=F64) for seed in (6, 7)]
+    found = taskloom.stream_softmax_mix(*given, 0.5)
+    theirs = torch.autograd.grad(naive(*given, 0.5), given, slopes)
+    torch.testing.assert_close(torch.autograd.grad(tuple(found), given, slopes), theirs, rtol=1e-9, atol=1e-10)
 
+
+def test_gradients_by_torchs_products_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_stream_products, "CHUNK_ENTRIES", 100)
     given = [one.requires_grad_() for one in pairs(3, 5, 4, 33)]
     slopes = [weights(3, 5, seed=seed, dtype=F64) for seed in (6, 7)]
-    ours = torch.autograd.grad(tuple(taskloom.stream_softmax_mix(*given, 0.5)), given, slopes)
-    theirs = torch.autograd.grad(naive(*given, 0.5), given, slopes)
+    expected = naive(*given, 0.5)
+    theirs = torch.autograd.grad(expected, given, slopes, retain_graph=True)
+    fixed = [one.detach() for one in (*given, *slopes, *expected)]
+    ours = _stream_products.stream_softmax_mix_backward(*fixed, 0.5, True, True, True)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
