@@ -30,6 +30,7 @@ WITHOUT_KERNEL_PREFIXES = (
     "ragged_prefix_",
     "rmm_linear",
     "rmm_reconstruct",
+    "stream_softmax_",
     "weighted_ce",
     "window_",
 )
