@@ -12,9 +12,11 @@ import torch
 
 import rows_batch_norm_silu
 import rows_lora_feature_gate
+import rows_multi_gate
+import rows_stream_softmax_mix
 from harness import Row
 
-ROWS: tuple[Row, ...] = (*rows_lora_feature_gate.ROWS, *rows_batch_norm_silu.ROWS)
+ROWS: tuple[Row, ...] = (*rows_lora_feature_gate.ROWS, *rows_batch_norm_silu.ROWS, *rows_multi_gate.ROWS, *rows_stream_softmax_mix.ROWS)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 import rows_bases
 import rows_gating_features
+import rows_gating_multi
 import rows_kernel
 import rows_lowrank
 import rows_mask
@@ -47,6 +48,7 @@ ROWS: tuple[Row, ...] = tuple(
             *rows_prefix_layers.ROWS,
             *rows_windows.ROWS,
             *rows_window_norms.ROWS,
+            *rows_gating_multi.ROWS,
         ),
         key=lambda row: (not row.aim, row.op not in ("masked_adamw_", "masked_sgd_")),
     )

@@ -212,6 +212,7 @@ inline void add_slopes(const MultiGate& view, const Rows<Acc>& gradient, const R
     const int32_t *e = view.either.columns + view.either.begin[g], *const end = view.either.columns + view.either.begin[g + 1];
     Acc* const sums = slopes + g * view.experts * lanes;
     for (; e + groups <= end; e += groups) add_products<groups>(gradient.row(g), z, e, count, sums);
+    for (; e + 4 <= end; e += 4) add_products<4>(gradient.row(g), z, e, count, sums);
     for (; e + 2 <= end; e += 2) add_products<2>(gradient.row(g), z, e, count, sums);
     for (; e != end; ++e) add_products<1>(gradient.row(g), z, e, count, sums);
   }

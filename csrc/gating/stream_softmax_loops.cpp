@@ -1,7 +1,7 @@
 // CPU loops of stream_softmax_mix, compiled once per CPU level: sixteen experts at a time, an online softmax for each pair. Sums go by
 // sixteen lanes and in a fixed order, and no product is fused with an add, so that the bits are the same at all levels.
 #include "gating/stream_softmax.h"
-#include "routed/lane_spans.h"
+#include "gating/stream_softmax_tile.h"
 
 namespace taskloom {
 namespace {
@@ -101,46 +101,8 @@ struct Sequence {
   Online<Acc> online(int64_t pair) const { return {largest + pair, sums + pair * lanes, weighted + pair * lanes}; }
 };
 
-// Experts first .. first + n of the pool, transposed: expert m at place m of each dimension's row of `tile`.
 template <class Acc>
-inline void load_tile(const StreamSoftmax& view, int64_t first, int64_t n, int64_t tile, Acc* row, Acc* out) {
-  for (int64_t m = 0; m < n; ++m) {
-    load_block(view.experts.dtype, view.experts.data, (first + m) * view.dims, view.dims, row);
-    for (int64_t d = 0; d < view.dims; ++d) out[d * tile + m] = row[d];
-  }
-  const int64_t padded = (n + lanes - 1) / lanes * lanes;
-  for (int64_t d = 0; d < view.dims; ++d) {
-    for (int64_t m = n; m < padded; ++m) out[d * tile + m] = 0;
-  }
-}
-
-// Predictions and scores of `together` pairs from pair `k` on by the experts of a tile; `squares` holds their squared errors so far.
-template <int together, class Acc>
-inline void predict(const Sequence<Acc>& sequence, int64_t k, int64_t dims, const Acc* weights, int64_t tile, int64_t padded, Acc scale,
-                    Acc* squares, Acc* predictions, Acc* scores, Lanes<Acc>* top) {
-  for (int i = 0; i < together; ++i) top[i] = every_lane(-bits_infinity<Acc>());
-  const Lanes<Acc> factor = every_lane(scale);
-  for (int64_t m = 0; m < padded; m += lanes) {
-    Lanes<Acc> predicted[together];
-    for (int i = 0; i < together; ++i) predicted[i] = every_lane(Acc{0});
-    for (int64_t d = 0; d < dims; ++d) {
-      const Lanes<Acc> weight = load_whole(weights + d * tile + m);
-      for (int i = 0; i < together; ++i) predicted[i] = predicted[i] + every_lane(sequence.x[(k + i) * dims + d]) * weight;
-    }
-    Lanes<Acc> square = load_whole(squares + m);
-    for (int i = 0; i < together; ++i) {
-      const Lanes<Acc> score = square * factor, error = every_lane(sequence.y[k + i]) - predicted[i];
-      square = square + error * error;
-      top[i] = larger(score, top[i]);
-      store_whole(predictions + i * tile + m, predicted[i]);
-      store_whole(scores + i * tile + m, score);
-    }
-    store_whole(squares + m, square);
-  }
-}
-
-template <class Acc>
-void partial_as(const StreamSoftmax& view, const StreamPartial& to, int64_t chunk, int64_t begin, int64_t n, Acc* scratch) {
+void partial_as(const StreamSoftmax& view, const StreamPartial& to, int64_t slot, int64_t chunk, int64_t begin, int64_t n, Acc* scratch) {
   const int64_t pairs = view.pairs, dims = view.dims, tile = stream_tile(dims);
   Acc *const weights = scratch, *const squares = weights + dims * tile, *const predictions = squares + tile;
   Acc *const scores = predictions + stream_pairs * tile, *const row = scores + stream_pairs * tile;
@@ -158,19 +120,18 @@ void partial_as(const StreamSoftmax& view, const StreamPartial& to, int64_t chun
   const Acc scale = static_cast<Acc>(-0.5 / (view.sigma * view.sigma));
   const int64_t start = chunk * stream_chunk, stop = view.count - start < stream_chunk ? view.count : start + stream_chunk;
   for (int64_t first = start; first < stop; first += tile) {
-    const int64_t count = stop - first < tile ? stop - first : tile, padded = (count + lanes - 1) / lanes * lanes;
+    const int64_t count = stop - first < tile ? stop - first : tile, padded = in_whole_lanes(count);
     load_tile(view, first, count, tile, row, weights);
     for (int64_t b = 0; b < n; ++b) {
       const Sequence<Acc> one = sequence(b);
-      // Places after the last expert have likelihood 0 from the start.
-      for (int64_t m = 0; m < padded; ++m) squares[m] = m < count ? Acc{0} : bits_infinity<Acc>();
+      start_squares(count, padded, squares);
       for (int64_t k = 0; k < pairs;) {
         Lanes<Acc> top[stream_pairs];
         const bool several = k + stream_pairs <= pairs;
         if (several) {
-          predict<stream_pairs>(one, k, dims, weights, tile, padded, scale, squares, predictions, scores, top);
+          predict<stream_pairs>(one.x, one.y, k, dims, weights, tile, padded, scale, squares, predictions, scores, top);
         } else {
-          predict<1>(one, k, dims, weights, tile, padded, scale, squares, predictions, scores, top);
+          predict<1>(one.x, one.y, k, dims, weights, tile, padded, scale, squares, predictions, scores, top);
         }
         for (int64_t i = 0; i < (several ? stream_pairs : 1); ++i, ++k) {
           one.online(k).add(scores + i * tile, predictions + i * tile, padded, top[i]);
@@ -179,7 +140,7 @@ void partial_as(const StreamSoftmax& view, const StreamPartial& to, int64_t chun
     }
   }
   for (int64_t i = 0; i < n * pairs; ++i) {
-    const int64_t place = (chunk * view.batch + begin) * pairs + i;
+    const int64_t place = (slot * view.batch + begin) * pairs + i;
     static_cast<Acc*>(to.largest)[place] = largest[i];
     static_cast<Acc*>(to.sum)[place] = sum_of_lanes(load_whole(sums + i * lanes));
     static_cast<Acc*>(to.weighted)[place] = sum_of_lanes(load_whole(weighted + i * lanes));
@@ -187,44 +148,60 @@ void partial_as(const StreamSoftmax& view, const StreamPartial& to, int64_t chun
 }
 
 template <class Acc>
-void combine_as(const StreamPartial& from, int64_t chunks, int64_t entries, int64_t begin, int64_t n, Acc* pred, Acc* lse) {
-  const Acc *const tops = static_cast<const Acc*>(from.largest), *const sums = static_cast<const Acc*>(from.sum),
-                   *const mixes = static_cast<const Acc*>(from.weighted);
-  for (int64_t i = begin; i < begin + n; ++i) {
-    Acc largest = tops[i];
-    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-      const Acc top = tops[chunk * entries + i];
-      largest = top > largest ? top : largest;
+void fold_as(const StreamPartial& partial, bool starts, int64_t chunks, int64_t entries) {
+  Acc *const tops = static_cast<Acc*>(partial.largest), *const sums = static_cast<Acc*>(partial.sum),
+             *const mixes = static_cast<Acc*>(partial.weighted);
+  for (int64_t i = 0; i < entries; ++i) {
+    Acc largest = starts ? -bits_infinity<Acc>() : tops[i], sum = starts ? Acc{0} : sums[i], weighted = starts ? Acc{0} : mixes[i];
+    for (int64_t at = i + entries; at <= i + chunks * entries; at += entries) {
+      const Acc higher = tops[at] > largest ? tops[at] : largest, center = center_of(higher);
+      const Acc before = exponential_of(largest - center), now = exponential_of(tops[at] - center);
+      sum = before * sum + now * sums[at];
+      weighted = before * weighted + now * mixes[at];
+      largest = higher;
     }
-    const Acc center = center_of(largest);
-    Acc sum = 0, weighted = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const Acc shrink = exponential_of(tops[chunk * entries + i] - center);
-      sum = sum + shrink * sums[chunk * entries + i];
-      weighted = weighted + shrink * mixes[chunk * entries + i];
-    }
-    pred[i] = weighted / sum;
-    lse[i] = center + std::log(sum);
+    tops[i] = largest;
+    sums[i] = sum;
+    mixes[i] = weighted;
   }
 }
 
-void partial(bool wide, const StreamSoftmax& view, const StreamPartial& to, int64_t chunk, int64_t begin, int64_t n, void* scratch) {
+template <class Acc>
+void finish_as(const StreamPartial& partial, int64_t entries, Acc* pred, Acc* lse) {
+  const Acc *const tops = static_cast<const Acc*>(partial.largest), *const sums = static_cast<const Acc*>(partial.sum),
+                   *const mixes = static_cast<const Acc*>(partial.weighted);
+  for (int64_t i = 0; i < entries; ++i) {
+    pred[i] = mixes[i] / sums[i];
+    lse[i] = center_of(tops[i]) + std::log(sums[i]);
+  }
+}
+
+void partial(bool wide, const StreamSoftmax& view, const StreamPartial& to, int64_t slot, int64_t chunk, int64_t begin, int64_t n,
+             void* scratch) {
   if (wide) {
-    partial_as(view, to, chunk, begin, n, static_cast<double*>(scratch));
+    partial_as(view, to, slot, chunk, begin, n, static_cast<double*>(scratch));
   } else {
-    partial_as(view, to, chunk, begin, n, static_cast<float*>(scratch));
+    partial_as(view, to, slot, chunk, begin, n, static_cast<float*>(scratch));
   }
 }
 
-void combine(bool wide, const StreamPartial& from, int64_t chunks, int64_t entries, int64_t begin, int64_t n, void* pred, void* lse) {
+void fold(bool wide, const StreamPartial& partial, bool starts, int64_t chunks, int64_t entries) {
   if (wide) {
-    combine_as(from, chunks, entries, begin, n, static_cast<double*>(pred), static_cast<double*>(lse));
+    fold_as<double>(partial, starts, chunks, entries);
   } else {
-    combine_as(from, chunks, entries, begin, n, static_cast<float*>(pred), static_cast<float*>(lse));
+    fold_as<float>(partial, starts, chunks, entries);
   }
 }
 
-const StreamSoftmaxLoops table = {partial, combine};
+void finish(bool wide, const StreamPartial& partial, int64_t entries, void* pred, void* lse) {
+  if (wide) {
+    finish_as(partial, entries, static_cast<double*>(pred), static_cast<double*>(lse));
+  } else {
+    finish_as(partial, entries, static_cast<float*>(pred), static_cast<float*>(lse));
+  }
+}
+
+const StreamSoftmaxLoops table = {partial, fold, finish};
 
 }  // namespace
 

@@ -25,10 +25,12 @@ WITHOUT_KERNEL_PREFIXES = (
     "channel_scale",
     "kernel_",
     "lowrank_",
+    "multi_gate_",
     "prefix_",
     "ragged_prefix_",
     "rmm_linear",
     "rmm_reconstruct",
+    "stream_softmax_",
     "weighted_ce",
     "window_",
 )

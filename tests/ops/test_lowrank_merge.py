@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import allocated
 from cases_lowrank_merge import factors
 from compiled import compiled
 from contract import assert_close, assert_same_bits
@@ -112,18 +113,6 @@ def test_a_second_derivative_is_refused() -> None:
         gradient.sum().backward()
 
 
-def _allocated(call: Callable[[], Any]) -> int:
-    """Bytes that torch's allocator gave out at most beside what there was before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    most = held = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
-
-
 @pytest.mark.parametrize("adapters", [1, 4])
 def test_nothing_of_the_size_of_a_weight_beside_the_output(monkeypatch: pytest.MonkeyPatch, adapters: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -132,13 +121,13 @@ def test_nothing_of_the_size_of_a_weight_beside_the_output(monkeypatch: pytest.M
     base, (right, left) = weights(rows, columns, dtype=torch.bfloat16), factors(rows, columns, ranks)
     thin = 4 * sum(ranks) * (rows + columns)
     slack = 64 << 10
-    assert _allocated(lambda: taskloom.lowrank_merge(base, right, left)) <= base.nbytes + thin + slack
-    assert _allocated(lambda: taskloom.lowrank_merge_(base, right, left, 0.1)) <= thin + slack
-    assert _allocated(lambda: taskloom.lowrank_norm(base, right, left)) <= thin + slack
+    assert allocated(lambda: taskloom.lowrank_merge(base, right, left)) <= base.nbytes + thin + slack
+    assert allocated(lambda: taskloom.lowrank_merge_(base, right, left, 0.1)) <= thin + slack
+    assert allocated(lambda: taskloom.lowrank_norm(base, right, left)) <= thin + slack
     leaves = [one.requires_grad_() for one in (*right, *left)]
     merged, gradient = taskloom.lowrank_merge(base, right, left), weights(rows, columns, dtype=torch.bfloat16)
     tile = 4 * _products.TILE
-    assert _allocated(lambda: torch.autograd.grad(merged, leaves, gradient)) <= 6 * thin + 2 * tile + slack
+    assert allocated(lambda: torch.autograd.grad(merged, leaves, gradient)) <= 6 * thin + 2 * tile + slack
 
 
 def test_in_place_leaves_what_is_beside_a_view() -> None:

@@ -26,6 +26,8 @@ CONTRACTING |= {"window_group_norm_silu_kernel", "window_group_norm_silu_backwar
 CONTRACTING |= {"lowrank_apply_kernel", "lowrank_merge_kernel", "lowrank_norm_kernel"}
 CONTRACTING |= {"window_forward_kernel", "window_input_kernel", "window_weight_kernel"}
 CONTRACTING |= {"prefix_conv2d_kernel", "input_gradient_kernel", "weight_gradient_kernel"}
+CONTRACTING |= {"multi_gate_combine_kernel", "multi_gate_combine_backward_kernel"}
+CONTRACTING |= {"stream_softmax_partial_kernel", "stream_softmax_fold_kernel"}
 MORE_SHARED_BYTES = {"see_products_kernel": 99 * 1024}
 # A 64-bit division is a call, around which a register or two may be saved; spills in a loop would be more.
 CALL_BYTES = 16

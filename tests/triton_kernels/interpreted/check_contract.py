@@ -48,6 +48,9 @@ SLOW = {
     "window_group_norm_silu": {"channels of their own"},
     "lowrank_merge_": {"wide rank", "two pieces"},
     "lowrank_norm": {"wide rank", "two pieces"},
+    "multi_gate_combine": {"pieces", "many experts"},
+    "multi_gate_combine_backward": {"pieces", "many experts"},
+    "stream_softmax_mix_backward": {"chunks"},
 }
 
 

@@ -1,4 +1,4 @@
-"""The gradients of the softmax gate over very many linear experts, composed of torch's products in chunks of experts."""
+"""The gradients of the softmax gate over very many linear experts, composed of torch's products in chunks of experts: what GPUs run."""
 
 from __future__ import annotations
 

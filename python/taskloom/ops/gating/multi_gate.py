@@ -106,8 +106,8 @@ def multi_gate_combine(
     TypeError
         If a tensor has another dtype.
     ValueError
-        If shapes do not fit, the activation is unknown, only one of ``self_logits`` and ``self_mask`` is given, or a gate has no expert (on
-        a GPU the latter is a device-side assertion, in compiled code a RuntimeError).
+        If shapes do not fit, the activation is unknown, only one of ``self_logits`` and ``self_mask`` is given, or a gate has no expert (in
+        compiled code a RuntimeError; on a GPU nobody waits to say so, and the gate's ``out`` is NaN).
 
     Notes
     -----

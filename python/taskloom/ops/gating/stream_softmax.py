@@ -9,8 +9,7 @@ from torch import Tensor
 
 from taskloom.ops._backends import kernel
 from taskloom.ops._checks import check_floating, check_shape, plain_number
-from taskloom.ops._register import implement_on_cpu, register
-from taskloom.ops.gating import _stream_products
+from taskloom.ops._register import register
 from taskloom.reference import gating as reference
 from taskloom.reference.arithmetic import accumulation_dtype
 
@@ -176,11 +175,5 @@ def _backward(ctx: Any, for_pred: Tensor | None, for_lse: Tensor | None) -> tupl
     return (*(one if want else None for one, want in zip(found, wanted, strict=True)), None)
 
 
-def _composed_backward(for_pred: Tensor | None, for_lse: Tensor | None, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    x, y, experts, *others = given
-    return _stream_products.stream_softmax_mix_backward(x, y, experts, for_pred, for_lse, *others)
-
-
-implement_on_cpu("stream_softmax_mix_backward", _composed_backward)
 register("stream_softmax_mix", fake=_fake_mix, backward=_backward, setup_context=_setup)
 register("stream_softmax_mix_backward", fake=_fake_backward)

@@ -14,12 +14,12 @@ def everywhere(logits: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    # An entry that is masked is set to 0, and not left to exp(-inf), which a row of NaN would make NaN of.
+    # What is masked is set to 0 after it too: a row of NaN would make NaN of it.
     return torch.where(mask, torch.softmax(torch.where(mask, logits, -torch.inf), -1), 0)
 
 
 def _sigmoid(logits: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, torch.sigmoid(logits), 0)
+    return torch.where(mask, torch.sigmoid(torch.where(mask, logits, 0)), 0)
 
 
 def _gates(logits: Tensor, mask: Tensor, activation: str) -> Tensor:
