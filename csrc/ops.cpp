@@ -132,4 +132,11 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
       "activation, bool for_x, bool for_scale, bool for_bias) -> (Tensor, Tensor, Tensor)");
 
   // gating
+  m.def(
+      "topk_gate(Tensor logits, Tensor? bias, SymInt k, str score, SymInt n_group, SymInt topk_group, str group_score, float group_mask, "
+      "bool renormalize, float scale, float eps, float temperature, bool long_ids, bool statistics) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
+  m.def(
+      "topk_gate_backward(Tensor logits, Tensor ids, Tensor weight, Tensor? dweight, Tensor? dprob_sum, Tensor? dlse, str score, bool "
+      "renormalize, float scale, float eps, float temperature) -> Tensor");
 }

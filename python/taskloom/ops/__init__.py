@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from taskloom.ops._backends import Explanation, backend, explain
+from taskloom.ops.gating import TopKGate, topk_gate
 from taskloom.ops.lowrank import (
     dora_merge,
     kernel_linear,
@@ -60,6 +61,7 @@ __all__ = [
     "Explanation",
     "MagnitudeThreshold",
     "SparseMergeStatistics",
+    "TopKGate",
     "backend",
     "block_scale_merge",
     "channel_scale",
@@ -98,6 +100,7 @@ __all__ = [
     "split_threshold",
     "task_mask",
     "threshold_from_histograms",
+    "topk_gate",
     "unpack_mask",
     "weighted_ce",
     "window_conv2d",
