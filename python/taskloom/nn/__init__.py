@@ -1,4 +1,4 @@
-"""Modules made of the ops: adapters beside layers, their way into a model and onto the disk; layers of some channels or changing width."""
+"""Modules made of the ops: adapters beside layers, their way into a model and onto the disk; layers of some channels or changing width; routers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from taskloom.nn.kernel_linear import KernelConfig, KernelLinear
 from taskloom.nn.lowrank_config import LowRankConfig
 from taskloom.nn.lowrank_linear import LowRankLinear
 from taskloom.nn.lowrank_parts import BASE
+from taskloom.nn.router import TopKRouter
+from taskloom.nn.router_patch import RouterPatch, patch_routers, unpatch_routers
 from taskloom.nn.slim_calibrate import calibrate
 from taskloom.nn.slim_export import export
 from taskloom.nn.slim_layers import SlimConv2d, SlimLinear
@@ -26,11 +28,13 @@ __all__ = [
     "LowRankConfig",
     "LowRankLinear",
     "RoutedResidual",
+    "RouterPatch",
     "SlimConv2d",
     "SlimLinear",
     "SlimNorm2d",
     "SplitLinear",
     "TaskWindow",
+    "TopKRouter",
     "Width",
     "Widths",
     "WindowConv2d",
@@ -41,8 +45,10 @@ __all__ = [
     "inject",
     "load_adapter",
     "make_divisible",
+    "patch_routers",
     "save_adapter",
     "split_fused",
+    "unpatch_routers",
     "use_tasks",
     "use_width",
 ]

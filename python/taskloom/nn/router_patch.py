@@ -53,9 +53,7 @@ def _deepseek_v2(router: Any) -> GateOptions:
 
 
 def _deepseek_v3(router: Any) -> GateOptions:
-    return deepseek_v3_options(
-        router.top_k, router.num_group, router.topk_group, bool(router.norm_topk_prob), router.routed_scaling_factor
-    )
+    return deepseek_v3_options(router.top_k, router.num_group, router.topk_group, bool(router.norm_topk_prob), router.routed_scaling_factor)
 
 
 FAMILIES: Mapping[str, RouterFamily] = {
@@ -119,7 +117,9 @@ def _check_same(path: str, router: Any) -> None:
         theirs, ours = type(router).forward(router, rows), patched(router, rows)
     kinds = [(one.dtype, one.shape) if isinstance(one, Tensor) else type(one) for one in theirs] if isinstance(theirs, tuple) else theirs
     if kinds != [(one.dtype, one.shape) for one in ours]:
-        raise ValueError(f"patch_routers: {path}: {type(router).__name__} of this version of transformers returns something else than expected")
+        raise ValueError(
+            f"patch_routers: {path}: {type(router).__name__} of this version of transformers returns something else than expected"
+        )
     # Sorted: scores that are equal may be taken by other experts.
     weights = [one[1].float().sort(-1).values for one in (theirs, ours)]
     rough = 2e-2 if torch.finfo(ours[1].dtype).bits < 32 else 1e-4
