@@ -139,4 +139,10 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
   m.def(
       "topk_gate_backward(Tensor logits, Tensor ids, Tensor weight, Tensor? dweight, Tensor? dprob_sum, Tensor? dlse, str score, bool "
       "renormalize, float scale, float eps, float temperature) -> Tensor");
+  m.def("expert_sort(Tensor ids, SymInt num_experts, int block) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("expert_combine(Tensor y, Tensor weight, Tensor inverse) -> Tensor");
+  m.def(
+      "expert_combine_backward(Tensor gradient, Tensor y, Tensor weight, Tensor inverse, bool for_y, bool for_weight) -> (Tensor, Tensor)");
+  m.def("manifold_loss(Tensor r, Tensor reference, Tensor ids, Tensor weight) -> Tensor");
+  m.def("manifold_loss_backward(Tensor gradient, Tensor r, Tensor reference, Tensor ids, Tensor weight) -> Tensor");
 }

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from taskloom.ops._backends import Explanation, backend, explain
-from taskloom.ops.gating import TopKGate, topk_gate
+from taskloom.ops.gating import (
+    ExpertOrder,
+    TopKGate,
+    expert_combine,
+    expert_sort,
+    gate_probabilities,
+    load_balance_loss,
+    manifold_loss,
+    router_z_loss,
+    topk_gate,
+)
 from taskloom.ops.lowrank import (
     dora_merge,
     kernel_linear,
@@ -58,6 +68,7 @@ from taskloom.ops.routed import (
 )
 
 __all__ = [
+    "ExpertOrder",
     "Explanation",
     "MagnitudeThreshold",
     "SparseMergeStatistics",
@@ -66,10 +77,14 @@ __all__ = [
     "block_scale_merge",
     "channel_scale",
     "dora_merge",
+    "expert_combine",
+    "expert_sort",
     "explain",
+    "gate_probabilities",
     "kernel_linear",
     "kernel_merge",
     "kernel_quantile",
+    "load_balance_loss",
     "lowrank_apply",
     "lowrank_merge",
     "lowrank_merge_",
@@ -79,6 +94,7 @@ __all__ = [
     "magnitude_histogram",
     "magnitude_mask",
     "magnitude_threshold",
+    "manifold_loss",
     "mask_count",
     "masked_adamw_",
     "masked_compress",
@@ -96,6 +112,7 @@ __all__ = [
     "rmm_fit",
     "rmm_linear",
     "rmm_reconstruct",
+    "router_z_loss",
     "sparse_merge",
     "split_threshold",
     "task_mask",
