@@ -1,4 +1,4 @@
-"""Modules made of the ops: adapters beside layers, their way into a model and onto the disk; layers of some channels or changing width; routers."""
+"""Modules made of the ops: adapters and their way into a model and onto the disk, layers of some or changing channels, routers."""
 
 from __future__ import annotations
 

@@ -161,10 +161,12 @@ class TopKRouter(nn.Module):
         """
         if x.shape[-1:] != (self.dim,):
             raise ValueError(f"TopKRouter: x: expected shape (..., {self.dim}), got {tuple(x.shape)}")
+        return self.gate(self.logits(x), statistics)
+
+    def gate(self, logits: Tensor, statistics: bool = False) -> TopKGate:
+        """The gate of logits ``[..., E]``; what :meth:`forward` does after :meth:`logits`."""
         choice = self.e_score_correction_bias
-        return self.options.gate(
-            self.logits(x), None if choice is None else choice.float(), ids_dtype=self.ids_dtype, statistics=statistics
-        )
+        return self.options.gate(logits, None if choice is None else choice.float(), ids_dtype=self.ids_dtype, statistics=statistics)
 
     def extra_repr(self) -> str:
         """Sizes and options."""

@@ -78,9 +78,8 @@ def routers_of(model: nn.Module) -> dict[str, nn.Module]:
         parent, _, name = path.rpartition(".")
         weight = getattr(module, "weight", None)
         beside = name in ROUTER_PATHS and isinstance(weight, Tensor) and weight.dim() == 2
-        if isinstance(module, TopKRouter) or type(module).__name__ in FAMILIES:
-            found[path] = module
-        elif beside and hasattr(model.get_submodule(parent), "experts"):
+        known = isinstance(module, TopKRouter) or type(module).__name__ in FAMILIES
+        if known or (beside and hasattr(model.get_submodule(parent), "experts")):
             found[path] = module
     return found
 
@@ -110,22 +109,21 @@ def _members(base: Any) -> dict[str, Any]:
 def _check_same(path: str, router: Any) -> None:
     """Raise where a router of a known name does not compute what is known of that name."""
     patched: Callable[..., tuple[Tensor, Tensor, Tensor]] = _members(type(router))["forward"]
-    weight = router.weight
-    drawn = torch.randn(_PROBE_ROWS, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    rows = drawn.to(device=weight.device, dtype=weight.dtype)
+    drawn = torch.randn(_PROBE_ROWS, router.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    rows = drawn.to(device=router.weight.device, dtype=router.weight.dtype)
     with torch.no_grad():
         theirs, ours = type(router).forward(router, rows), patched(router, rows)
     kinds = [(one.dtype, one.shape) if isinstance(one, Tensor) else type(one) for one in theirs] if isinstance(theirs, tuple) else theirs
     if kinds != [(one.dtype, one.shape) for one in ours]:
         raise ValueError(
-            f"patch_routers: {path}: {type(router).__name__} of this version of transformers returns something else than expected"
+            f"patch_routers: {path}: this version of transformers' {type(router).__name__} returns something else than expected"
         )
     # Sorted: scores that are equal may be taken by other experts.
-    weights = [one[1].float().sort(-1).values for one in (theirs, ours)]
+    weight, expected = (one[1].float().sort(-1).values for one in (ours, theirs))
     rough = 2e-2 if torch.finfo(ours[1].dtype).bits < 32 else 1e-4
-    if not torch.allclose(*weights, rtol=rough, atol=1e-6, equal_nan=True):
+    if not torch.allclose(weight, expected, rtol=rough, atol=1e-6, equal_nan=True):
         raise ValueError(
-            f"patch_routers: {path}: {type(router).__name__} of this version of transformers weighs experts in another way than expected"
+            f"patch_routers: {path}: this version of transformers' {type(router).__name__} weighs experts in another way than expected"
         )
 
 

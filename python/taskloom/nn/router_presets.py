@@ -159,7 +159,7 @@ def router_preset(config: Any) -> RouterPreset:
     """
     fields = SimpleNamespace(**config) if isinstance(config, Mapping) else config
     model_type = getattr(fields, "model_type", None)
-    if model_type not in PRESETS:
+    if not isinstance(model_type, str) or model_type not in PRESETS:
         raise ValueError(f"from_config: model_type: expected one of {', '.join(PRESETS)}, got {model_type!r}")
     try:
         return PRESETS[model_type](fields)

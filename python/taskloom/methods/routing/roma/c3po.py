@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from taskloom.methods.routing.roma.recorder import check_recorded, first_input
 from taskloom.methods.routing.roma.routers import Layers, chosen_routers, gate_options, is_sigmoid, selection_bias
 from taskloom.methods.routing.roma.tokens import AskedTokens, Token
-from taskloom.ops import TopKGate
+from taskloom.nn import TopKRouter
 
 
 def c3po_reweight(r_ref: Tensor, sim: Tensor, experts: Sequence[int] | None = None) -> Tensor:
@@ -146,7 +146,10 @@ class RoutingOverride:
             return None
         hidden = first_input(args, kwargs)
         rows = self._asked.rows(hidden.numel() // hidden.shape[-1], hidden.device)
-        return replaced_rows(router, output, logits.to(hidden.device), rows)
+        if isinstance(router, TopKRouter):
+            own = _with_rows(router.logits(hidden), rows, logits.to(hidden.device))
+            return router.gate(own, statistics=output.counts is not None)
+        return _replaced_rows(router, output, logits.to(hidden.device), rows)
 
 
 def _with_rows(tensor: Tensor, rows: Tensor, values: Tensor) -> Tensor:
@@ -155,7 +158,7 @@ def _with_rows(tensor: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     return flat.index_copy(0, rows, values.to(tensor.dtype)).reshape(tensor.shape)
 
 
-def replaced_rows(router: nn.Module, output: Any, logits: Tensor, rows: Tensor) -> Any:
+def _replaced_rows(router: nn.Module, output: Any, logits: Tensor, rows: Tensor) -> Any:
     """A router's output as if some rows had other logits.
 
     Raises
@@ -169,10 +172,5 @@ def replaced_rows(router: nn.Module, output: Any, logits: Tensor, rows: Tensor) 
     if options is None:
         raise ValueError(f"RoutingOverride: model: {type(router).__name__} is no router whose gate is known")
     gate = options.gate(logits, selection_bias(router))
-    if isinstance(output, TopKGate):
-        weight, ids = _with_rows(output.weight, rows, gate.weight), _with_rows(output.ids, rows, gate.ids)
-        if output.counts is not None:
-            raise ValueError("RoutingOverride: model: a gate with statistics, which would be those of the weights before")
-        return output._replace(weight=weight, ids=ids)
     own, weight, ids = output
     return (_with_rows(own, rows, logits), _with_rows(weight, rows, gate.weight), _with_rows(ids, rows, gate.ids))

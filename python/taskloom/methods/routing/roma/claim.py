@@ -168,8 +168,8 @@ CLAIMS = (
             "instructions": 12,
             "classes": 4,
             "features": 16,
-            "seen": 8,
-            "seen_noise": 0.3,
+            "seen": 16,
+            "seen_noise": 0.5,
             "rule_noise": 1.0,
             "embedding": 16,
             "embedding_noise": 0.1,
@@ -177,7 +177,7 @@ CLAIMS = (
             "width": 48,
             "experts": 8,
             "k": 2,
-            "hidden": 32,
+            "hidden": 16,
             "pretraining": 12000,
             "epochs": 8,
             "pretrain_lr": 2e-3,
@@ -191,7 +191,7 @@ CLAIMS = (
             "test": 6000,
         },
         quick={"pretraining": 600, "epochs": 2, "tuning": 128, "steps": 8, "batch": 64, "test": 300},
-        note="A residual MLP of three sparse layers on generated data; the noise in its routers stands for the routing of a pretrained model "
-        "that is not the best for a new task.",
+        note="A residual MLP of three sparse layers on generated data; the noise in its routers stands for the routing of a pretrained "
+        "model that is not the best for a new task.",
     ),
 )

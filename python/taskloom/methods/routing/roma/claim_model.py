@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, normalize
 
 from taskloom.nn import TopKRouter
+from taskloom.ops import load_balance_loss
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class _SparseLayer(nn.Module):
         """The layer's output, and its balance: 1 where every expert has the same load."""
         normed = layer_norm(x, x.shape[1:])
         gate = self.gate(normed, statistics=True)
-        balance = (gate.counts / gate.counts.sum() * gate.prob_sum / len(x)).sum() * len(gate.counts)
+        balance = load_balance_loss(gate.counts, gate.prob_sum, len(x), gate.ids.shape[1])
         return x + self.experts(normed, gate.ids, gate.weight), balance
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from taskloom.methods.routing.roma.recorder import Layers, RoutingRecorder, Token, Weights, check_recorded
+from taskloom.methods.routing.roma.recorder import RoutingRecorder, Weights, check_recorded
+from taskloom.methods.routing.roma.routers import Layers
+from taskloom.methods.routing.roma.tokens import Token
 
 
 @dataclass(frozen=True, kw_only=True)

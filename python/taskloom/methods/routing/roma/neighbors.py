@@ -105,17 +105,16 @@ def neighbor_weights(emb: Tensor, ref: ReferenceSet, config: RoMAConfig | None =
     config = config or RoMAConfig()
     keys = _check("neighbor_weights", emb, ref, config, keys)
     part = max(1, _PART // (8 * len(ref.keys)))
+    # An infinite distance is that of a sample to itself, where it is left out.
+    farthest = torch.finfo(torch.float64).max if not config.eps else -2 * config.sigma**2 * math.log(config.eps)
     ids, weights = [], []
     for begin in range(0, max(1, len(emb)), part):
         squared = _squared_distances(emb[begin : begin + part], ref.emb)
         if keys is not None:
             squared = torch.where(keys[begin : begin + part, None] == ref.keys, math.inf, squared)
-        near = math.inf if config.eps is None else -2 * config.sigma**2 * math.log(config.eps) if config.eps > 0 else math.inf
-        usable = squared.isfinite() & (squared <= near)
-        if config.eps is None:
-            k = min(config.k, squared.shape[1])
-        else:
-            k = int(usable.sum(1).max()) if len(usable) else 0
+        usable = squared <= farthest
+        most = int(usable.sum(1).max()) if len(usable) else 0
+        k = most if config.eps is not None else min(config.k, most)
         chosen = _nearest(torch.where(usable, squared, math.inf), k)
         ids.append(chosen)
         weights.append(_shares(squared.gather(1, chosen), usable.gather(1, chosen), config.sigma))

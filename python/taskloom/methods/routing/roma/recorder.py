@@ -29,7 +29,7 @@ def check_recorded(op: str, layers: Layers, token: str, weights: str) -> None:
     """Raise ValueError where a setting is unknown."""
     if isinstance(layers, bool) or (isinstance(layers, int) and layers >= 0) or (isinstance(layers, str) and layers != "all"):
         raise ValueError(f"{op}: layers: expected a negative number for so many last routers, 'all', or a list of places, got {layers!r}")
-    if not isinstance(layers, int) and (not layers or len(set(layers)) != len(layers)):
+    if not isinstance(layers, int | str) and (not layers or len(set(layers)) != len(layers)):
         raise ValueError(f"{op}: layers: expected one or more places, each once, got {layers!r}")
     if token not in get_args(Token):
         raise ValueError(f"{op}: token: expected 'last' or 'first', got {token!r}")
@@ -41,9 +41,10 @@ def logits_of_rows(router: nn.Module, hidden: Tensor, output: Any, rows: Tensor)
     """A router's logits ``[B, E]`` of some rows: from its output where they are in it, else by its weight."""
     experts = router.get_parameter("weight").shape[0]
     first = output[0] if isinstance(output, tuple) and output else output
-    told = isinstance(first, Tensor) and first.is_floating_point() and first.shape[-1] == experts and not isinstance(router, TopKRouter)
-    if told:
-        return first.reshape(-1, experts)[rows]
+    # What a TopKRouter returns first are weights, of which there may be as many.
+    logits = first if isinstance(first, Tensor) and first.is_floating_point() and not isinstance(router, TopKRouter) else None
+    if logits is not None and logits.shape[-1] == experts:
+        return logits.reshape(-1, experts)[rows]
     return router_logits(router, hidden.reshape(-1, hidden.shape[-1])[rows], makes_float32_logits(router))
 
 

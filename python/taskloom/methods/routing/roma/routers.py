@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from taskloom.nn import TopKRouter
 from taskloom.nn.router_patch import FAMILIES, ROUTER_PATHS, routers_of
 from taskloom.nn.router_presets import GateOptions
+from taskloom.ops import gate_probabilities
 
 Layers = int | Literal["all"] | Sequence[int]
 
@@ -87,10 +88,9 @@ def selection_bias(router: Any) -> Tensor | None:
 
 def probabilities(router: nn.Module, logits: Tensor) -> Tensor:
     """The probabilities of all experts ``[B, E]``, in float32: the softmax of the logits, or each sigmoid's share of their sum."""
-    if not is_sigmoid(router):
-        return logits.softmax(-1, dtype=torch.float32)
-    scores = logits.float().sigmoid()
-    return scores / scores.sum(-1, keepdim=True)
+    options = gate_options(router)
+    temperature = 1.0 if options is None else options.temperature
+    return gate_probabilities(logits.float(), score="sigmoid" if is_sigmoid(router) else "softmax", temperature=temperature)
 
 
 def topk_weights(router: nn.Module, logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from taskloom.methods.routing.roma.config import RoMAConfig
 from taskloom.methods.routing.roma.neighbors import Neighbors
 from taskloom.methods.routing.roma.reference import Batch, Positions, ReferenceSet, call, refresh_reference
-from taskloom.methods.routing.roma.manifold import manifold_loss
+from taskloom.ops import manifold_loss
 
 TaskLoss = Callable[[Any, Any], Tensor]
 Step = tuple[Tensor, Batch]
