@@ -88,7 +88,11 @@ class GateRows {
   bool choose(const Acc* values) {
     if (!limited_) return choose_best(values, n_, gate_.k, room_, place_);
     const int64_t size = gate_.experts / gate_.groups;
-    judge_groups(values, gate_.groups, size, gate_.by_two_best, judged_);
+    if (gate_.by_two_best) {
+      judge_groups<true>(values, gate_.groups, size, judged_);
+    } else {
+      judge_groups<false>(values, gate_.groups, size, judged_);
+    }
     if (!keep_groups(judged_, gate_.groups, gate_.kept_groups, kept_)) return false;
     return gate_.group_mask == -__builtin_inf() ? choose_in_groups(values, size) : choose_masked(values, size);
   }
@@ -159,7 +163,7 @@ class GateRows {
         center = center_;
       }
       const Lanes<Acc> centers = every_lane(center);
-      for (int part = 0; part < parts; ++part) w[part] = exponential(w[part] - centers);
+      for (int part = 0; part < parts; ++part) w[part] = exponential_below_zero(w[part] - centers);
       if (!softmax_of_chosen) {
         for (int part = 0; part < parts; ++part) w[part] = w[part] / every_lane(sum_);
       }
