@@ -14,6 +14,34 @@ inline Acc lowest_value() {
   return -bits_infinity<Acc>();
 }
 
+// x is NaN ? yes : no, in each lane.
+template <class Acc>
+inline __attribute__((always_inline)) Lanes<Acc> where_nan(const Lanes<Acc>& x, const Lanes<Acc>& yes, const Lanes<Acc>& no) {
+  Lanes<Acc> r;
+  for (int i = 0; i < Lanes<Acc>::parts; ++i) r.part[i] = x.part[i] == x.part[i] ? no.part[i] : yes.part[i];
+  return r;
+}
+
+// The same values with one and the same NaN: which of two NaNs an operation passes on depends on the instruction.
+template <class Acc>
+inline __attribute__((always_inline)) Lanes<Acc> with_one_nan(const Lanes<Acc>& x) {
+  return where_nan(x, every_lane(static_cast<Acc>(__builtin_nan(""))), x);
+}
+
+// load_some in one instruction where there is one.
+template <class Acc, class Count>
+inline __attribute__((always_inline)) Lanes<Acc> load_part(const Acc* from, Count count, Acc filler) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(Acc) == 4 && sizeof(Lanes<Acc>) == 64) {
+    Lanes<Acc> r;
+    const auto inside = static_cast<__mmask16>((1u << static_cast<int64_t>(count)) - 1);
+    r.part[0] = _mm512_mask_loadu_ps(_mm512_set1_ps(filler), inside, from);
+    return r;
+  }
+#endif
+  return load_some(from, count, filler);
+}
+
 // exponential(x) for x of at most 0 and NaN, with the same bits in fewer operations.
 template <class Acc>
 inline __attribute__((always_inline)) Lanes<Acc> exponential_below_zero(const Lanes<Acc>& x) {

@@ -61,7 +61,7 @@ inline void judge_groups(const Acc* x, int64_t groups, int64_t size, Acc* judged
   for (int64_t group = 0; group < groups; ++group) {
     Lanes<Acc> first = every_lane(lowest_value<Acc>()), second = first;
     over_lanes(size, [&](int64_t place, auto count) __attribute__((always_inline)) {
-      const Lanes<Acc> values = load_some(x + group * size + place, count, lowest_value<Acc>());
+      const Lanes<Acc> values = load_part(x + group * size + place, count, lowest_value<Acc>());
       for (int i = 0; i < parts; ++i) {
         if constexpr (two) second.part[i] = larger_of(smaller_of(first.part[i], values.part[i]), second.part[i]);
         first.part[i] = larger_of(first.part[i], values.part[i]);
