@@ -41,11 +41,13 @@ def _masked_keys(keys, bad, wanted, ROWS: tl.constexpr, GROUPS: tl.constexpr, SI
         judged = tl.where(there, ordered(total, WIDE), none)
     group = tl.arange(0, GROUPS)[None, :]
     kept = tl.zeros([ROWS, GROUPS], tl.int32)
-    for _ in range(wanted):
+    count = 0
+    while count < wanted:
         best = tl.max(judged, axis=1)
         place = tl.min(tl.where(judged == best[:, None], group, GROUPS), axis=1)
         kept = tl.where(group == place[:, None], 1, kept)
         judged = tl.where(group == place[:, None], none, judged)
+        count += 1
     spread = tl.reshape(tl.broadcast_to(kept[:, :, None], (ROWS, GROUPS, SIZE)), (ROWS, GROUPS * SIZE))
     return spread != 0, bad
 
@@ -94,7 +96,8 @@ def topk_gate_kernel(
     none = no_key(WIDE)
     counted = tl.zeros([GROUPS * SIZE], tl.int32)
     summed = tl.zeros([GROUPS * SIZE], tl.float64 if WIDE else tl.float32)
-    for step in range(steps):
+    step = 0
+    while step < steps:
         token = (program * steps + step) * ROWS + tl.arange(0, ROWS)
         present = token < tokens
         rows = token * row_stride
@@ -161,6 +164,7 @@ def topk_gate_kernel(
             share = tl.where(inside, share, 0.0)
             share_sum = tl.where(present, tl.sum(share, axis=1), 1.0)
             summed += tl.sum(divided(share, tl.broadcast_to(share_sum[:, None], share.shape), WIDE), axis=0)
+        step += 1
     if STATISTICS:
         tl.store(counts + program * experts + expert, counted, mask=real)
         tl.store(prob_sum + program * experts + expert, summed, mask=real)
