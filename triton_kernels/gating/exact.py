@@ -97,8 +97,5 @@ def unordered(keys, WIDE: tl.constexpr):
 @triton.jit
 def no_key(WIDE: tl.constexpr):
     """What is below every value's integer."""
-    if WIDE:
-        result = tl.full((), -0x8000000000000000, tl.int64)
-    else:
-        result = tl.full((), -0x80000000, tl.int32)
-    return result
+    key = tl.full((), -0x8000000000000000, tl.int64) if WIDE else tl.full((), -0x80000000, tl.int32)
+    return key

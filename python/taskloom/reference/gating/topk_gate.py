@@ -49,9 +49,7 @@ def choose_experts(
 ) -> tuple[Tensor, Tensor]:
     """The experts ``[T, k]`` of each row, best first, and which rows ``[T]`` have a NaN; those get experts 0 to k - 1."""
     groups = topk_group < n_group
-    values = choice_values(
-        logits, bias, score, groups=groups, group_score=group_score, group_mask=group_mask, temperature=temperature
-    )
+    values = choice_values(logits, bias, score, groups=groups, group_score=group_score, group_mask=group_mask, temperature=temperature)
     bad = values.isnan().any(1)
     kept = None
     if groups:
@@ -102,7 +100,9 @@ def topk_gate(
     return weight, experts, counts, share.sum(0), z.logsumexp(1)
 
 
-def _chosen_slopes(z: Tensor, ids: Tensor, weight: Tensor, dweight: Tensor, score: str, renormalize: bool, scale: float, eps: float) -> Tensor:
+def _chosen_slopes(
+    z: Tensor, ids: Tensor, weight: Tensor, dweight: Tensor, score: str, renormalize: bool, scale: float, eps: float
+) -> Tensor:
     """The gradient of z from that of the weights."""
     if score == "softmax" and renormalize and eps == 0:
         inner = (weight * dweight).sum(1, keepdim=True) / (scale if scale != 0 else 1)
