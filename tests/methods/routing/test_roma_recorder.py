@@ -106,6 +106,15 @@ def test_tokens_and_layers(options: dict[str, Any], positions: list[int], places
     torch.testing.assert_close(recorder.r, torch.cat(expected, 1), rtol=1e-6, atol=1e-6)
 
 
+def test_a_mask_may_be_given_by_place() -> None:
+    model = tiny_model("olmoe")
+    with RoutingRecorder(model, -2) as recorder:
+        model(input_ids=TOKENS, attention_mask=MASK)
+        expected = recorder.r
+        model(TOKENS, MASK)
+    assert torch.equal(recorder.r, expected)
+
+
 def test_positions_may_be_given() -> None:
     model = tiny_model("olmoe")
     with RoutingRecorder(model, -2) as recorder:

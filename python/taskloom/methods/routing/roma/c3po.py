@@ -137,7 +137,7 @@ class RoutingOverride:
         if self._calls > 1 and not self._every_call:
             self._asked = None
             return
-        self._asked = AskedTokens(args, kwargs, self._token, self.positions)
+        self._asked = AskedTokens(model, args, kwargs, self._token, self.positions)
         if self._asked.batch != len(self._logits[0]):
             raise ValueError(f"RoutingOverride: r: expected {self._asked.batch} rows, one for each sequence, got {len(self._logits[0])}")
 

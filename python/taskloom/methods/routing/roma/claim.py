@@ -21,6 +21,9 @@ from taskloom.methods.routing.roma.routers import Layers, chosen_routers, train_
 from taskloom.methods.routing.roma.tune import tune_routers
 from taskloom.methods.threads import one_thread
 
+# The layers whose routers are perturbed, and tuned by most arms.
+LATE: Layers = -2
+
 
 @dataclass(frozen=True)
 class _Arm:
@@ -29,7 +32,7 @@ class _Arm:
     name: str
     lam: float
     k: int = 3
-    layers: Layers = -2
+    layers: Layers = LATE
     random: bool = False
 
 
@@ -133,20 +136,24 @@ def _measure(trial: Trial) -> Values:
     tasks = Instructions(config, trial.generator())
     drawn = trial.generator(2)
     pretraining, tuning, test = (tasks.draw(config[name], drawn).to(trial.device) for name in ("pretraining", "tuning", "test"))
-    perturbations = config["perturbations"]
-    parts = 3 + perturbations * len(ARMS)
-    trained = _pretrained(pretraining, trial, lambda share: trial.progress(3 * share / parts))
-    values = {"unperturbed": _accuracy(trained, test)}
-    found: dict[str, list[float]] = {name: [] for name in ("base", *(arm.name for arm in ARMS), "C3PO")}
-    for turn in range(perturbations):
-        model = copy.deepcopy(trained)
-        _perturb(model, ARMS[0].layers, config["perturbation"], trial.generator(100 + turn))
-        found["base"].append(_accuracy(model, test))
-        for place, arm in enumerate(ARMS):
-            found[arm.name].append(_accuracy(_tuned(model, arm, tuning, trial), test))
-            trial.progress((3 + turn * len(ARMS) + place + 1) / parts)
-        found["C3PO"].append(_c3po(model, tuning, test, config))
-    return {**values, **{name: fmean(accuracies) for name, accuracies in found.items()}}
+    trained = _pretrained(pretraining, trial, trial.part(0, 1 + config["perturbations"]))
+    turns = []
+    for turn in range(config["perturbations"]):
+        values: dict[str, float] = {}
+        # The first strength is the claim's; others are told beside it, for the arms that matter most.
+        for noise in config["noises"]:
+            first = noise == config["noises"][0]
+            arms, suffix = (ARMS, "") if first else (ARMS[:2], f", noise {noise}")
+            model = copy.deepcopy(trained)
+            # The same direction for every strength.
+            _perturb(model, LATE, noise, trial.generator(100 + turn))
+            values[f"base{suffix}"] = _accuracy(model, test)
+            values |= {f"{arm.name}{suffix}": _accuracy(_tuned(model, arm, tuning, trial), test) for arm in arms}
+            if first:
+                values["C3PO"] = _c3po(model, tuning, test, config)
+        turns.append(values)
+        trial.part(1 + turn, 1 + config["perturbations"])(1.0)
+    return {"unperturbed": _accuracy(trained, test), **{name: fmean(values[name] for values in turns) for name in turns[0]}}
 
 
 CLAIMS = (
@@ -181,7 +188,7 @@ CLAIMS = (
             "epochs": 8,
             "pretrain_lr": 2e-3,
             "balance": 0.01,
-            "perturbation": 1.0,
+            "noises": [1.25, 1.0],
             "perturbations": 3,
             "tuning": 512,
             "steps": 300,
@@ -191,7 +198,7 @@ CLAIMS = (
             "test": 6000,
         },
         quick={"perturbations": 1, "pretraining": 600, "epochs": 2, "tuning": 128, "steps": 8, "batch": 64, "test": 300},
-        note="A residual MLP of three sparse layers on generated data; the noise in its routers stands for the routing of a pretrained "
-        "model that is not the best for a new task.",
+        note="A residual MLP of three sparse layers on generated data; the noise in its routers, in standard deviations of their weights, "
+        "stands for the routing of a pretrained model that is not the best for a new task.",
     ),
 )

@@ -59,8 +59,8 @@ class RoutingRecorder:
     Parameters
     ----------
     model
-        What is called: a model of transformers or any module with routers that :func:`find_routers` finds. ``attention_mask`` has to be
-        given by name.
+        What is called: a model of transformers or any module with routers that :func:`find_routers` finds. An argument of the call named
+        ``attention_mask``, ``[B, S]``, tells what is padding; without one nothing is.
     layers, token, weights
         As of :class:`RoMAConfig`. Defaults -5, ``"last"`` and ``"full"``.
 
@@ -121,7 +121,7 @@ class RoutingRecorder:
         self._handles, self._asked = [], None
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._asked = AskedTokens(args, kwargs, self._token, self.positions)
+        self._asked = AskedTokens(model, args, kwargs, self._token, self.positions)
         self._found, self._with_grad = {}, torch.is_grad_enabled()
 
     def _keep(self, place: int, router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

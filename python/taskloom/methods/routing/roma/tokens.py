@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Token = Literal["last", "first"]
 # The inputs that tell how many sequences a call has.
@@ -43,26 +44,35 @@ def token_positions(attention_mask: Tensor, token: Token = "last") -> Tensor:
     return seen.shape[1] - 1 - seen.flip(1).int().argmax(1)
 
 
+def _argument_names(model: nn.Module) -> list[str]:
+    """What the model's forward calls its positional arguments."""
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [one.name for one in inspect.signature(model.forward).parameters.values() if one.kind in places]
+
+
 class AskedTokens:
     """The tokens asked for in one call of a model.
 
     Parameters
     ----------
-    args, kwargs
-        The call's. ``attention_mask`` is looked for among ``kwargs``; the batch is that of the mask, or else of ``input_ids``,
-        ``inputs_embeds`` or the first tensor.
+    model, args, kwargs
+        The call. Its ``attention_mask`` is looked for; the batch is that of the mask, or else of ``input_ids``, ``inputs_embeds`` or the
+        first tensor.
     token
         Which token is meant.
     positions
         int64 ``[B]``: positions that are asked for instead. Default None.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], token: Token, positions: Tensor | None = None) -> None:
-        mask = kwargs.get("attention_mask")
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], token: Token, positions: Tensor | None = None
+    ) -> None:
+        given = {**dict(zip(_argument_names(model), args, strict=False)), **kwargs}
+        mask = given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"attention_mask: expected a tensor of shape (B, S), got {shape}")
-        named = [kwargs[name] for name in INPUTS if isinstance(kwargs.get(name), Tensor)]
+        named = [given[name] for name in INPUTS if isinstance(given.get(name), Tensor)]
         tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
         if not tensors:
             raise ValueError("the model was called without a tensor, so that the number of sequences is not known")
