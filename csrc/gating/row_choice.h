@@ -64,9 +64,10 @@ inline bool choose_best(const Acc* x, int64_t n, int64_t k, const Candidates<Acc
   const Acc bound = few ? kth_largest(most, lanes, k) : kth_largest(most, 2 * lanes, k);
   int64_t count = 0;
   for (int64_t at = 0; at < n; ++at) {
-    room.value[count] = x[at];
+    const Acc value = load_at<Acc>(x, at);
+    room.value[count] = value;
     room.place[count] = static_cast<int32_t>(at);
-    count += x[at] >= bound ? 1 : 0;
+    count += value >= bound ? 1 : 0;
   }
   insert_candidates(room, count, k, place);
   return true;

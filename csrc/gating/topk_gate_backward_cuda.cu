@@ -136,7 +136,7 @@ class WarpSlopes {
 };
 
 template <class Acc, int per_lane>
-__global__ void __launch_bounds__(slope_warps* warp_size) topk_gate_backward_kernel(DeviceSlopes gate) {
+__global__ void __launch_bounds__(slope_warps* warp_size, 1) topk_gate_backward_kernel(DeviceSlopes gate) {
   const int64_t row = grid_index() / warp_size;
   if (row < gate.tokens) WarpSlopes<Acc, per_lane>(gate, row, static_cast<int>(threadIdx.x) % warp_size).run();
 }

@@ -118,7 +118,7 @@ class GateSlopes {
   int64_t logit_place(int64_t slot) const { return row_number_ * gate_.row_stride + id(slot); }
 
   void add_chosen(const Acc* slopes) {
-    for (int64_t slot = 0; slot < gate_.k; ++slot) to_[id(slot)] = to_[id(slot)] + slopes[slot] * factor_;
+    for (int64_t slot = 0; slot < gate_.k; ++slot) store_at(to_, id(slot), load_at<Acc>(to_, id(slot)) + slopes[slot] * factor_);
   }
 
   // p (d - inner) by lanes, for the softmax p and the gradient d of its sums, or 0.

@@ -256,7 +256,7 @@ class WarpGate {
 };
 
 template <class Acc, int per_lane>
-__global__ void __launch_bounds__(gate_warps* warp_size) topk_gate_kernel(DeviceGate gate) {
+__global__ void __launch_bounds__(gate_warps* warp_size, 1) topk_gate_kernel(DeviceGate gate) {
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
   const int64_t row = grid_index() / warp_size;
   if (row < gate.tokens) WarpGate<Acc, per_lane>(gate, row, lane).run();
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(gate_warps* warp_size) topk_gate_kernel(Device
 
 // The same with statistics: a warp's rows are neighbours.
 template <class Acc, int per_lane>
-__global__ void __launch_bounds__(gate_warps* warp_size) topk_gate_statistics_kernel(DeviceGate gate) {
+__global__ void __launch_bounds__(gate_warps* warp_size, 1) topk_gate_statistics_kernel(DeviceGate gate) {
   const int lane = static_cast<int>(threadIdx.x) % warp_size;
   const int64_t warp = grid_index() / warp_size, begin = warp * gate.rows_per_warp;
   const int64_t end = min(begin + gate.rows_per_warp, gate.tokens);
@@ -335,6 +335,10 @@ dim3 blocks_of(int64_t warps) { return dim3(static_cast<unsigned>((warps + gate_
 // A block of few rows has no idle warps.
 unsigned threads_for(int64_t warps) { return static_cast<unsigned>(std::clamp<int64_t>(warps, 1, gate_warps) * warp_size); }
 
+Tensor empty(const Tensor& where, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  return torch::stable::new_empty(where, sizes, dtype);
+}
+
 template <class Acc>
 void run_gate(const Tensor& where, const DeviceGate& gate, bool in_registers) {
   const bool statistics = gate.counts != nullptr;
@@ -377,42 +381,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate_cuda(const Tensor& 
   constexpr int64_t least_rows = 4, most_sums = 1024;
   const int64_t rows_per_warp = std::max(least_rows, (tokens + most_sums - 1) / most_sums);
   const int64_t sums = statistics ? (tokens + rows_per_warp - 1) / rows_per_warp : 0;
-  const auto fresh = [&](std::initializer_list<int64_t> sizes, ScalarType dtype) { return torch::stable::new_empty(logits, sizes, dtype); };
-  Tensor weight = fresh({tokens, k}, arithmetic), ids = fresh({tokens, k}, long_ids ? ScalarType::Long : ScalarType::Int);
-  Tensor counts = fresh({statistics ? experts : 0}, ScalarType::Int), prob_sum = fresh({statistics ? experts : 0}, arithmetic);
-  Tensor lse = fresh({statistics ? tokens : 0}, arithmetic);
-  const Tensor warp_counts = statistics ? fresh({sums, experts}, ScalarType::Int) : counts;
-  const Tensor warp_sums = statistics ? fresh({sums, experts}, arithmetic) : prob_sum;
-  const Tensor judged = limited && !in_registers ? fresh({tokens, n_group}, wide ? ScalarType::Long : ScalarType::Int) : counts;
+  Tensor weight = empty(logits, {tokens, k}, arithmetic), ids = empty(logits, {tokens, k}, long_ids ? ScalarType::Long : ScalarType::Int);
+  Tensor counts = empty(logits, {statistics ? experts : 0}, ScalarType::Int),
+         prob_sum = empty(logits, {statistics ? experts : 0}, arithmetic);
+  Tensor lse = empty(logits, {statistics ? tokens : 0}, arithmetic);
+  const Tensor warp_counts = statistics ? empty(logits, {sums, experts}, ScalarType::Int) : counts;
+  const Tensor warp_sums = statistics ? empty(logits, {sums, experts}, arithmetic) : prob_sum;
+  const Tensor judged = limited && !in_registers ? empty(logits, {tokens, n_group}, wide ? ScalarType::Long : ScalarType::Int) : counts;
   const int64_t size = experts / n_group;
-  const DeviceGate gate{{const_cast<void*>(rows.const_data_ptr()), dtype_of(rows, "logits")},
-                        beside ? DeviceValues{const_cast<void*>(beside->const_data_ptr()), dtype_of(*beside, "bias")} : DeviceValues{},
-                        row_stride_of(rows),
-                        tokens,
-                        static_cast<int>(experts),
-                        static_cast<int>(k),
-                        is_sigmoid(score.value),
-                        beside.has_value() || masked || (limited && group_score.value == "top2"),
-                        limited,
-                        group_score.value == "top2",
-                        masked,
-                        renormalize,
-                        long_ids,
-                        static_cast<int>(n_group),
-                        static_cast<int>(topk_group),
-                        static_cast<int>(size),
-                        static_cast<unsigned>(((int64_t{1} << 32) + size - 1) / size),
-                        group_mask,
-                        scale,
-                        eps,
-                        1 / temperature,
-                        weight.mutable_data_ptr(),
-                        ids.mutable_data_ptr(),
-                        statistics ? static_cast<int32_t*>(warp_counts.mutable_data_ptr()) : nullptr,
-                        warp_sums.mutable_data_ptr(),
-                        lse.mutable_data_ptr(),
-                        rows_per_warp,
-                        judged.mutable_data_ptr()};
+  DeviceGate gate{};
+  gate.logits = {const_cast<void*>(rows.const_data_ptr()), dtype_of(rows, "logits")};
+  if (beside) gate.bias = {const_cast<void*>(beside->const_data_ptr()), dtype_of(*beside, "bias")};
+  gate.row_stride = row_stride_of(rows);
+  gate.tokens = tokens;
+  gate.experts = static_cast<int>(experts);
+  gate.k = static_cast<int>(k);
+  gate.sigmoid = is_sigmoid(score.value);
+  gate.limited = limited;
+  gate.by_two_best = group_score.value == "top2";
+  gate.masked = masked;
+  gate.by_scores = beside.has_value() || masked || (limited && gate.by_two_best);
+  gate.renormalize = renormalize;
+  gate.long_ids = long_ids;
+  gate.groups = static_cast<int>(n_group);
+  gate.kept_groups = static_cast<int>(topk_group);
+  gate.group_size = static_cast<int>(size);
+  gate.group_factor = static_cast<unsigned>(((int64_t{1} << 32) + size - 1) / size);
+  gate.group_mask = group_mask;
+  gate.scale = scale;
+  gate.eps = eps;
+  gate.factor = 1 / temperature;
+  gate.weight = weight.mutable_data_ptr();
+  gate.ids = ids.mutable_data_ptr();
+  if (statistics) gate.counts = static_cast<int32_t*>(warp_counts.mutable_data_ptr());
+  gate.prob_sum = warp_sums.mutable_data_ptr();
+  gate.lse = lse.mutable_data_ptr();
+  gate.rows_per_warp = rows_per_warp;
+  gate.judged = judged.mutable_data_ptr();
   wide ? run_gate<double>(logits, gate, in_registers) : run_gate<float>(logits, gate, in_registers);
   if (statistics) {
     if (wide) {

@@ -127,7 +127,7 @@ class GateRows {
     for (int64_t i = gate_.experts; i < n_; ++i) compact_[i] = lowest_value<Acc>();
     for (int64_t group = 0; group < gate_.kept_groups; ++group) {
       const int64_t begin = kept_[group] * size;
-      for (int64_t i = begin; i < begin + size; ++i) compact_[i] = values[i];
+      for (int64_t i = begin; i < begin + size; ++i) compact_[i] = load_at<Acc>(values, i);
     }
     return choose_best(compact_, n_, gate_.k, room_, place_);
   }
@@ -137,7 +137,8 @@ class GateRows {
       for (Acc& weight : weight_) weight = static_cast<Acc>(__builtin_nan(""));
       return;
     }
-    for (int64_t slot = 0; slot < most_chosen; ++slot) weight_[slot] = slot < gate_.k ? x_[place_[slot]] : lowest_value<Acc>();
+    for (int64_t slot = 0; slot < most_chosen; ++slot)
+      weight_[slot] = slot < gate_.k ? load_at<Acc>(x_, place_[slot]) : lowest_value<Acc>();
     if (gate_.k <= lanes) {
       weigh_lanes(std::integral_constant<int, 1>{});
     } else {

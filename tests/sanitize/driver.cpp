@@ -40,6 +40,7 @@ constexpr Group groups[] = {
     {"kernel_ranks", kernel_ranks, true},
     {"lowrank_merge", lowrank_merges, true},
     {"rmm_fit", rmm_fits, true},
+    {"topk_gate", gates, true},
     {"window_conv2d", window_convolutions, true},
     {"threshold_loops", magnitude_loops, false},
     {"magnitude_threshold", magnitude_drivers, true},

@@ -15,6 +15,7 @@ void kernel_merges();
 void kernel_ranks();
 void lowrank_merges();
 void rmm_fits();
+void gates();
 void window_convolutions();
 void magnitude_loops();
 void magnitude_drivers();

@@ -162,7 +162,7 @@ def topk_gate(
     if not 1 <= k <= MOST_CHOSEN or k > experts:
         raise ValueError(f"{op}: k: expected 1 to {min(MOST_CHOSEN, experts)} of {experts} experts, got {k}")
     _check_score(op, score)
-    given = (logits,)
+    given: tuple[Tensor, ...] = (logits,)
     if bias is not None:
         check_floating(op, "bias", bias)
         check_shape(op, "bias", bias, (experts,), "the experts of logits")

@@ -69,7 +69,7 @@ def exact_exp(x: Tensor) -> Tensor:
 def exact_sum(values: Tensor) -> Tensor:
     """Row sums ``[T]`` of ``[T, E]``: every 32nd entry in order, then halves of the 32 sums onto each other."""
     blocks = torch.nn.functional.pad(values, (0, -values.shape[1] % SUM_LANES)).split(SUM_LANES, dim=1)
-    sums = blocks[0]
+    sums: Tensor = blocks[0]
     for block in blocks[1:]:
         sums = sums + block
     width = SUM_LANES // 2
@@ -82,7 +82,8 @@ def exact_sum(values: Tensor) -> Tensor:
 def exact_softmax(z: Tensor) -> Tensor:
     """The softmax of each row."""
     exponentials = exact_exp(z - z.amax(1, keepdim=True))
-    return exponentials / exact_sum(exponentials)[:, None]
+    shares: Tensor = exponentials / exact_sum(exponentials)[:, None]
+    return shares
 
 
 def exact_sigmoid(z: Tensor) -> Tensor:
