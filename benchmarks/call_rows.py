@@ -12,6 +12,7 @@ from torch import Tensor
 
 import call_rows_gating_features
 import call_rows_gating_multi
+import call_rows_gating_topk
 import call_rows_lowrank
 import call_rows_prefix
 import call_rows_window_norms
@@ -311,6 +312,7 @@ def rows() -> list[CallRow]:
             call_rows_prefix,
             call_rows_gating_features,
             call_rows_gating_multi,
+            call_rows_gating_topk,
         )
         for op, ours, peer, name, native in family.calls()
     ]

@@ -152,4 +152,17 @@ STABLE_TORCH_LIBRARY(taskloom, m) {
   m.def(
       "batch_norm_silu_backward(Tensor gradient, Tensor z, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, bool running, float eps, "
       "str activation, bool for_z, bool for_weight, bool for_bias) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "topk_gate(Tensor logits, Tensor? bias, SymInt k, str score, SymInt n_group, SymInt topk_group, str group_score, float group_mask, "
+      "bool renormalize, float scale, float eps, float temperature, bool long_ids, bool statistics) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
+  m.def(
+      "topk_gate_backward(Tensor logits, Tensor ids, Tensor weight, Tensor? dweight, Tensor? dprob_sum, Tensor? dlse, str score, bool "
+      "renormalize, float scale, float eps, float temperature) -> Tensor");
+  m.def("expert_sort(Tensor ids, SymInt num_experts, int block) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("expert_combine(Tensor y, Tensor weight, Tensor inverse) -> Tensor");
+  m.def(
+      "expert_combine_backward(Tensor gradient, Tensor y, Tensor weight, Tensor inverse, bool for_y, bool for_weight) -> (Tensor, Tensor)");
+  m.def("manifold_loss(Tensor r, Tensor reference, Tensor ids, Tensor weight) -> Tensor");
+  m.def("manifold_loss_backward(Tensor gradient, Tensor r, Tensor reference, Tensor ids, Tensor weight) -> Tensor");
 }

@@ -48,6 +48,8 @@ REORDERED_SUMS = frozenset(
         "rmm_linear",
         "stream_softmax_mix",
         "stream_softmax_mix_backward",
+        "topk_gate",
+        "topk_gate_backward",
         "weighted_ce",
         "weighted_ce_backward",
         "window_conv2d",

@@ -40,6 +40,7 @@ constexpr Group groups[] = {
     {"kernel_ranks", kernel_ranks, true},
     {"lowrank_merge", lowrank_merges, true},
     {"rmm_fit", rmm_fits, true},
+    {"topk_gate", gates, true},
     {"window_conv2d", window_convolutions, true},
     {"window_layer_norm", window_layer_norms, true},
     {"window_group_norm", window_group_norms, true},

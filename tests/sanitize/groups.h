@@ -15,6 +15,7 @@ void kernel_merges();
 void kernel_ranks();
 void lowrank_merges();
 void rmm_fits();
+void gates();
 void window_convolutions();
 void window_layer_norms();
 void window_group_norms();

@@ -18,6 +18,12 @@ from taskloom.triton_kernels.gating.stream_softmax import (
     stream_softmax_mix,
     stream_softmax_mix_backward,
 )
+from taskloom.triton_kernels.gating.topk_gate import (
+    topk_gate,
+)
+from taskloom.triton_kernels.gating.topk_gate_backward import (
+    topk_gate_backward,
+)
 
 __all__ = [
     "batch_norm_silu",
@@ -28,4 +34,6 @@ __all__ = [
     "multi_gate_combine_backward",
     "stream_softmax_mix",
     "stream_softmax_mix_backward",
+    "topk_gate",
+    "topk_gate_backward",
 ]

@@ -13,6 +13,8 @@ from taskloom.nn.lowrank_config import LowRankConfig
 from taskloom.nn.lowrank_linear import LowRankLinear
 from taskloom.nn.lowrank_parts import BASE
 from taskloom.nn.multi_gate import MultiGateMoE, SelfGate
+from taskloom.nn.router import TopKRouter
+from taskloom.nn.router_patch import RouterPatch, patch_routers, unpatch_routers
 from taskloom.nn.slim_calibrate import calibrate
 from taskloom.nn.slim_export import export
 from taskloom.nn.slim_layers import SlimConv2d, SlimLinear
@@ -33,6 +35,7 @@ __all__ = [
     "LowRankLinear",
     "MultiGateMoE",
     "RoutedResidual",
+    "RouterPatch",
     "SelfGate",
     "SlimConv2d",
     "SlimLinear",
@@ -41,6 +44,7 @@ __all__ = [
     "StackedBatchNormSiLU",
     "StackedExperts",
     "TaskWindow",
+    "TopKRouter",
     "Width",
     "Widths",
     "WindowConv2d",
@@ -51,8 +55,10 @@ __all__ = [
     "inject",
     "load_adapter",
     "make_divisible",
+    "patch_routers",
     "save_adapter",
     "split_fused",
+    "unpatch_routers",
     "use_tasks",
     "use_width",
 ]

@@ -11,7 +11,7 @@ from torch import nn
 
 from taskloom.methods.channels.dtr.dit import RoutedDiTBlock, Routing
 from taskloom.methods.channels.dtr.routing import dtr_window
-from taskloom.methods.channels.dtr.scope import change_class, check_can_tell, tell_timesteps
+from taskloom.methods.channels.dtr.scope import check_can_tell, tell_timesteps
 from taskloom.methods.channels.dtr.unet import (
     ATTENTION_PARTS,
     RESIDUAL_PARTS,
@@ -20,6 +20,7 @@ from taskloom.methods.channels.dtr.unet import (
     routed_attention_members,
     routed_residual_members,
 )
+from taskloom.nn.change_class import change_class
 
 Model = TypeVar("Model", bound=nn.Module)
 # The routing of a block with so many channels.

@@ -1,0 +1,36 @@
+"""The order of a batch's choices by expert, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def padded_size(entries: int, num_experts: int, block: int) -> int:
+    """The most entries that runs of experts can take when each is filled up to whole blocks: whatever the ids are."""
+    fullest = torch.sym_min(entries, num_experts)
+    return (entries + fullest * (block - 1)) // block * block
+
+
+def expert_sort(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The stable order by expert, its inverse and the experts' offsets; with a block above 0 the same in whole blocks, else empty."""
+    flat = ids.reshape(-1)
+    entries = flat.numel()
+    sorted_ids, order = torch.sort(flat, stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(entries, device=ids.device)
+    counts = torch.bincount(flat, minlength=num_experts)
+    zero = counts.new_zeros(1)
+    offsets = torch.cat([zero, counts.cumsum(0)])
+    found = (order, inverse.reshape(ids.shape), offsets)
+    if block == 0:
+        return (*(one.int() for one in found), *(zero[:0].int() for _ in range(3)))  # type: ignore[return-value]
+    padded_offsets = torch.cat([zero, ((counts + block - 1) // block * block).cumsum(0)])
+    size = padded_size(entries, num_experts, block)
+    padded_order = torch.full((size,), entries, device=ids.device)
+    padded_order[torch.arange(entries, device=ids.device) + (padded_offsets - offsets)[sorted_ids]] = order
+    first = torch.arange(0, size, block, device=ids.device)
+    owner = torch.searchsorted(padded_offsets[1:].contiguous(), first, right=True)
+    block_expert = torch.where(first < padded_offsets[-1], owner, -1)
+    order, inverse, offsets = (one.int() for one in found)
+    return order, inverse, offsets, padded_order.int(), padded_offsets.int(), block_expert.int()
