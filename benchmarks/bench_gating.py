@@ -17,13 +17,7 @@ import rows_stream_softmax_mix
 import rows_topk_gate
 from harness import Row
 
-ROWS: tuple[Row, ...] = (
-    *rows_lora_feature_gate.ROWS,
-    *rows_batch_norm_silu.ROWS,
-    *rows_multi_gate.ROWS,
-    *rows_stream_softmax_mix.ROWS,
-    *rows_topk_gate.ROWS,
-)
+ROWS: tuple[Row, ...] = (*rows_lora_feature_gate.ROWS, *rows_batch_norm_silu.ROWS, *rows_multi_gate.ROWS, *rows_stream_softmax_mix.ROWS, *rows_topk_gate.ROWS)
 
 
 @pytest.mark.parametrize(
