@@ -9,7 +9,7 @@ from torch import Tensor
 
 from taskloom.ops._backends import kernel
 from taskloom.ops._checks import check_floating, check_shape
-from taskloom.ops._register import implement_on_cpu, register
+from taskloom.ops._register import register
 from taskloom.ops.gating._indices import check_indices, check_values, run_checked
 from taskloom.reference import gating as reference
 
@@ -132,7 +132,5 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return (*(one if want else None for one, want in zip(found, wanted, strict=True)), None)
 
 
-implement_on_cpu("expert_combine", reference.expert_combine)
-implement_on_cpu("expert_combine_backward", reference.expert_combine_backward)
 register("expert_combine", fake=_fake_combine, backward=_backward, setup_context=_setup)
 register("expert_combine_backward", fake=_fake_backward)
