@@ -1,8 +1,9 @@
-"""Modules made of the ops: adapters beside layers, their way into a model and onto the disk; layers of some channels or changing width."""
+"""Modules made of the ops: adapters beside layers, their way into a model and onto the disk; layers of some channels or experts."""
 
 from __future__ import annotations
 
 from taskloom.nn.adapter_files import adapter_state_dict, load_adapter, save_adapter
+from taskloom.nn.expert_mlp import ExpertMLP, GatedMLP, LinearRouter
 from taskloom.nn.fused_linear import SplitLinear, split_fused
 from taskloom.nn.inject import LayerConfig, inject
 from taskloom.nn.kernel_linear import KernelConfig, KernelLinear
@@ -20,9 +21,12 @@ from taskloom.nn.window_layers import WindowConv2d, WindowLinear
 
 __all__ = [
     "BASE",
+    "ExpertMLP",
+    "GatedMLP",
     "KernelConfig",
     "KernelLinear",
     "LayerConfig",
+    "LinearRouter",
     "LowRankConfig",
     "LowRankLinear",
     "RoutedResidual",
