@@ -22,7 +22,7 @@ inline void add_difference(const Acc* a, const Acc* b, Acc weight, bool first, i
   const Lanes<Acc> factors = every_lane(weight);
   over_lanes(n, [&](int64_t place, auto count) __attribute__((always_inline)) {
     const Lanes<Acc> pull = factors * (load_some(a + place, count, Acc{0}) - load_some(b + place, count, Acc{0}));
-    store_some(sums + place, count, first ? pull : load_some(sums + place, count, Acc{0}) + pull);
+    store_some(sums + place, count, (first ? every_lane(Acc{0}) : load_some(sums + place, count, Acc{0})) + pull);
   });
 }
 

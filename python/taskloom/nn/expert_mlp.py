@@ -120,9 +120,9 @@ class ExpertMLP(nn.Module):
     2401.06066.
 
     Tokens are gathered once in the order of their experts (:func:`taskloom.expert_sort`), multiplied run by run where they lie, and added
-    up by :func:`taskloom.expert_combine`. The products are torch's grouped ones where these serve the device and dtype: then the host does not
-    wait for a GPU. Else, as for float64, sizes that are no multiple of 16 bytes, or in compiled code dtypes other than bfloat16, they are
-    one product per expert.
+    up by :func:`taskloom.expert_combine`. The products are torch's grouped ones where these serve the device and dtype: then the host does
+    not wait for a GPU. Else, as for float64, sizes that are no multiple of 16 bytes, or in compiled code dtypes other than bfloat16, they
+    are one product per expert.
     """
 
     def __init__(
@@ -171,8 +171,8 @@ class ExpertMLP(nn.Module):
         ----------
         block
             A module with ``experts``, which have ``gate_up_proj`` ``[E, 2 * hidden, dim]``, ``down_proj`` and ``act_fn``, and a router
-            named ``gate``; perhaps ``shared_expert`` or ``shared_experts`` and ``shared_expert_gate``. Parameters and modules are shared with
-            it, not copied.
+            named ``gate``; perhaps ``shared_expert`` or ``shared_experts`` and ``shared_expert_gate``. Parameters and modules are shared
+            with it, not copied.
 
         Raises
         ------
@@ -194,7 +194,7 @@ class ExpertMLP(nn.Module):
             hidden,
             count,
             _chosen_per_token(kind, router, block),
-            activation=experts.act_fn,  # type: ignore[union-attr, arg-type]
+            activation=experts.act_fn,  # type: ignore[union-attr]
             router=router,
             shared=shared,
             shared_gate=getattr(block, "shared_expert_gate", None),

@@ -27,7 +27,7 @@ class _GatheredRows(torch.autograd.Function):
         ctx.save_for_backward(inputs[2])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return expert_combine(gradient, torch.ones(inverse.shape, device=gradient.device), inverse), None, None
 
@@ -47,7 +47,7 @@ class _RunProducts(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, ends = ctx.saved_tensors
         for_x, for_weight = ctx.needs_input_grad[:2]
         dx = torch.empty_like(x) if for_x else None
@@ -81,7 +81,7 @@ def takes_grouped_product(x: Tensor, weight: Tensor) -> bool:
 
 def gather_rows(x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     """Rows ``rows`` of x ``[T, D]`` in expert order; ``inverse`` ``[T, k]`` says where each token's are."""
-    gathered: Tensor = _GatheredRows.apply(x, rows, inverse)
+    gathered: Tensor = _GatheredRows.apply(x, rows, inverse)  # type: ignore[no-untyped-call]
     return gathered
 
 
@@ -90,5 +90,5 @@ def expert_products(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     ends = offsets[1:]
     if takes_grouped_product(x, weight):
         return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-    products: Tensor = _RunProducts.apply(x, weight, ends)
+    products: Tensor = _RunProducts.apply(x, weight, ends)  # type: ignore[no-untyped-call]
     return products
