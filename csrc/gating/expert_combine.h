@@ -10,9 +10,9 @@
 namespace taskloom {
 
 struct ExpertCombine {
-  Elements y, weight;  // [tokens * slots, width]; [tokens, slots]
+  Elements y, weight;  // [rows, width]; [tokens, slots]
   Indices inverse;     // [tokens, slots]
-  int64_t slots, width;
+  int64_t rows, slots, width;
   void* out;  // [tokens, width] as y
 };
 

@@ -50,7 +50,7 @@ void forward_as(const ExpertCombine& view, int64_t begin, int64_t end, Acc* scra
         const int64_t count = view.slots - slot < most_rows ? view.slots - slot : most_rows;
         const Acc* rows[most_rows];
         for (int64_t i = 0; i < count; ++i) {
-          rows[i] = read_run(view.y, index_at(view.inverse, first_slot + slot + i) * view.width + at, n, loaded + i * block);
+          rows[i] = read_run(view.y, row_at(view.inverse, first_slot + slot + i, view.rows) * view.width + at, n, loaded + i * block);
         }
         add_rows(rows, weights + slot, count, slot == 0, n, out);
       }
@@ -72,7 +72,7 @@ void backward_as(const ExpertCombineBackward& view, int64_t begin, int64_t end, 
       const int64_t n = f.width - at < block ? f.width - at : block;
       const Acc* const gradient = read_run(view.gradient, token * f.width + at, n, loaded_gradient);
       for (int64_t slot = 0; slot < f.slots; ++slot) {
-        const int64_t offset = index_at(f.inverse, first_slot + slot) * f.width + at;
+        const int64_t offset = row_at(f.inverse, first_slot + slot, f.rows) * f.width + at;
         if (view.for_weight != nullptr) dots[slot] += static_cast<double>(dot_of_runs(gradient, read_run(f.y, offset, n, loaded), n));
         if (view.for_y != nullptr) {
           Acc* const out = target_run(f.y.dtype, view.for_y, offset, made);

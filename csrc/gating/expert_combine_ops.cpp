@@ -58,7 +58,7 @@ struct Given {
   }
 
   ExpertCombine view(void* out) const {
-    return {elements_of(y, "y"), elements_of(weight, "weight"), indices_of(inverse, "inverse"), slots, width, out};
+    return {elements_of(y, "y"), elements_of(weight, "weight"), indices_of(inverse, "inverse"), y.size(0), slots, width, out};
   }
 
   int64_t tokens_per_piece() const { return std::clamp<int64_t>(entries_per_piece / std::max<int64_t>(1, slots * width), 1, 1024); }

@@ -23,7 +23,11 @@ int64_t count_experts(const ExpertSort& sort, int64_t begin, int64_t end, int32_
 template <class Index>
 void place_entries(const ExpertSort& sort, int64_t begin, int64_t end, int32_t* next) {
   for (int64_t entry = begin; entry < end; ++entry) {
-    const int32_t place = next[load_at<Index>(sort.ids.data, entry)]++;
+    const int64_t expert = load_at<Index>(sort.ids.data, entry);
+    // Ids that another thread changes meanwhile must not lead out of the results.
+    if (static_cast<uint64_t>(expert) >= static_cast<uint64_t>(sort.experts)) continue;
+    const int32_t place = next[expert]++;
+    if (place >= sort.entries) continue;
     sort.order[place] = static_cast<int32_t>(entry);
     sort.inverse[entry] = place;
   }

@@ -34,5 +34,11 @@ inline int64_t find_outside(const Indices& indices, int64_t n, int64_t least, in
   return place;
 }
 
+// An index that was found to be in 0 .. count - 1 before, read once more: one that another thread has changed is 0 now.
+inline int64_t row_at(const Indices& indices, int64_t place, int64_t count) {
+  const int64_t row = index_at(indices, place);
+  return row >= 0 && row < count ? row : 0;
+}
+
 }  // namespace
 }  // namespace taskloom

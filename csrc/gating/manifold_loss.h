@@ -13,7 +13,7 @@ struct ManifoldLoss {
   Elements r, reference;  // [rows, width]; [known, width]
   Indices ids;            // [rows, neighbours], -1 for none
   Elements weight;        // as ids; 0 for none
-  int64_t neighbours, width;
+  int64_t known, neighbours, width;
 };
 
 // Entries of a row that are worked on at once.

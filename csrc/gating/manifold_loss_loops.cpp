@@ -38,7 +38,7 @@ inline void double_run(Acc factor, int64_t n, Acc* values) {
 template <class Acc>
 inline int64_t neighbour_of(const ManifoldLoss& view, int64_t place, Acc weight) {
   const int64_t row = index_at(view.ids, place);
-  return weight == 0 ? -1 : row;
+  return weight == 0 || row >= view.known ? -1 : row;
 }
 
 // Calls body(slot, row) for the neighbours of a row in order.

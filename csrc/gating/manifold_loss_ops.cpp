@@ -45,8 +45,13 @@ struct Given {
   }
 
   ManifoldLoss view() const {
-    return {
-        elements_of(r, "r"), elements_of(reference, "reference"), indices_of(ids, "ids"), elements_of(weight, "weight"), neighbours, width};
+    return {elements_of(r, "r"),
+            elements_of(reference, "reference"),
+            indices_of(ids, "ids"),
+            elements_of(weight, "weight"),
+            reference.size(0),
+            neighbours,
+            width};
   }
 
   // Calls body(begin, end) for pieces of the rows.

@@ -23,8 +23,10 @@ PARTLY_FLOAT32_SUMS = (("sparse_merge_statistics_out", 2),)
 # Work that is matrix products, or that Triton serves on GPUs.
 WITHOUT_KERNEL_PREFIXES = (
     "channel_scale",
+    "expert_combine",
     "kernel_",
     "lowrank_",
+    "manifold_loss",
     "prefix_",
     "ragged_prefix_",
     "rmm_linear",
