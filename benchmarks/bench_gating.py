@@ -10,9 +10,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import rows_experts
+import rows_manifold_loss
 from harness import Row
 
-ROWS: tuple[Row, ...] = ()
+ROWS: tuple[Row, ...] = (*rows_experts.ROWS, *rows_manifold_loss.ROWS)
 
 
 @pytest.mark.parametrize(

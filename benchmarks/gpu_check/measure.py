@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import rows_bases
+import rows_gating_experts
 import rows_kernel
 import rows_lowrank
 import rows_mask
@@ -45,6 +46,7 @@ ROWS: tuple[Row, ...] = tuple(
             *rows_prefix_layers.ROWS,
             *rows_windows.ROWS,
             *rows_window_norms.ROWS,
+            *rows_gating_experts.ROWS,
         ),
         key=lambda row: (not row.aim, row.op not in ("masked_adamw_", "masked_sgd_")),
     )
