@@ -23,13 +23,13 @@ struct ExpertCombineBackward {
   void* for_weight;   // as weight, or null
 };
 
-// Entries of a row that are worked on at once, and rows that are added up at once.
-constexpr int64_t expert_combine_block = 512, expert_combine_rows = 8;
+// Entries of a row that are worked on at once, and rows that are added up, or multiplied with one, at once.
+constexpr int64_t expert_combine_block = 512, expert_combine_rows = 8, expert_dot_rows = 4;
 
 struct ExpertCombineLoops {
   // Tokens begin .. end. `scratch` holds expert_combine_rows + 1 blocks and `slots` accumulators.
   void (*forward)(bool wide, const ExpertCombine& view, int64_t begin, int64_t end, void* scratch);
-  // The same; `scratch` holds 3 blocks, `slots` accumulators and `slots` doubles.
+  // The same; `scratch` holds expert_dot_rows + 2 blocks, `slots` accumulators and `slots` doubles.
   void (*backward)(bool wide, const ExpertCombineBackward& view, int64_t begin, int64_t end, void* scratch);
 };
 

@@ -29,11 +29,31 @@ inline void scale_run(const Acc* from, Acc factor, int64_t n, Acc* to) {
                     __attribute__((always_inline)) { store_some(to + place, count, factors * load_some(from + place, count, Acc{0})); });
 }
 
-template <class Acc>
-inline Acc dot_of_runs(const Acc* a, const Acc* b, int64_t n) {
-  return sum_of_terms<Acc>(n, [&](int64_t place, auto count) __attribute__((always_inline)) {
-    return load_some(a + place, count, Acc{0}) * load_some(b + place, count, Acc{0});
+// dots += the dot product of a run with each of `count` rows' runs, which are read together so that memory is not waited for row by row.
+template <int count, class Acc>
+inline void add_dots(const Acc* run, const Acc* const* rows, int64_t n, double* dots) {
+  Lanes<Acc> sums[count];
+  for (auto& sum : sums) sum = every_lane(Acc{0});
+  over_lanes(n, [&](int64_t place, auto size) __attribute__((always_inline)) {
+    const Lanes<Acc> own = load_some(run + place, size, Acc{0});
+    for (int row = 0; row < count; ++row) sums[row] = sums[row] + own * load_some(rows[row] + place, size, Acc{0});
   });
+  for (int row = 0; row < count; ++row) dots[row] += static_cast<double>(sum_of_lanes(sums[row]));
+}
+
+template <class Acc>
+inline void add_dots(const Acc* run, const Acc* const* rows, int64_t count, int64_t n, double* dots) {
+  static_assert(expert_dot_rows == 4);
+  switch (count) {
+    case 4:
+      return add_dots<4>(run, rows, n, dots);
+    case 3:
+      return add_dots<3>(run, rows, n, dots);
+    case 2:
+      return add_dots<2>(run, rows, n, dots);
+    default:
+      return add_dots<1>(run, rows, n, dots);
+  }
 }
 
 template <class Acc>
@@ -62,7 +82,7 @@ void forward_as(const ExpertCombine& view, int64_t begin, int64_t end, Acc* scra
 template <class Acc>
 void backward_as(const ExpertCombineBackward& view, int64_t begin, int64_t end, Acc* scratch, double* dots) {
   const ExpertCombine& f = view.forward;
-  Acc *const loaded_gradient = scratch, *const loaded = loaded_gradient + block, *const made = loaded + block,
+  Acc *const loaded_gradient = scratch, *const loaded = loaded_gradient + block, *const made = loaded + expert_dot_rows * block,
              *const weights = made + block;
   for (int64_t token = begin; token < end; ++token) {
     const int64_t first_slot = token * f.slots;
@@ -70,15 +90,19 @@ void backward_as(const ExpertCombineBackward& view, int64_t begin, int64_t end, 
     for (int64_t slot = 0; slot < f.slots; ++slot) dots[slot] = 0;
     for (int64_t at = 0; at < f.width; at += block) {
       const int64_t n = f.width - at < block ? f.width - at : block;
+      const auto place_of = [&](int64_t slot) { return row_at(f.inverse, first_slot + slot, f.rows) * f.width + at; };
       const Acc* const gradient = read_run(view.gradient, token * f.width + at, n, loaded_gradient);
-      for (int64_t slot = 0; slot < f.slots; ++slot) {
-        const int64_t offset = row_at(f.inverse, first_slot + slot, f.rows) * f.width + at;
-        if (view.for_weight != nullptr) dots[slot] += static_cast<double>(dot_of_runs(gradient, read_run(f.y, offset, n, loaded), n));
-        if (view.for_y != nullptr) {
-          Acc* const out = target_run(f.y.dtype, view.for_y, offset, made);
-          scale_run(gradient, weights[slot], n, out);
-          write_run(f.y.dtype, view.for_y, offset, n, out);
-        }
+      for (int64_t slot = 0; view.for_weight != nullptr && slot < f.slots; slot += expert_dot_rows) {
+        const int64_t count = f.slots - slot < expert_dot_rows ? f.slots - slot : expert_dot_rows;
+        const Acc* rows[expert_dot_rows];
+        for (int64_t i = 0; i < count; ++i) rows[i] = read_run(f.y, place_of(slot + i), n, loaded + i * block);
+        add_dots(gradient, rows, count, n, dots + slot);
+      }
+      for (int64_t slot = 0; view.for_y != nullptr && slot < f.slots; ++slot) {
+        const int64_t offset = place_of(slot);
+        Acc* const out = target_run(f.y.dtype, view.for_y, offset, made);
+        scale_run(gradient, weights[slot], n, out);
+        write_run(f.y.dtype, view.for_y, offset, n, out);
       }
     }
     if (view.for_weight != nullptr) store_block(f.weight.dtype, dots, f.slots, view.for_weight, first_slot);

@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor> expert_combine_backward_cpu(const Tensor& gradient, c
   const ExpertCombineBackward view{given.view(nullptr), elements_of(slopes, "gradient"), for_y ? dy.mutable_data_ptr() : nullptr,
                                    for_weight ? dweight.mutable_data_ptr() : nullptr};
   if (for_y) check_once(view.forward.inverse, y.size(0));
-  const int64_t accumulators = 3 * expert_combine_block + given.slots;
+  const int64_t accumulators = (expert_dot_rows + 2) * expert_combine_block + given.slots;
   given.over_pieces([&](int64_t begin, int64_t end) {
     const ThreadScratch scratch(ScratchUse::positions, accumulators * (given.wide ? 8 : 4) + given.slots * 8);
     expert_combine_loops().backward(given.wide, view, begin, end, scratch.data());

@@ -50,10 +50,21 @@ inline __attribute__((always_inline)) void over_neighbours(const ManifoldLoss& v
   }
 }
 
+// Asks for the table's rows that a row's neighbours are, as far as a block goes: they lie anywhere.
+inline void prefetch_neighbours(const ManifoldLoss& view, int64_t row, int64_t end) {
+  if (row >= end) return;
+  const int64_t n = view.width < block ? view.width : block;
+  for (int64_t slot = 0; slot < view.neighbours; ++slot) {
+    const int64_t known = index_at(view.ids, row * view.neighbours + slot);
+    if (known >= 0 && known < view.known) prefetch_block(view.reference.dtype, view.reference.data, known * view.width, n);
+  }
+}
+
 template <class Acc>
 void forward_as(const ManifoldLoss& view, int64_t begin, int64_t end, Acc* loss, double* distances, Acc* scratch) {
   Acc *const loaded = scratch, *const loaded_known = loaded + block, *const weights = loaded_known + block;
   for (int64_t row = begin; row < end; ++row) {
+    prefetch_neighbours(view, row + 1, end);
     load_block(view.weight.dtype, view.weight.data, row * view.neighbours, view.neighbours, weights);
     for (int64_t slot = 0; slot < view.neighbours; ++slot) distances[slot] = 0;
     for (int64_t at = 0; at < view.width; at += block) {
@@ -74,6 +85,7 @@ template <class Acc>
 void backward_as(const ManifoldLoss& view, const Elements& gradient, int64_t begin, int64_t end, void* for_r, Acc* scratch) {
   Acc *const loaded = scratch, *const loaded_known = loaded + block, *const made = loaded_known + block, *const weights = made + block;
   for (int64_t row = begin; row < end; ++row) {
+    prefetch_neighbours(view, row + 1, end);
     load_block(view.weight.dtype, view.weight.data, row * view.neighbours, view.neighbours, weights);
     Acc slope;
     load_block(gradient.dtype, gradient.data, row, 1, &slope);
