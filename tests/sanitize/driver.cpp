@@ -41,6 +41,8 @@ constexpr Group groups[] = {
     {"lowrank_merge", lowrank_merges, true},
     {"rmm_fit", rmm_fits, true},
     {"window_conv2d", window_convolutions, true},
+    {"expert_sort", expert_sorts, true},
+    {"expert_rows", expert_rows, true},
     {"threshold_loops", magnitude_loops, false},
     {"magnitude_threshold", magnitude_drivers, true},
     {"magnitude_mask", magnitude_masks, true},

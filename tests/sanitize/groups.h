@@ -16,6 +16,8 @@ void kernel_ranks();
 void lowrank_merges();
 void rmm_fits();
 void window_convolutions();
+void expert_sorts();
+void expert_rows();
 void magnitude_loops();
 void magnitude_drivers();
 void magnitude_masks();

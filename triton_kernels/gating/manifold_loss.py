@@ -19,7 +19,7 @@ def _neighbour(ids, weight, slot, present, WIDE: tl.constexpr):
     known = tl.load(ids + slot, mask=present, other=-1).to(tl.int64)
     factor = load_entries(weight, slot, present, WIDE)
     there = present & (known >= 0) & (factor != 0)
-    return tl.where(there, known, 0), tl.where(there, factor, 0.0), there
+    return known, factor, there
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def manifold_loss_kernel(
             apart -= load_entries(reference, known[:, None] * width + column[None, :], taken, WIDE)
             squares += apart * apart
             first += BLOCK
-        total += factor * tl.sum(squares, axis=1)
+        total += tl.where(there, factor * tl.sum(squares, axis=1), 0.0)
         slot += 1
     tl.store(loss + row, total, mask=present)
 
@@ -59,17 +59,17 @@ def manifold_loss_backward_kernel(
     places = row[:, None] * width + column[None, :]
     values = load_entries(r, places, present[:, None] & inside, WIDE)
     pull = tl.zeros([ROWS, BLOCK], tl.float64 if WIDE else tl.float32)
-    some = present & False
+    found = tl.zeros([ROWS], tl.int32)
     slot = 0
     while slot < neighbours:
         known, factor, there = _neighbour(ids, weight, row * neighbours + slot, present, WIDE)
         taken = there[:, None] & inside
         apart = values - load_entries(reference, known[:, None] * width + column[None, :], taken, WIDE)
         pull += tl.where(taken, factor[:, None] * apart, 0.0)
-        some = some | there
+        found += there.to(tl.int32)
         slot += 1
     slope = 2 * load_entries(gradient, row, present, WIDE)
-    store_entries(dr, places, tl.where(some[:, None], slope[:, None] * pull, 0.0), present[:, None] & inside)
+    store_entries(dr, places, tl.where((found > 0)[:, None], slope[:, None] * pull, 0.0), present[:, None] & inside)
 
 
 def manifold_loss(r: Tensor, reference: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
