@@ -26,7 +26,7 @@ _DEEPSEEK = {
     "n_group": 4,
     "topk_group": 2,
     "first_k_dense_replace": 1,
-    "moe_intermediate_size": 12,
+    "moe_intermediate_size": 16,
     "n_shared_experts": 1,
     "kv_lora_rank": 8,
     "q_lora_rank": 8,
@@ -42,12 +42,12 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2": (
         "qwen2_moe",
         "Qwen2Moe",
-        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 12},
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
     ),
     "qwen3": (
         "qwen3_moe",
         "Qwen3Moe",
-        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12, "norm_topk_prob": True, "head_dim": 12},
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "norm_topk_prob": True, "head_dim": 12},
     ),
     "mixtral": ("mixtral", "Mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2}),
     "gpt-oss": ("gpt_oss", "GptOss", {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 12, "rope_parameters": None}),
