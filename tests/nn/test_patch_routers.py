@@ -26,7 +26,7 @@ def _rows(router: Any, count: int, seed: int = 3) -> Tensor:
 
 
 def _by_id(weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """transformers leaves the order of DeepSeek's experts open."""
+    """By number: the order of the experts is open in transformers' DeepSeek routers."""
     ids, places = ids.sort(1)
     return ids, weight.gather(1, places)
 

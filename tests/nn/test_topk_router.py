@@ -29,7 +29,7 @@ def _rows(count: int, dim: int, seed: int = 5) -> Tensor:
 
 
 def _by_id(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """transformers leaves the order of DeepSeek's experts open."""
+    """By number: the order of the experts is open in transformers' DeepSeek routers."""
     ids, places = ids.long().sort(1)
     return ids, weight.gather(1, places)
 
