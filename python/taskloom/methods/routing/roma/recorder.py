@@ -96,6 +96,7 @@ class RoutingRecorder:
         self.experts = [len(router.get_parameter("weight")) for router in self.routers]
         self.positions: Tensor | None = None
         self._asked: AskedTokens | None = None
+        self._with_grad = False
         self._found: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
@@ -122,11 +123,16 @@ class RoutingRecorder:
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._asked = AskedTokens(args, kwargs, self._token, self.positions)
-        self._found = {}
+        self._found, self._with_grad = {}, torch.is_grad_enabled()
 
     def _keep(self, place: int, router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._asked is None:
             raise RuntimeError("RoutingRecorder: a router was called outside its model's forward, so that its sequences are not known")
+        if self._with_grad and not torch.is_grad_enabled() and router.get_parameter("weight").requires_grad:
+            raise RuntimeError(
+                "RoutingRecorder: a trained router ran without grad inside a call with it, as under reentrant activation checkpointing, so "
+                "that a loss of its routing weights would not train it; use checkpoint(..., use_reentrant=False)"
+            )
         hidden = first_input(args, kwargs)
         rows = self._asked.rows(hidden.numel() // hidden.shape[-1], hidden.device)
         logits = logits_of_rows(router, hidden, output, rows)
@@ -139,17 +145,10 @@ class RoutingRecorder:
         Raises
         ------
         RuntimeError
-            If there was no call, a router was not reached, or grad is lost where routers are trained.
+            If there was no call, or a router was not reached.
         """
         if len(self._found) != len(self.routers):
             raise RuntimeError(f"RoutingRecorder: expected {len(self.routers)} routers in the model's last call, got {len(self._found)}")
         found = [self._found[place] for place in range(len(self.routers))]
-        for router, one in zip(self.routers, found, strict=True):
-            trained = router.get_parameter("weight").requires_grad
-            if trained and torch.is_grad_enabled() and not one.requires_grad:
-                raise RuntimeError(
-                    "RoutingRecorder: the routing weights have no graph though their router is trained; the model ran under no_grad or "
-                    "under reentrant activation checkpointing"
-                )
         # Layers may be on several devices.
         return torch.cat([one.to(found[-1].device) for one in found], dim=1)
