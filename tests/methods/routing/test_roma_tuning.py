@@ -108,7 +108,7 @@ def test_the_batches_of_the_loader_do_not_matter() -> None:
     model = _model()
     whole = build_reference(model, [DATA.x], DATA.emb, _correct, CONFIG)
     parts = build_reference(model, [(one,) for one in _loader(7)], DATA.emb, lambda batch, out: _correct(batch[0], out), CONFIG)
-    named = build_reference(model, [{"x": DATA.x}], DATA.emb, lambda batch, out: _correct(batch["x"], out), CONFIG)
+    named = build_reference(model, [DATA.batch()], DATA.emb, lambda batch, out: _correct(batch["x"], out), CONFIG)
     for other in (parts, named):
         assert torch.equal(whole.keys, other.keys)
         torch.testing.assert_close(whole.r, other.r)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, layer_norm, normalize
+from torch.nn.functional import cross_entropy, gelu, layer_norm, normalize
 
 from taskloom.nn import TopKRouter
 from taskloom.ops import load_balance_loss
@@ -22,6 +22,10 @@ class Rows:
     x: Tensor
     y: Tensor
     emb: Tensor
+
+    def batch(self, rows: Tensor | None = None) -> dict[str, Tensor]:
+        """What a model is called with for some rows, or for all."""
+        return {"x": self.x, "y": self.y} if rows is None else {"x": self.x[rows], "y": self.y[rows]}
 
     def to(self, device: torch.device) -> Rows:
         """The same on another device."""
@@ -55,6 +59,14 @@ class Instructions:
         scores = scores + config["rule_noise"] * torch.randn(count, config["classes"], generator=generator)
         noise = config["embedding_noise"] * torch.randn(count, config["embedding"], generator=generator)
         return Rows(torch.cat([seen, features], 1), scores.argmax(1), normalize(self._embedded[task] + noise, dim=1))
+
+
+class Prediction(NamedTuple):
+    """The classes' logits ``[B, C]``, the mean balance of the layers, and the loss or None."""
+
+    logits: Tensor
+    balance: Tensor
+    loss: Tensor | None
 
 
 class _Experts(nn.Module):
@@ -95,11 +107,12 @@ class SparseMLP(nn.Module):
         self.layers = nn.ModuleList(_SparseLayer(config) for _ in range(config["layers"]))
         self.last = nn.Linear(config["width"], config["classes"])
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The classes' logits ``[B, C]``, and the mean balance of the layers."""
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Prediction:
+        """What the model says of rows ``[B, D]``, and the loss where their classes ``[B]`` are given."""
         x = self.first(x)
         balances = []
         for layer in self.layers:
             x, balance = layer(x)
             balances.append(balance)
-        return self.last(layer_norm(x, x.shape[1:])), torch.stack(balances).mean()
+        logits = self.last(layer_norm(x, x.shape[1:]))
+        return Prediction(logits, torch.stack(balances).mean(), None if y is None else cross_entropy(logits, y))
