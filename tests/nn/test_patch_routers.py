@@ -136,6 +136,16 @@ def test_copies_are_patched_by_themselves(how: Any) -> None:
     assert type(gate) is type(model.model.layers[0].mlp.gate)
 
 
+def test_a_known_name_without_an_attribute_is_refused() -> None:
+    """As DeepSeek-V3's in transformers 5.10, which leaves the choice to the block around it."""
+    model = tiny_model("deepseek-v3")
+    gate = model.model.layers[1].mlp.gate
+    gate.__class__ = type(type(gate).__name__, (type(gate),), {"forward": lambda self, hidden: hidden})
+    del gate.num_group
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate: .* DeepseekV3TopkRouter lacks the attribute 'num_group'"):
+        patch_routers(model)
+
+
 def test_options_are_read_at_each_call() -> None:
     model = tiny_model("olmoe")
     patch_routers(model)
@@ -219,6 +229,9 @@ def test_a_forward_that_somebody_replaced_is_refused() -> None:
         (lambda logits, weight, ids: logits, "returns something else than expected"),
         (lambda logits, weight, ids: (logits, weight.double(), ids), "returns something else than expected"),
         (lambda logits, weight, ids: (weight, logits, ids), "returns something else than expected"),
+        (lambda logits, weight, ids: (logits, weight), "returns something else than expected"),
+        # As transformers 5.0 has it.
+        (lambda logits, weight, ids: (logits.softmax(1), weight, ids), "returns other logits than expected"),
         (lambda logits, weight, ids: (logits, weight * 2, ids), "weighs experts in another way than expected"),
     ],
 )

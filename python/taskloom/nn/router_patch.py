@@ -111,20 +111,26 @@ def _check_same(path: str, router: Any) -> None:
     patched: Callable[..., tuple[Tensor, Tensor, Tensor]] = _members(type(router))["forward"]
     drawn = torch.randn(_PROBE_ROWS, router.weight.shape[1], generator=torch.Generator().manual_seed(0))
     rows = drawn.to(device=router.weight.device, dtype=router.weight.dtype)
+    name = f"patch_routers: {path}: this version of transformers' {type(router).__name__}"
     with torch.no_grad():
-        theirs, ours = type(router).forward(router, rows), patched(router, rows)
-    kinds = [(one.dtype, one.shape) if isinstance(one, Tensor) else type(one) for one in theirs] if isinstance(theirs, tuple) else theirs
+        theirs = type(router).forward(router, rows)
+        try:
+            ours = patched(router, rows)
+        except AttributeError as error:
+            raise ValueError(f"{name} lacks the attribute {error.name!r}") from None
+    kinds = [(one.dtype, one.shape) for one in theirs if isinstance(one, Tensor)] if isinstance(theirs, tuple) else []
     if kinds != [(one.dtype, one.shape) for one in ours]:
-        raise ValueError(
-            f"patch_routers: {path}: this version of transformers' {type(router).__name__} returns something else than expected"
-        )
+        raise ValueError(f"{name} returns something else than expected")
+    if not torch.allclose(ours[0], theirs[0], rtol=_rough(ours[0]), atol=1e-5, equal_nan=True):
+        raise ValueError(f"{name} returns other logits than expected")
     # Sorted: scores that are equal may be taken by other experts.
     weight, expected = (one[1].float().sort(-1).values for one in (ours, theirs))
-    rough = 2e-2 if torch.finfo(ours[1].dtype).bits < 32 else 1e-4
-    if not torch.allclose(weight, expected, rtol=rough, atol=1e-6, equal_nan=True):
-        raise ValueError(
-            f"patch_routers: {path}: this version of transformers' {type(router).__name__} weighs experts in another way than expected"
-        )
+    if not torch.allclose(weight, expected, rtol=_rough(ours[1]), atol=1e-6, equal_nan=True):
+        raise ValueError(f"{name} weighs experts in another way than expected")
+
+
+def _rough(values: Tensor) -> float:
+    return 2e-2 if torch.finfo(values.dtype).bits < 32 else 1e-4
 
 
 class RouterPatch:
@@ -161,9 +167,10 @@ def patch_routers(model: nn.Module) -> RouterPatch:
     Parameters
     ----------
     model
-        A model of transformers 5 (5.24 was tested) with the routers of OLMoE, Qwen2-MoE, Qwen3-MoE, Mixtral, GPT-OSS, DeepSeek-V2 or
-        DeepSeek-V3: modules of their own that return (logits, weights, ids). In transformers 4 most of these models route in the forward
-        of the block around the gate; those are refused.
+        A model of transformers 5 with the routers of OLMoE, Qwen2-MoE, Qwen3-MoE, Mixtral, GPT-OSS, DeepSeek-V2 or DeepSeek-V3: modules
+        of their own that return (logits, weights, ids). Tested with 5.24. Those of 5.10 are the same but for DeepSeek's; those of 5.0 but
+        GPT-OSS's return something else, and in transformers 4 most models route in the forward of the block around the gate: what does
+        not compute the same is refused.
 
     Returns
     -------

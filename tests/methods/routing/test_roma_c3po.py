@@ -51,7 +51,13 @@ def test_the_mean_is_weighted_by_similarity() -> None:
         (torch.ones(2, 3, 4), torch.ones(2, 2), None, r"sim: expected shape \(2, 3\) as r_ref, got \(2, 2\)"),
         (torch.ones(4), torch.ones(()), None, "sim: expected shape"),
         (torch.ones(2, 3, 4), torch.ones(2, 3), (3, 2), r"experts: expected a sum of 4, the routing weights of a sample, got \[3, 2\]"),
-        (torch.ones(2, 3, 4), torch.tensor([[1.0, 1.0, 1.0], [0.5, -0.5, 0.0]]), None, "sim: expected similarities of a sum above 0"),
+        (
+            torch.ones(2, 3, 4),
+            torch.tensor([[1.0, 1.0, 1.0], [0.5, -0.1, 0.0]]),
+            None,
+            "sim: expected similarities of at least 0, with a sum",
+        ),
+        (torch.ones(2, 3, 4), torch.zeros(2, 3), None, "sim: expected similarities of at least 0, with a sum above 0 for each sample"),
         (torch.zeros(2, 3, 4), torch.ones(2, 3), None, "r_ref: expected weights with a sum above 0 for each router"),
     ],
 )

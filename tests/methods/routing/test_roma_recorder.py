@@ -45,6 +45,20 @@ class _Gate(nn.Module):
         return ids, weight, None
 
 
+class OlmoeTopKRouter(nn.Module):
+    """As in transformers 5.0: what is first are probabilities."""
+
+    top_k, norm_topk_prob = 2, False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 5, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores = (hidden @ self.weight.T).softmax(1)
+        return scores, *scores.topk(2, dim=1)
+
+
 def _with_gate(gate: nn.Module) -> nn.Module:
     model = nn.Module()
     model.gate, model.experts = gate, nn.ModuleList()
@@ -211,7 +225,7 @@ def test_a_cache_of_earlier_tokens() -> None:
 
 def test_gates_that_return_other_things() -> None:
     x = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
-    for model in (LinearGateBlock(), _with_gate(_Gate()), _with_gate(TopKRouter(5, 4, 4))):
+    for model in (LinearGateBlock(), *map(_with_gate, (_Gate(), OlmoeTopKRouter(), TopKRouter(5, 4, 4)))):
         with RoutingRecorder(model, "all") as recorder:
             model(x)
         expected = (x @ model.gate.weight.T).softmax(1)

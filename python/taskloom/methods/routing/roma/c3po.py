@@ -29,7 +29,7 @@ def c3po_reweight(r_ref: Tensor, sim: Tensor, experts: Sequence[int] | None = No
         Floating ``[..., k, R]``: full routing weights of each sample's k neighbours, such as ``reference.r[ids]``. C3PO takes the 3
         nearest.
     sim
-        Floating ``[..., k]``: similarities; C3PO's are cosines.
+        Floating ``[..., k]``: similarities of at least 0; C3PO's are cosines.
     experts
         The experts of each router, in the order of r, such as ``reference.experts``. Default None: R are those of one router.
 
@@ -41,7 +41,7 @@ def c3po_reweight(r_ref: Tensor, sim: Tensor, experts: Sequence[int] | None = No
     Raises
     ------
     ValueError
-        If shapes do not fit, or a sample's similarities or a router's weights have a sum that is not above 0.
+        If shapes do not fit, a similarity is negative, or a sample's similarities or a router's weights have a sum that is not above 0.
     """
     if r_ref.dim() < 2 or sim.shape != r_ref.shape[:-1]:
         raise ValueError(f"c3po_reweight: sim: expected shape {tuple(r_ref.shape[:-1])} as r_ref, got {tuple(sim.shape)}")
@@ -49,8 +49,8 @@ def c3po_reweight(r_ref: Tensor, sim: Tensor, experts: Sequence[int] | None = No
     if sum(sizes) != r_ref.shape[-1]:
         raise ValueError(f"c3po_reweight: experts: expected a sum of {r_ref.shape[-1]}, the routing weights of a sample, got {sizes}")
     total = sim.sum(-1, keepdim=True)
-    if not bool((total > 0).all()):
-        raise ValueError("c3po_reweight: sim: expected similarities of a sum above 0 for each sample")
+    if not bool((sim >= 0).all() & (total > 0).all()):
+        raise ValueError("c3po_reweight: sim: expected similarities of at least 0, with a sum above 0 for each sample")
     mean = (sim / total).unsqueeze(-2) @ r_ref
     parts = mean.squeeze(-2).split(sizes, -1)
     sums = [part.sum(-1, keepdim=True) for part in parts]
@@ -169,7 +169,7 @@ def _replaced_rows(router: nn.Module, output: Any, logits: Tensor, rows: Tensor)
     if isinstance(output, Tensor) and output.shape[-1] == logits.shape[1]:
         return _with_rows(output, rows, logits)
     options = gate_options(router)
-    if options is None:
+    if options is None or not isinstance(output, tuple) or len(output) != 3:
         raise ValueError(f"RoutingOverride: model: {type(router).__name__} is no router whose gate is known")
     gate = options.gate(logits, selection_bias(router))
     own, weight, ids = output

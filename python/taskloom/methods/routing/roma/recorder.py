@@ -19,7 +19,6 @@ from taskloom.methods.routing.roma.routers import (
     topk_weights,
 )
 from taskloom.methods.routing.roma.tokens import AskedTokens, Token
-from taskloom.nn import TopKRouter
 from taskloom.nn.router_patch import router_logits
 
 Weights = Literal["full", "topk"]
@@ -38,13 +37,13 @@ def check_recorded(op: str, layers: Layers, token: str, weights: str) -> None:
 
 
 def logits_of_rows(router: nn.Module, hidden: Tensor, output: Any, rows: Tensor) -> Tensor:
-    """A router's logits ``[B, E]`` of some rows: from its output where they are in it, else by its weight."""
+    """A router's logits ``[B, E]`` of some rows: its output where that is one tensor, else by its weight.
+
+    A tuple's first is no logits for certain: some versions of transformers return probabilities by that name.
+    """
     experts = router.get_parameter("weight").shape[0]
-    first = output[0] if isinstance(output, tuple) and output else output
-    # What a TopKRouter returns first are weights, of which there may be as many.
-    logits = first if isinstance(first, Tensor) and first.is_floating_point() and not isinstance(router, TopKRouter) else None
-    if logits is not None and logits.shape[-1] == experts:
-        return logits.reshape(-1, experts)[rows]
+    if isinstance(output, Tensor) and output.shape[-1] == experts:
+        return output.reshape(-1, experts)[rows]
     return router_logits(router, hidden.reshape(-1, hidden.shape[-1])[rows], makes_float32_logits(router))
 
 

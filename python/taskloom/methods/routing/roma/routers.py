@@ -77,7 +77,11 @@ def gate_options(router: Any) -> GateOptions | None:
     if isinstance(router, TopKRouter):
         return router.options
     family = FAMILIES.get(type(router).__name__)
-    return None if family is None else family.options(router)
+    try:
+        return None if family is None else family.options(router)
+    except AttributeError:
+        # A router of that name in another version of transformers, which leaves the choice to the block around it.
+        return None
 
 
 def selection_bias(router: Any) -> Tensor | None:
