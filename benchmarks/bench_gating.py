@@ -10,9 +10,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import rows_topk_gate
 from harness import Row
 
-ROWS: tuple[Row, ...] = ()
+ROWS: tuple[Row, ...] = (*rows_topk_gate.ROWS,)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,56 @@ inline Acc lowest_value() {
   return -bits_infinity<Acc>();
 }
 
+// x is NaN ? yes : no, in each lane.
+template <class Acc>
+inline __attribute__((always_inline)) Lanes<Acc> where_nan(const Lanes<Acc>& x, const Lanes<Acc>& yes, const Lanes<Acc>& no) {
+  Lanes<Acc> r;
+  for (int i = 0; i < Lanes<Acc>::parts; ++i) r.part[i] = x.part[i] == x.part[i] ? no.part[i] : yes.part[i];
+  return r;
+}
+
+// The same values with one and the same NaN: which of two NaNs an operation passes on depends on the instruction.
+template <class Acc>
+inline __attribute__((always_inline)) Lanes<Acc> with_one_nan(const Lanes<Acc>& x) {
+  return where_nan(x, every_lane(static_cast<Acc>(__builtin_nan(""))), x);
+}
+
+// load_some in one instruction where there is one.
+template <class Acc, class Count>
+inline __attribute__((always_inline)) Lanes<Acc> load_part(const Acc* from, Count count, Acc filler) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(Acc) == 4 && sizeof(Lanes<Acc>) == 64) {
+    Lanes<Acc> r;
+    const auto inside = static_cast<__mmask16>((1u << static_cast<int64_t>(count)) - 1);
+    r.part[0] = _mm512_mask_loadu_ps(_mm512_set1_ps(filler), inside, from);
+    return r;
+  }
+#endif
+  return load_some(from, count, filler);
+}
+
+// exponential(x) for x of at most 0 and NaN, with the same bits in fewer operations.
+template <class Acc>
+inline __attribute__((always_inline)) Lanes<Acc> exponential_below_zero(const Lanes<Acc>& x) {
+  using Table = ExpTable<Acc>;
+  using Native = typename Lanes<Acc>::Native;
+  typedef typename Words<Acc>::Int Bits __attribute__((vector_size(native_bytes)));
+  Lanes<Acc> r;
+  const Native zero{};
+  for (int i = 0; i < Lanes<Acc>::parts; ++i) {
+    const Native v = x.part[i];
+    const Native shifted = v * Table::log2_e + Table::rounder;
+    const Native power = shifted - Table::rounder;
+    const Native rest = (v - power * Table::ln2_high) - power * Table::ln2_low;
+    Native sum = Table::inverse_factorial[Table::terms - 1] + zero;
+    for (int term = Table::terms - 2; term >= 0; --term) sum = sum * rest + Table::inverse_factorial[term];
+    const Bits scale = ((Bits)shifted << Words<Acc>::mantissa) + Words<Acc>::one_half;
+    const Native scaled = (sum * (Native)scale) * Acc{2};
+    r.part[i] = v < Table::lowest + zero ? zero : scaled;
+  }
+  return r;
+}
+
 // Entries offset .. offset + n and -inf up to whole steps: where they lie if nothing is to be changed, else in `scratch`.
 template <class Acc>
 inline const Acc* read_padded(const Elements& from, int64_t offset, int64_t n, Acc* scratch, Acc padding) {
@@ -23,14 +73,15 @@ inline const Acc* read_padded(const Elements& from, int64_t offset, int64_t n, A
   return scratch;
 }
 
-// The sum of e^(x factor - center) over n entries, a multiple of the step; the exponentials too, unless `out` is null.
+// The sum of e^(x factor - center) over n entries, a multiple of the step, for a centre that is the largest x factor; the exponentials
+// too, unless `out` is null.
 template <class Acc>
 inline __attribute__((always_inline)) Acc sum_exponentials(const Acc* x, int64_t n, Acc factor, Acc center, Acc* out) {
   const Lanes<Acc> factors = every_lane(factor), centers = every_lane(center);
   Lanes<Acc> even = every_lane(Acc{0}), odd = every_lane(Acc{0});
   for (int64_t place = 0; place < n; place += gate_row_step) {
-    const Lanes<Acc> first = exponential(load_whole(x + place) * factors - centers);
-    const Lanes<Acc> second = exponential(load_whole(x + place + lanes) * factors - centers);
+    const Lanes<Acc> first = exponential_below_zero(load_whole(x + place) * factors - centers);
+    const Lanes<Acc> second = exponential_below_zero(load_whole(x + place + lanes) * factors - centers);
     even = even + first;
     odd = odd + second;
     if (out != nullptr) {

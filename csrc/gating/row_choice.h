@@ -14,14 +14,6 @@ struct Candidates {
   int32_t* place;
 };
 
-// x is NaN ? yes : no, in each lane.
-template <class Acc>
-inline __attribute__((always_inline)) Lanes<Acc> where_nan(const Lanes<Acc>& x, const Lanes<Acc>& yes, const Lanes<Acc>& no) {
-  Lanes<Acc> r;
-  for (int i = 0; i < Lanes<Acc>::parts; ++i) r.part[i] = x.part[i] == x.part[i] ? no.part[i] : yes.part[i];
-  return r;
-}
-
 // The k-th largest of `count` values.
 template <class Acc>
 inline Acc kth_largest(const Acc* values, int count, int64_t k) {

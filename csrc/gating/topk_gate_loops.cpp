@@ -88,7 +88,11 @@ class GateRows {
   bool choose(const Acc* values) {
     if (!limited_) return choose_best(values, n_, gate_.k, room_, place_);
     const int64_t size = gate_.experts / gate_.groups;
-    judge_groups(values, gate_.groups, size, gate_.by_two_best, judged_);
+    if (gate_.by_two_best) {
+      judge_groups<true>(values, gate_.groups, size, judged_);
+    } else {
+      judge_groups<false>(values, gate_.groups, size, judged_);
+    }
     if (!keep_groups(judged_, gate_.groups, gate_.kept_groups, kept_)) return false;
     return gate_.group_mask == -__builtin_inf() ? choose_in_groups(values, size) : choose_masked(values, size);
   }
@@ -159,7 +163,7 @@ class GateRows {
         center = center_;
       }
       const Lanes<Acc> centers = every_lane(center);
-      for (int part = 0; part < parts; ++part) w[part] = exponential(w[part] - centers);
+      for (int part = 0; part < parts; ++part) w[part] = exponential_below_zero(w[part] - centers);
       if (!softmax_of_chosen) {
         for (int part = 0; part < parts; ++part) w[part] = w[part] / every_lane(sum_);
       }
@@ -168,7 +172,7 @@ class GateRows {
       const Acc sum = sum_of_lanes(parts == 1 ? w[0] : w[0] + w[parts - 1]) + static_cast<Acc>(gate_.eps);
       for (int part = 0; part < parts; ++part) w[part] = w[part] / every_lane(sum);
     }
-    for (int part = 0; part < parts; ++part) store_whole(weight_ + part * lanes, w[part] * scale);
+    for (int part = 0; part < parts; ++part) store_whole(weight_ + part * lanes, with_one_nan(w[part] * scale));
   }
 
   void store(int64_t row) const {
@@ -198,7 +202,8 @@ class GateRows {
     });
     const bool infinite = center_ == bits_infinity<Acc>() || center_ == lowest_value<Acc>();
     const Acc found = static_cast<Acc>(static_cast<double>(center_) + std::log(static_cast<double>(sum_)));
-    store_at(gate_.log_sum_exp, row, infinite && all_numbers(x_, n_) ? center_ : found);
+    const Acc nan = static_cast<Acc>(__builtin_nan(""));
+    store_at(gate_.log_sum_exp, row, infinite && all_numbers(x_, n_) ? center_ : found == found ? found : nan);
   }
 
   const TopKGate& gate_;
@@ -223,6 +228,10 @@ void run_rows(const TopKGate& gate, int64_t begin, int64_t end, int32_t* counts,
     fill_run(prob_sum, gate.experts, Acc{0});
   }
   for (int64_t row = begin; row < end; ++row) rows.run(row, counts, prob_sum);
+  if (gate.log_sum_exp == nullptr) return;
+  over_lanes(gate.experts, [&](int64_t place, auto count) __attribute__((always_inline)) {
+    store_some(prob_sum + place, count, with_one_nan(load_some(prob_sum + place, count, Acc{0})));
+  });
 }
 
 void forward(bool wide, const TopKGate& gate, int64_t begin, int64_t end, int32_t* counts, void* prob_sum, void* scratch) {
