@@ -244,3 +244,13 @@ def test_a_known_name_that_computes_something_else_is_refused(answer: Any, messa
     with pytest.raises(ValueError, match=f"this version of transformers' OlmoeTopKRouter {message}"):
         patch_routers(model)
     assert unpatch_routers(model) == []
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "deepseek-v3"])
+def test_a_patched_router_compiles_in_one_graph(kind: str) -> None:
+    model = tiny_model(kind)
+    router = next(iter(routers_of(model).values()))
+    rows = _rows(router, 6)
+    with patch_routers(model):
+        found = torch.compile(router, backend="eager", fullgraph=True)(rows)
+        assert all(torch.equal(one, other) for one, other in zip(found, router(rows), strict=True))
