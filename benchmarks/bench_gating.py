@@ -12,9 +12,10 @@ import torch
 
 import rows_experts
 import rows_manifold_loss
+import rows_topk_gate
 from harness import Row
 
-ROWS: tuple[Row, ...] = (*rows_experts.ROWS, *rows_manifold_loss.ROWS)
+ROWS: tuple[Row, ...] = (*rows_topk_gate.ROWS, *rows_experts.ROWS, *rows_manifold_loss.ROWS)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import call_rows_gating_experts
+import call_rows_gating_topk
 import call_rows_lowrank
 import call_rows_prefix
 import call_rows_window_norms
@@ -303,7 +304,14 @@ def rows() -> list[CallRow]:
     """Every op: the plain ones, then the differentiable ones without and with a gradient that is recorded."""
     families = [
         CallRow(op, "", ours, peer, name, family.LIMIT, native)
-        for family in (call_rows_lowrank, call_rows_windows, call_rows_window_norms, call_rows_prefix, call_rows_gating_experts)
+        for family in (
+            call_rows_lowrank,
+            call_rows_windows,
+            call_rows_window_norms,
+            call_rows_prefix,
+            call_rows_gating_topk,
+            call_rows_gating_experts,
+        )
         for op, ours, peer, name, native in family.calls()
     ]
     return [*_plain_rows(), *_differentiable_rows(False), *_differentiable_rows(True), *families]

@@ -29,6 +29,7 @@ from contest import Contest, Row, gate
 from sections import Clock
 from timing import Timer, Timing, copy_bandwidth
 
+import rows_topk_gate
 import rows_window_norms
 import taskloom
 from taskloom.ops._backends import OPS
@@ -46,6 +47,7 @@ ROWS: tuple[Row, ...] = tuple(
             *rows_prefix_layers.ROWS,
             *rows_windows.ROWS,
             *rows_window_norms.ROWS,
+            *rows_topk_gate.ROWS,
             *rows_gating_experts.ROWS,
         ),
         key=lambda row: (not row.aim, row.op not in ("masked_adamw_", "masked_sgd_")),

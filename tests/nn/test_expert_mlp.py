@@ -57,8 +57,7 @@ def test_routes_itself() -> None:
     torch.manual_seed(0)
     layer = ExpertMLP(16, 8, 5, 2, shared=12)
     x = torch.randn(2, 7, 16)
-    logits, weight, ids = layer.router(x.reshape(-1, 16))
-    assert logits.shape == (14, 5)
+    weight, ids = layer.router(x.reshape(-1, 16))[:2]
     torch.testing.assert_close(weight.sum(-1), torch.ones(14))
     expected = eager(layer, x.reshape(-1, 16), weight, ids) + layer.shared(x.reshape(-1, 16))  # type: ignore[misc]
     torch.testing.assert_close(layer(x), expected.reshape(x.shape))

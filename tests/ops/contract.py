@@ -42,6 +42,8 @@ REORDERED_SUMS = frozenset(
         "ragged_prefix_conv2d_backward",
         "rmm_fit",
         "rmm_linear",
+        "topk_gate",
+        "topk_gate_backward",
         "weighted_ce",
         "weighted_ce_backward",
         "window_conv2d",

@@ -109,6 +109,17 @@ _add(
 
 _add(
     Method(
+        name="roma",
+        wing="routing",
+        title="Routing manifold alignment (RoMA)",
+        paper="Routing Manifold Alignment Improves Generalization of Mixture-of-Experts LLMs, 2025, arXiv 2511.07419",
+        family="gating",
+        claim="Routers tuned towards the routing of correctly answered neighbours generalise better than routers tuned on the task alone.",
+    )
+)
+
+_add(
+    Method(
         name="snella",
         wing="sparsity",
         title="Kernelized sparse fine-tuning (SNELL, SNELLA)",

@@ -1,15 +1,17 @@
-"""Modules made of the ops: adapters beside layers, their way into a model and onto the disk; layers of some channels or experts."""
+"""Modules made of the ops: adapters and their way into a model and onto the disk, layers of some channels or experts, routers."""
 
 from __future__ import annotations
 
 from taskloom.nn.adapter_files import adapter_state_dict, load_adapter, save_adapter
-from taskloom.nn.expert_mlp import ExpertMLP, GatedMLP, LinearRouter
+from taskloom.nn.expert_mlp import ExpertMLP, GatedMLP
 from taskloom.nn.fused_linear import SplitLinear, split_fused
 from taskloom.nn.inject import LayerConfig, inject
 from taskloom.nn.kernel_linear import KernelConfig, KernelLinear
 from taskloom.nn.lowrank_config import LowRankConfig
 from taskloom.nn.lowrank_linear import LowRankLinear
 from taskloom.nn.lowrank_parts import BASE
+from taskloom.nn.router import TopKRouter
+from taskloom.nn.router_patch import RouterPatch, patch_routers, unpatch_routers
 from taskloom.nn.slim_calibrate import calibrate
 from taskloom.nn.slim_export import export
 from taskloom.nn.slim_layers import SlimConv2d, SlimLinear
@@ -26,15 +28,16 @@ __all__ = [
     "KernelConfig",
     "KernelLinear",
     "LayerConfig",
-    "LinearRouter",
     "LowRankConfig",
     "LowRankLinear",
     "RoutedResidual",
+    "RouterPatch",
     "SlimConv2d",
     "SlimLinear",
     "SlimNorm2d",
     "SplitLinear",
     "TaskWindow",
+    "TopKRouter",
     "Width",
     "Widths",
     "WindowConv2d",
@@ -45,8 +48,10 @@ __all__ = [
     "inject",
     "load_adapter",
     "make_divisible",
+    "patch_routers",
     "save_adapter",
     "split_fused",
+    "unpatch_routers",
     "use_tasks",
     "use_width",
 ]

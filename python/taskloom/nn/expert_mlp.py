@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taskloom.nn.expert_products import expert_products, gather_rows
-from taskloom.ops import expert_combine, expert_sort, topk_gate
+from taskloom.nn.router import TopKRouter
+from taskloom.ops import TopKGate, expert_combine, expert_sort
 from taskloom.ops._checks import check_floating
 from taskloom.reference.arithmetic import autocast_dtype
 
@@ -25,37 +26,6 @@ def _activation_of(activation: str | Activation) -> Activation:
     if activation not in ACTIVATIONS:
         raise ValueError(f"ExpertMLP: activation: expected a function or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     return ACTIVATIONS[activation]
-
-
-class LinearRouter(nn.Linear):
-    """Router logits by a matrix, and the choice of :func:`taskloom.topk_gate` with softmax scores.
-
-    Parameters
-    ----------
-    dim, num_experts, k
-        Sizes of the tokens, and experts in all and per token.
-    renormalize
-        Whether the chosen weights add up to 1. Default True.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_experts: int,
-        k: int,
-        *,
-        renormalize: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(dim, num_experts, bias=False, device=device, dtype=dtype)
-        self.k, self.renormalize = k, renormalize
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """Logits ``[T, E]``, and weight and ids ``[T, k]``."""
-        logits = super().forward(x)
-        gate = topk_gate(logits, self.k, renormalize=self.renormalize)
-        return logits, gate.weight, gate.ids
 
 
 class GatedMLP(nn.Module):
@@ -93,8 +63,8 @@ class ExpertMLP(nn.Module):
     activation
         ``"silu"`` (the default), ``"gelu"``, ``"relu"`` or a function of tensors.
     router
-        A module that makes of tokens ``[T, dim]`` a tuple whose last two are weight and ids, ``[T, k]`` each, as transformers' routers do.
-        Default None: a :class:`LinearRouter`.
+        A module that makes of tokens ``[T, dim]`` a :class:`taskloom.TopKGate`, as :class:`TopKRouter` does, or a tuple whose last two are
+        weight and ids, ``[T, k]`` each, as transformers' routers do. Default None: a :class:`TopKRouter` with ``renormalize``.
     shared
         Something that all tokens go through, and whose result is added: the hidden size of a gated MLP, or a module. Default None.
     shared_gate
@@ -152,7 +122,7 @@ class ExpertMLP(nn.Module):
         self.activation = _activation_of(activation)
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * hidden, dim, **made))
         self.down_proj = nn.Parameter(torch.empty(num_experts, dim, hidden, **made))
-        self.router = LinearRouter(dim, num_experts, k, **made) if router is None else router
+        self.router = TopKRouter(dim, num_experts, k, renormalize=True, **made) if router is None else router
         self.shared = GatedMLP(dim, shared, activation=activation, **made) if isinstance(shared, int) else shared
         self.shared_gate = shared_gate
         self.reset_parameters()
@@ -212,7 +182,8 @@ class ExpertMLP(nn.Module):
             raise ValueError(f"ExpertMLP: weight, ids: expected both or none, got only {'ids' if weight is None else 'weight'}")
         tokens = x.reshape(-1, self.dim)
         if weight is None or ids is None:
-            weight, ids = self.router(tokens)[-2:]
+            routed = self.router(tokens)
+            weight, ids = (routed.weight, routed.ids) if isinstance(routed, TopKGate) else routed[-2:]
         chosen = ids.reshape(-1, ids.shape[-1])
         if len(chosen) != len(tokens):
             raise ValueError(f"ExpertMLP: ids: expected a row for each of {len(tokens)} tokens, got {tuple(ids.shape)}")

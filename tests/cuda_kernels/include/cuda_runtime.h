@@ -178,6 +178,11 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
   const uint64_t* all = cuda_emulator::warp_exchange(value);
   return static_cast<unsigned>(*std::max_element(all, all + 32));
 }
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
+  const EmulatedLanes whole(mask);
+  const uint64_t* all = cuda_emulator::warp_exchange(value);
+  return static_cast<unsigned>(*std::min_element(all, all + 32));
+}
 inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
   const EmulatedLanes whole(mask);
   const uint64_t* all = cuda_emulator::warp_exchange(value);

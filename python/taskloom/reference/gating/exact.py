@@ -68,11 +68,10 @@ def exact_exp(x: Tensor) -> Tensor:
 
 def exact_sum(values: Tensor) -> Tensor:
     """Row sums ``[T]`` of ``[T, E]``: every 32nd entry in order, then halves of the 32 sums onto each other."""
-    missing = -values.shape[1] % SUM_LANES
-    blocks = torch.nn.functional.pad(values, (0, missing)).reshape(len(values), -1, SUM_LANES)
-    sums = blocks[:, 0]
-    for place in range(1, blocks.shape[1]):
-        sums = sums + blocks[:, place]
+    blocks = torch.nn.functional.pad(values, (0, -values.shape[1] % SUM_LANES)).split(SUM_LANES, dim=1)
+    sums = blocks[0]
+    for block in blocks[1:]:
+        sums = sums + block
     width = SUM_LANES // 2
     while width:
         sums = sums[:, :width] + sums[:, width:]

@@ -53,7 +53,7 @@ def choose_experts(
     bad = values.isnan().any(1)
     kept = None
     if groups:
-        by_group = values.reshape(len(values), n_group, -1)
+        by_group = values.reshape(len(values), n_group, values.shape[1] // n_group)
         best = by_group.amax(2) if group_score == "max" else by_group.topk(2, dim=2).values.sum(2)
         bad = bad | best.isnan().any(1)
         chosen = torch.zeros_like(best, dtype=torch.bool).scatter(1, _by_rank(best)[:, :topk_group], True)

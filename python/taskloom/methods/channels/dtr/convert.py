@@ -8,7 +8,7 @@ from torch import nn
 
 from taskloom.methods.channels.dtr.dit import RoutedDiTBlock
 from taskloom.methods.channels.dtr.routing import dtr_window
-from taskloom.methods.channels.dtr.scope import change_class, check_can_tell, tell_timesteps
+from taskloom.methods.channels.dtr.scope import check_can_tell, tell_timesteps
 from taskloom.methods.channels.dtr.unet import (
     ATTENTION_PARTS,
     RESIDUAL_PARTS,
@@ -18,6 +18,7 @@ from taskloom.methods.channels.dtr.unet import (
     routed_residual_members,
 )
 from taskloom.nn import TaskWindow
+from taskloom.nn.change_class import change_class
 
 Model = TypeVar("Model", bound=nn.Module)
 

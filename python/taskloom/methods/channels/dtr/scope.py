@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
-_SCOPE = "_timestep_scope"
+from taskloom.nn.change_class import change_class
 
-# Makes the members of a subclass, given the class and further arguments that can be hashed and pickled.
-MakeMembers = Callable[..., dict[str, Any]]
-# A subclass of nn.Module; mypy takes these for something that has no hash.
-Class = Any
+_SCOPE = "_timestep_scope"
 
 
 class TimestepScope:
@@ -72,29 +67,6 @@ def timesteps_of(module: nn.Module, t: Tensor | None, samples: int) -> Tensor:
     if t.shape != (samples,):
         raise ValueError(f"{type(module).__name__}: t: expected shape ({samples},), one for each sample, got {tuple(t.shape)}")
     return t
-
-
-@cache
-def _derived(base: Class, make: MakeMembers, arguments: tuple[Any, ...]) -> type[nn.Module]:
-    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        return _empty, (base, make, arguments), self.__dict__
-
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (base,), {**names, "__reduce_ex__": reduce, **make(base, *arguments)})
-
-
-def _empty(base: Class, make: MakeMembers, arguments: tuple[Any, ...]) -> nn.Module:
-    made = _derived(base, make, arguments)
-    return made.__new__(made)
-
-
-def change_class(module: nn.Module, make: MakeMembers, *arguments: Any) -> None:
-    """Make a module an instance of a subclass of its class, of the same name, with the members that ``make`` gives.
-
-    Unlike a method on the instance this is kept by copies and pickles, and holds where the module calls its own ``self.forward``.
-    """
-    base: Class = type(module)
-    module.__class__ = _derived(base, make, arguments)
 
 
 def _telling_members(base: type[nn.Module], argument: str) -> dict[str, Any]:

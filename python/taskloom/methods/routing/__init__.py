@@ -1,0 +1,1 @@
+"""Methods that route samples to experts."""
