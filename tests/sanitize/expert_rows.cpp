@@ -2,7 +2,9 @@
 // scratch that it was promised.
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -72,7 +74,7 @@ void check_order(const DrawnIndices& ids, int64_t experts, int64_t block) {
   }
 }
 
-void check_wrong_id(DrawnIndices ids, int64_t experts, Random& random) {
+void check_wrong_id(const DrawnIndices& ids, int64_t experts, Random& random) {
   const auto entries = static_cast<int64_t>(ids.values.size());
   const int64_t place = random.below(entries);
   auto values = ids.values;
