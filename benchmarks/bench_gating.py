@@ -11,13 +11,23 @@ import pytest
 import torch
 
 import rows_batch_norm_silu
+import rows_experts
 import rows_lora_feature_gate
+import rows_manifold_loss
 import rows_multi_gate
 import rows_stream_softmax_mix
 import rows_topk_gate
 from harness import Row
 
-ROWS: tuple[Row, ...] = (*rows_lora_feature_gate.ROWS, *rows_batch_norm_silu.ROWS, *rows_multi_gate.ROWS, *rows_stream_softmax_mix.ROWS, *rows_topk_gate.ROWS)
+ROWS: tuple[Row, ...] = (
+    *rows_topk_gate.ROWS,
+    *rows_experts.ROWS,
+    *rows_manifold_loss.ROWS,
+    *rows_multi_gate.ROWS,
+    *rows_lora_feature_gate.ROWS,
+    *rows_batch_norm_silu.ROWS,
+    *rows_stream_softmax_mix.ROWS,
+)
 
 
 @pytest.mark.parametrize(

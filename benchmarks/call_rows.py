@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import call_rows_gating_experts
 import call_rows_gating_features
 import call_rows_gating_multi
 import call_rows_gating_topk
@@ -305,7 +306,16 @@ def rows() -> list[CallRow]:
     """Every op: the plain ones, then the differentiable ones without and with a gradient that is recorded."""
     families = [
         CallRow(op, "", ours, peer, name, family.LIMIT, native)
-        for family in (call_rows_lowrank, call_rows_windows, call_rows_window_norms, call_rows_prefix, call_rows_gating_features, call_rows_gating_multi, call_rows_gating_topk)
+        for family in (
+            call_rows_lowrank,
+            call_rows_windows,
+            call_rows_window_norms,
+            call_rows_prefix,
+            call_rows_gating_topk,
+            call_rows_gating_experts,
+            call_rows_gating_multi,
+            call_rows_gating_features,
+        )
         for op, ours, peer, name, native in family.calls()
     ]
     return [*_plain_rows(), *_differentiable_rows(False), *_differentiable_rows(True), *families]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import rows_bases
+import rows_gating_experts
 import rows_gating_features
 import rows_gating_multi
 import rows_kernel
@@ -51,6 +52,7 @@ ROWS: tuple[Row, ...] = tuple(
             *rows_window_norms.ROWS,
             *rows_gating_multi.ROWS,
             *rows_topk_gate.ROWS,
+            *rows_gating_experts.ROWS,
         ),
         key=lambda row: (not row.aim, row.op not in ("masked_adamw_", "masked_sgd_")),
     )

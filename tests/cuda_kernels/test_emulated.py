@@ -22,9 +22,13 @@ CONTRACTS = tuple(contract for path in sorted(OPS_FOLDER.glob("cases_*.py")) for
 PARTLY_FLOAT32_SUMS = (("sparse_merge_statistics_out", 2),)
 # Work that is matrix products, or that Triton serves on GPUs.
 WITHOUT_KERNEL_PREFIXES = (
+    "batch_norm_silu",
     "channel_scale",
+    "expert_combine",
     "kernel_",
+    "lora_feature_gate",
     "lowrank_",
+    "manifold_loss",
     "multi_gate_",
     "prefix_",
     "ragged_prefix_",

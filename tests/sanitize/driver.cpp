@@ -46,6 +46,8 @@ constexpr Group groups[] = {
     {"window_group_norm", window_group_norms, true},
     {"channel_scale", channel_scales, true},
     {"run_sums", run_sums, false},
+    {"expert_sort", expert_sorts, true},
+    {"expert_rows", expert_rows, true},
     {"threshold_loops", magnitude_loops, false},
     {"magnitude_threshold", magnitude_drivers, true},
     {"magnitude_mask", magnitude_masks, true},

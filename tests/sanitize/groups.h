@@ -21,6 +21,8 @@ void window_layer_norms();
 void window_group_norms();
 void channel_scales();
 void run_sums();
+void expert_sorts();
+void expert_rows();
 void magnitude_loops();
 void magnitude_drivers();
 void magnitude_masks();

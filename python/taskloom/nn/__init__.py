@@ -1,10 +1,11 @@
 """Modules made of the ops: adapters beside layers, their way into a model and onto the disk; layers of some channels or changing width;
-gates and experts.
+routers, gates and experts.
 """
 
 from __future__ import annotations
 
 from taskloom.nn.adapter_files import adapter_state_dict, load_adapter, save_adapter
+from taskloom.nn.expert_mlp import ExpertMLP, GatedMLP
 from taskloom.nn.feature_gate import FeatureGate
 from taskloom.nn.fused_linear import SplitLinear, split_fused
 from taskloom.nn.inject import LayerConfig, inject
@@ -27,7 +28,9 @@ from taskloom.nn.window_layers import WindowConv2d, WindowLinear
 
 __all__ = [
     "BASE",
+    "ExpertMLP",
     "FeatureGate",
+    "GatedMLP",
     "KernelConfig",
     "KernelLinear",
     "LayerConfig",

@@ -259,6 +259,15 @@ def test_errors_are_those_of_the_native_ops() -> None:
         taskloom.block_scale_merge(torch.ones(3), [torch.ones(3)], torch.ones(1, 1, 2), groups)
 
 
+def test_indices_out_of_range() -> None:
+    with pytest.raises(ValueError, match="expert_sort: ids: expected 0 to 4, the number of an expert, got 5 at entry 1"):
+        taskloom.expert_sort(torch.tensor([[0, 5]]), 5)
+    with pytest.raises(ValueError, match="expert_combine: inverse: expected 0 to 1, a row of y, got 2 at entry 1"):
+        taskloom.expert_combine(torch.ones(2, 3), torch.ones(1, 2), torch.tensor([[0, 2]]))
+    with pytest.raises(ValueError, match=r"manifold_loss: ids: expected -1 to 3, .*, got 4 at entry 0"):
+        taskloom.manifold_loss(torch.ones(1, 3), torch.ones(4, 3), torch.tensor([[4]]), torch.ones(1, 1))
+
+
 def test_automatic_choice_on_the_cpu_stays_native() -> None:
     with taskloom.backend("auto"):
         shown = taskloom.explain("sparse_merge", device="cpu")

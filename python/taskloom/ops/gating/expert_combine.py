@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from taskloom.ops._backends import kernel
 from taskloom.ops._checks import check_floating, check_shape
-from taskloom.ops._register import implement_on_cpu, register
+from taskloom.ops._register import register
 from taskloom.ops.gating._indices import check_indices, check_values, run_checked
 from taskloom.reference import gating as reference
 
@@ -25,8 +26,19 @@ def _check(op: str, y: Tensor, weight: Tensor, inverse: Tensor) -> None:
     check_shape(op, "inverse", inverse, weight.shape, "weight")
 
 
-def _check_rows(op: str, y: Tensor, inverse: Tensor) -> partial[None]:
-    return partial(check_values, op, "inverse", inverse, 0, y.shape[0], "a row of y")
+def _check_rows(op: str, y: Tensor, inverse: Tensor) -> None:
+    check_values(op, "inverse", inverse, 0, y.shape[0], "a row of y")
+
+
+def _check_rows_once(op: str, y: Tensor, inverse: Tensor) -> None:
+    """Raise ValueError also where a row is named again; only on the CPU, for a GPU would have to be waited for."""
+    _check_rows(op, y, inverse)
+    rows = inverse.reshape(-1).long()
+    if not rows.is_cpu or rows.numel() == rows.unique().numel():
+        return
+    in_order, entries = torch.sort(rows, stable=True)
+    again = int(entries[1:][in_order[1:] == in_order[:-1]].min())
+    raise ValueError(f"{op}: inverse: expected each row of y once, got {int(rows[again])} again at entry {again}")
 
 
 def expert_combine(y: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
@@ -64,7 +76,7 @@ def expert_combine(y: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """
     op = "expert_combine"
     _check(op, y, weight, inverse)
-    check = _check_rows(op, y, inverse)
+    check = partial(_check_rows, op, y, inverse)
     run = kernel(op, y, weight, inverse)
     if run is None:
         check()
@@ -105,7 +117,7 @@ def expert_combine_backward(
     _check(op, y, weight, inverse)
     check_floating(op, "gradient", gradient)
     check_shape(op, "gradient", gradient, (*weight.shape[:-1], y.shape[1]), "the op's result")
-    check = _check_rows(op, y, inverse)
+    check = partial(_check_rows_once if for_y else _check_rows, op, y, inverse)
     run = kernel(op, gradient, y, weight, inverse)
     if run is None:
         check()
@@ -132,7 +144,5 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return (*(one if want else None for one, want in zip(found, wanted, strict=True)), None)
 
 
-implement_on_cpu("expert_combine", reference.expert_combine)
-implement_on_cpu("expert_combine_backward", reference.expert_combine_backward)
 register("expert_combine", fake=_fake_combine, backward=_backward, setup_context=_setup)
 register("expert_combine_backward", fake=_fake_backward)

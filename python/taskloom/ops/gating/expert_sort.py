@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from taskloom.ops._backends import kernel
-from taskloom.ops._register import implement_on_cpu, register
+from taskloom.ops._register import register
 from taskloom.ops.gating._indices import MOST_ENTRIES, check_count, check_indices, check_values, run_checked
 from taskloom.reference import gating as reference
 from taskloom.reference.gating.expert_sort import padded_size
@@ -31,8 +31,7 @@ class ExpertOrder(NamedTuple):
         ``[E + 1]``: expert e has the places ``offsets[e]`` to ``offsets[e + 1] - 1`` of ``order``. ``offsets[1:]`` is what torch's grouped
         product takes.
     padded_order
-        ``[P]``: the same with each expert's run filled up to whole blocks, by entries T * k, which stand for none; as all after the last run
-        are.
+        ``[P]``: the same with each expert's run filled up to whole blocks. T * k stands for no entry, there and after the last run.
     padded_offsets
         ``[E + 1]``: the experts' runs in ``padded_order``.
     block_expert
@@ -114,5 +113,4 @@ def _fake(ids: Tensor, num_experts: int, block: int) -> Sorted:
     return found  # type: ignore[return-value]
 
 
-implement_on_cpu("expert_sort", reference.expert_sort)
 register("expert_sort", fake=_fake, discrete=True)

@@ -9,7 +9,7 @@ from torch import Tensor, is_grad_enabled
 
 from taskloom.ops._backends import kernel
 from taskloom.ops._checks import check_floating, check_shape
-from taskloom.ops._register import implement_on_cpu, register
+from taskloom.ops._register import register
 from taskloom.ops.gating._indices import check_indices, check_values, run_checked
 from taskloom.reference import gating as definition
 from taskloom.reference.arithmetic import accumulation_dtype
@@ -136,7 +136,5 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return ctx.ops.manifold_loss_backward.default(gradient, *ctx.saved_tensors), None, None, None
 
 
-implement_on_cpu("manifold_loss", definition.manifold_loss)
-implement_on_cpu("manifold_loss_backward", definition.manifold_loss_backward)
 register("manifold_loss", fake=_fake_loss, backward=_backward, setup_context=_setup)
 register("manifold_loss_backward", fake=_fake_backward)

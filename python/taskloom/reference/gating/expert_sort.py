@@ -8,7 +8,7 @@ from torch import Tensor
 
 def padded_size(entries: int, num_experts: int, block: int) -> int:
     """The most entries that runs of experts can take when each is filled up to whole blocks: whatever the ids are."""
-    fullest = torch.sym_min(entries, num_experts)
+    fullest: int = torch.sym_min(entries, num_experts)
     return (entries + fullest * (block - 1)) // block * block
 
 
