@@ -20,6 +20,7 @@ SHARED_BYTES = 48 * 1024
 # from 8.0 on has.
 CONTRACTING = {"rmm_down_kernel", "rmm_up_kernel", "see_products_kernel", "see_logits_kernel", "slopes_kernel"}
 CONTRACTING |= {"channel_scale_kernel", "channel_scale_backward_kernel"}
+CONTRACTING |= {"topk_gate_backward_kernel"}
 CONTRACTING |= {"window_group_norm_silu_kernel", "window_group_norm_silu_backward_kernel"}
 CONTRACTING |= {"lowrank_apply_kernel", "lowrank_merge_kernel", "lowrank_norm_kernel"}
 CONTRACTING |= {"window_forward_kernel", "window_input_kernel", "window_weight_kernel"}
