@@ -52,6 +52,15 @@ def exact_sigmoid(z, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _folded(sums, HALF: tl.constexpr):
+    """Halves of each row onto each other; by masks, because a reshape would give its layout to all that meets the sum."""
+    place = tl.arange(0, 2 * HALF)[None, None, :]
+    target = tl.arange(0, HALF)[None, :, None]
+    # Two values and zeros: the same in any order.
+    return tl.sum(tl.where(place % HALF == target, sums[:, None, :], 0.0), axis=2)
+
+
+@triton.jit
 def exact_sum(logits, rows, inside_rows, center, experts, FACTOR: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
     """The rows' sums of e^(z - center): every 32nd expert in order, then halves of the 32 sums onto each other."""
     lane = tl.arange(0, SUM_LANES)
@@ -63,12 +72,7 @@ def exact_sum(logits, rows, inside_rows, center, experts, FACTOR: tl.constexpr, 
         x = widened(tl.load(logits + rows[:, None] + expert[None, :], mask=inside, other=0), WIDE)
         sums += tl.where(inside, exact_exp(x * FACTOR - center[:, None], WIDE), 0.0)
         first += SUM_LANES
-    # Sums of two are the same in any order.
-    sums = tl.sum(tl.reshape(sums, (ROWS, 2, 16)), axis=1)
-    sums = tl.sum(tl.reshape(sums, (ROWS, 2, 8)), axis=1)
-    sums = tl.sum(tl.reshape(sums, (ROWS, 2, 4)), axis=1)
-    sums = tl.sum(tl.reshape(sums, (ROWS, 2, 2)), axis=1)
-    return tl.sum(sums, axis=1)
+    return tl.sum(_folded(_folded(_folded(_folded(sums, 16), 8), 4), 2), axis=1)
 
 
 @triton.jit

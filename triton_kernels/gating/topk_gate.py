@@ -21,8 +21,19 @@ _MOST_SUMS = 512
 
 @triton.jit
 def _exp(x, EXACT: tl.constexpr, WIDE: tl.constexpr):
-    """e^x: to the bit where it decides something."""
-    return exact_exp(x, WIDE) if EXACT else tl.exp(x)
+    """e^x: to the bit where it decides something; Triton's own of float64 contracts."""
+    return exact_exp(x, WIDE) if EXACT or WIDE else tl.exp(x)
+
+
+@triton.jit
+def _log(x, WIDE: tl.constexpr):
+    """The logarithm, of float64 by Newton's steps from that of float32 for the same reason."""
+    result = tl.log(x.to(tl.float32))
+    if WIDE:
+        result = result.to(tl.float64)
+        result += x * exact_exp(0.0 - result, WIDE) - 1.0
+        result += x * exact_exp(0.0 - result, WIDE) - 1.0
+    return result
 
 
 @triton.jit
@@ -32,9 +43,9 @@ def _masked_keys(keys, bad, wanted, ROWS: tl.constexpr, GROUPS: tl.constexpr, SI
     judged = tl.max(by_group, axis=2)
     none = no_key(WIDE)
     if TWO:
-        place = tl.arange(0, SIZE)[None, None, :]
-        first = tl.min(tl.where(by_group == judged[:, :, None], place, SIZE), axis=2)
-        second = tl.max(tl.where(place == first[:, :, None], none, by_group), axis=2)
+        member = tl.arange(0, SIZE)[None, None, :]
+        first = tl.min(tl.where(by_group == judged[:, :, None], member, SIZE), axis=2)
+        second = tl.max(tl.where(member == first[:, :, None], none, by_group), axis=2)
         there = judged != none
         total = tl.where(there, unordered(judged, WIDE) + unordered(tl.where(there, second, 0), WIDE), 0.0)
         bad = bad | (tl.max((total != total).to(tl.int32), axis=1) != 0)
@@ -159,7 +170,7 @@ def topk_gate_kernel(
         if STATISTICS:
             infinite = (center == float("inf")) | (center == float("-inf"))
             clean = tl.max((inside & (x != x)).to(tl.int32), axis=1) == 0
-            tl.store(lse + token, tl.where(infinite & clean, center, center + tl.log(total)), mask=present)
+            tl.store(lse + token, tl.where(infinite & clean, center, center + _log(total, WIDE)), mask=present)
             share = exact_sigmoid(z, WIDE) if SIGMOID else exponentials
             share = tl.where(inside, share, 0.0)
             share_sum = tl.where(present, tl.sum(share, axis=1), 1.0)
@@ -179,8 +190,8 @@ def tile(tokens: int, columns: int) -> tuple[int, int]:
     """Rows of a program and its warps: a warp for a row, several rows of a program where there are many."""
     if INTERPRETED:
         return min(16, triton.next_power_of_2(max(tokens, 1))), 4
-    if columns > 1024:
-        return 1, 4 if columns <= 4096 else 8
+    if columns > 512:
+        return 1, min(columns // 256, 16)
     return (4, 4) if tokens >= 1024 else (1, 1)
 
 

@@ -22,6 +22,7 @@ CONTRACTING = {"rmm_down_kernel", "rmm_up_kernel", "see_products_kernel", "see_l
 CONTRACTING |= {"channel_scale_kernel", "channel_scale_backward_kernel"}
 CONTRACTING |= {"batch_norm_silu_kernel", "batch_norm_silu_backward_kernel", "batch_norm_sums_kernel", "batch_moments_kernel"}
 CONTRACTING |= {"feature_gate_kernel", "feature_gate_thin_kernel", "feature_gate_up_kernel"}
+CONTRACTING |= {"topk_gate_backward_kernel"}
 CONTRACTING |= {"window_group_norm_silu_kernel", "window_group_norm_silu_backward_kernel"}
 CONTRACTING |= {"lowrank_apply_kernel", "lowrank_merge_kernel", "lowrank_norm_kernel"}
 CONTRACTING |= {"window_forward_kernel", "window_input_kernel", "window_weight_kernel"}
