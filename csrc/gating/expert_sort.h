@@ -16,7 +16,7 @@ struct ExpertSort {
 };
 
 // Entries of a chunk: each has counts of its own, whose addition should cost less than the chunk's counting.
-constexpr int64_t expert_sort_chunk(int64_t experts) { return experts * 4 > 16384 ? experts * 4 : 16384; }
+constexpr int64_t expert_sort_chunk(int64_t experts) { return experts * 4 > 32768 ? experts * 4 : 32768; }
 
 // Fills order, inverse and offsets. `counts` is room for experts per chunk. Returns the place of the first id that is out of range, and
 // then nothing is filled; else -1.
