@@ -11,6 +11,7 @@ import taskloom
 from taskloom.ops.gating import expert_combine_backward
 
 EXPERTS, CHOSEN, WIDTH, NEIGHBOURS = 128, 8, 2048, 3
+BLOCK = 64
 
 
 def _chosen(device: torch.device, tokens: int) -> Tensor:
@@ -34,7 +35,25 @@ def sort_contest(device: torch.device, dtype: torch.dtype, entries: int) -> Cont
 
 def padded_contest(device: torch.device, dtype: torch.dtype, entries: int) -> Contest:
     ids = _chosen(device, max(entries // EXPERTS, 1))
-    return Contest(ours=lambda: taskloom.expert_sort(ids, EXPERTS, block=64), bytes=5 * ids.nbytes, exact=True)
+    places = len(taskloom.expert_sort(ids, EXPERTS, block=BLOCK).padded_order)
+
+    def eager(ids: Tensor) -> tuple[Tensor, Tensor]:
+        flat = ids.reshape(-1)
+        experts, order = torch.sort(flat, stable=True)
+        counts = torch.bincount(flat, minlength=EXPERTS)
+        blocks = (counts + BLOCK - 1) // BLOCK
+        # How much further an expert's entries lie for the padding of those before it.
+        further = blocks.cumsum(0) * BLOCK - blocks * BLOCK - (counts.cumsum(0) - counts)
+        padded = torch.full((places,), len(flat), device=flat.device)
+        padded[torch.arange(len(flat), device=flat.device) + further[experts]] = order
+        return padded, torch.searchsorted(blocks.cumsum(0), torch.arange(places // BLOCK, device=flat.device), right=True)
+
+    return Contest(
+        ours=lambda: taskloom.expert_sort(ids, EXPERTS, block=BLOCK),
+        bytes=5 * ids.nbytes,
+        peers={"stable sort, bincount, places": lambda: eager(ids)},
+        exact=True,
+    )
 
 
 def _moved(device: torch.device, dtype: torch.dtype, entries: int) -> tuple[Tensor, Tensor, Tensor]:
