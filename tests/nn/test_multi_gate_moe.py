@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -58,6 +59,26 @@ def test_it_has_a_row_for_each_pair_that_a_mask_holds() -> None:
     assert module.weight.shape == (int(MASK.sum() + OWN.sum()), 5)
     assert set(module.state_dict()) == {"weight"}
     assert "n_gates=2" in repr(module)
+
+
+@pytest.mark.parametrize("way", ["to_empty", "context", "assign", "to_empty from the CPU"])
+def test_masks_outlive_the_meta_device(way: str) -> None:
+    module = MultiGateMoE(5, 4, 2, MASK, self_mask=OWN)
+    saved = copy.deepcopy(module.state_dict())
+    with torch.device("meta"):
+        fresh = MultiGateMoE(5, 4, 2, MASK, self_mask=OWN)
+    assert fresh.mask is not None
+    assert fresh.mask.is_meta
+    if way != "context":
+        fresh = copy.deepcopy(module) if "from" in way else copy.deepcopy(module).to("meta")
+    if way != "assign":
+        fresh.to_empty(device="cpu")
+    fresh.load_state_dict(saved, assign=way == "assign")
+    x, z = given(dtype=torch.float32)
+    for one, other in zip(fresh(x, z), module(x, z), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="mask: expected a mask with values, got one on the meta device"):
+        MultiGateMoE(5, 4, 2, MASK.to("meta"))
 
 
 def test_self_gate_of_one_expert_is_a_sigmoid() -> None:

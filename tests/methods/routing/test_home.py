@@ -267,6 +267,21 @@ def test_a_model_is_saved_copied_and_compiled() -> None:
             assert torch.equal(said, model(x)[task])
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(
+    "build", [_small, lambda: CGC(7, ["a", "b"], 6, 2, 1, (4,)), lambda: PLE(7, ["a", "b"], 6), lambda: MMoE(7, ["a", "b"], 6)]
+)
+def test_a_model_is_loaded_from_the_meta_device(build: Callable[[], nn.Module], assign: bool) -> None:
+    model = _randomised(build()).eval()
+    with torch.device("meta"):
+        fresh = build().eval()
+    if not assign:
+        fresh.to_empty(device="cpu")
+    fresh.load_state_dict(copy.deepcopy(model.state_dict()), assign=assign)
+    for task, said in fresh(_rows()).items():
+        assert torch.equal(said, model(_rows())[task])
+
+
 def test_autocast_keeps_the_gates_in_single_precision() -> None:
     model = _randomised(_small()).eval()
     with torch.autocast("cpu", torch.bfloat16):

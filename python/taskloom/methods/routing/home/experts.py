@@ -120,8 +120,8 @@ class ExpertPool(nn.Module):
         return slice(sum(sizes[:place]), sum(sizes[: place + 1]))
 
     def mask(self, gates: Sequence[Sequence[str]]) -> Tensor:
-        """Which experts each gate may read, ``[gates, experts]``, from the names of the groups that it reads."""
-        mask = torch.zeros(len(gates), self.n_experts, dtype=torch.bool)
+        """Which experts each gate may read, ``[gates, experts]`` on the CPU, from the names of the groups that it reads."""
+        mask = torch.zeros(len(gates), self.n_experts, dtype=torch.bool, device="cpu")
         for row, names in zip(mask, gates, strict=True):
             for name in names:
                 row[self.columns(name)] = True
