@@ -158,6 +158,17 @@ def test_zero_weights_are_chosen_last_and_are_no_nan() -> None:
     torch.testing.assert_close(weight.view(3, 7, 2)[:, -1], torch.tensor([[1.0, 0.0]]).expand(3, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 3.0])
+def test_the_gates_temperature_and_dtype_leave_the_weights(temperature: float, dtype: torch.dtype) -> None:
+    router = TopKRouter(5, 4, 4, temperature=temperature, dtype=dtype)
+    model, r = nn.Sequential(router), _weights(6, 4)
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with RoutingOverride(model, r, "all"):
+        gate = model(x)
+    torch.testing.assert_close(torch.zeros(6, 4).scatter(1, gate.ids.long(), gate.weight), r, rtol=1e-5, atol=1e-6)
+
+
 def test_no_hook_stays() -> None:
     model = tiny_model("olmoe")
     override = RoutingOverride(model, _weights(3, 8), -1)

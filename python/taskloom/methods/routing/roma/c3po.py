@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from taskloom.methods.routing.roma.recorder import check_recorded, first_input
-from taskloom.methods.routing.roma.routers import Layers, chosen_routers, gate_options, is_sigmoid, selection_bias
+from taskloom.methods.routing.roma.routers import Layers, chosen_routers, gate_options, score_of, selection_bias
 from taskloom.methods.routing.roma.tokens import AskedTokens, Token
 from taskloom.nn import TopKRouter
 
@@ -87,8 +87,8 @@ class RoutingOverride:
 
     Notes
     -----
-    A router's logits at the token become ``log r``, of which the softmax is r: all that the gate does with its probabilities (choice,
-    renormalising, scaling) it does with these.
+    A router's logits at the token become ``log r`` times the gate's temperature, of which the gate's softmax is r: all that the gate does
+    with its probabilities (choice, renormalising, scaling) it does with these.
     """
 
     def __init__(self, model: nn.Module, r: Tensor, layers: Layers = -5, *, token: Token = "last", every_call: bool = False) -> None:
@@ -101,7 +101,7 @@ class RoutingOverride:
         if not bool((r >= 0).all()):
             raise ValueError("RoutingOverride: r: expected weights of at least 0")
         for router in self._routers:
-            if is_sigmoid(router):
+            if score_of(router) == "sigmoid":
                 raise ValueError(f"RoutingOverride: model: {type(router).__name__} scores by a sigmoid, of which C3PO says nothing")
         # Tiny instead of 0, whose logarithm would leave a gate that chooses it nothing but NaN to renormalise.
         self._logits = r.detach().float().clamp_min(torch.finfo(torch.float32).tiny).log().split(experts, 1)
@@ -146,10 +146,15 @@ class RoutingOverride:
             return None
         hidden = first_input(args, kwargs)
         rows = self._asked.rows(hidden.numel() // hidden.shape[-1], hidden.device)
+        options = gate_options(router)
+        # The gate divides by its temperature.
+        logits = logits.to(hidden.device) * (1.0 if options is None else options.temperature)
         if isinstance(router, TopKRouter):
-            own = _with_rows(router.logits(hidden), rows, logits.to(hidden.device))
-            return router.gate(own, statistics=output.counts is not None)
-        return _replaced_rows(router, output, logits.to(hidden.device), rows)
+            own = router.logits(hidden)
+            # Logits of fewer bits would round those of r.
+            wide = own.to(torch.promote_types(own.dtype, torch.float32))
+            return router.gate(_with_rows(wide, rows, logits), statistics=output.counts is not None)
+        return _replaced_rows(router, output, logits, rows)
 
 
 def _with_rows(tensor: Tensor, rows: Tensor, values: Tensor) -> Tensor:
