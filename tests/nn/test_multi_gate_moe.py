@@ -107,6 +107,7 @@ def test_autocast_gives_the_experts_dtype() -> None:
     ("arguments", "error", "message"),
     [
         ({"in_dim": 0}, ValueError, "in_dim: expected at least 1, got 0"),
+        ({"in_dim": 5.0}, TypeError, "in_dim: expected an integer, got 5.0"),
         ({"n_gates": 0}, ValueError, "n_gates: expected at least 1, got 0"),
         ({"act": "relu"}, ValueError, "act: expected 'softmax' or 'sigmoid', got 'relu'"),
         ({"mask": MASK.int()}, TypeError, "mask: expected a bool tensor, got torch.int32"),
@@ -122,5 +123,11 @@ def test_errors(arguments: dict[str, Any], error: type[Exception], message: str)
 def test_errors_of_inputs() -> None:
     with pytest.raises(ValueError, match=r"x: expected shape \[B, 5\] or \[B, 2, 5\], got \(3, 4\)"):
         MultiGateMoE(5, 4, 2)(torch.zeros(3, 4), torch.zeros(3, 4, 1))
+    with pytest.raises(TypeError, match=r"MultiGateMoE: x: expected a floating point tensor, got torch\.int64"):
+        MultiGateMoE(5, 4, 2)(torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 4, 1))
+    with pytest.raises(TypeError, match=r"SelfGate: x: expected a floating point tensor, got torch\.int64"):
+        SelfGate(5, 4)(torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 4, 1))
+    with pytest.raises(ValueError, match=r"SelfGate: x: expected shape \[B, 5\], got \(3, 4\)"):
+        SelfGate(5, 4)(torch.zeros(3, 4), torch.zeros(3, 4, 1))
     with pytest.raises(ValueError, match="SelfGate: n_experts: expected at least 1, got 0"):
         SelfGate(5, 0)

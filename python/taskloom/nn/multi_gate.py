@@ -29,10 +29,21 @@ def _checked_mask(name: str, mask: Tensor, gates: int, experts: int) -> Tensor:
     return mask
 
 
-def _check_sizes(module: str, **sizes: int) -> None:
+def check_sizes(module: str, **sizes: int) -> None:
+    """Refuse sizes below 1 and what is no integer."""
     for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{module}: {name}: expected an integer, got {size!r}")
         if size < 1:
             raise ValueError(f"{module}: {name}: expected at least 1, got {size}")
+
+
+def check_features(module: str, x: Tensor, width: int) -> None:
+    """Refuse an input that is not floating, ``[B, width]``."""
+    if not x.is_floating_point():
+        raise TypeError(f"{module}: x: expected a floating point tensor, got {x.dtype}")
+    if x.dim() != 2 or x.shape[1] != width:
+        raise ValueError(f"{module}: x: expected shape [B, {width}], got {tuple(x.shape)}")
 
 
 class MultiGateMoE(nn.Module):
@@ -56,7 +67,7 @@ class MultiGateMoE(nn.Module):
     Raises
     ------
     TypeError
-        If a mask is not bool.
+        If a mask is not bool, or a size no integer.
     ValueError
         If a size is below 1, a mask has another shape, a gate without experts or no values (meta device), or the activation is unknown.
 
@@ -88,7 +99,7 @@ class MultiGateMoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes("MultiGateMoE", in_dim=in_dim, n_experts=n_experts, n_gates=n_gates)
+        check_sizes("MultiGateMoE", in_dim=in_dim, n_experts=n_experts, n_gates=n_gates)
         if act not in ACTIVATIONS:
             raise ValueError(f"MultiGateMoE: act: expected 'softmax' or 'sigmoid', got {act!r}")
         self.in_dim, self.n_experts, self.n_gates, self.act = in_dim, n_experts, n_gates, act
@@ -142,9 +153,13 @@ class MultiGateMoE(nn.Module):
 
         Raises
         ------
+        TypeError
+            If x is not floating point.
         ValueError
             If x has another shape.
         """
+        if not x.is_floating_point():
+            raise TypeError(f"MultiGateMoE: x: expected a floating point tensor, got {x.dtype}")
         kinds, pairs = (1 if self.self_mask is None else 2), self.n_gates * self.n_experts
         if x.dim() == 2 and x.shape[1] == self.in_dim:
             said = F.linear(x, self.weight)
@@ -198,6 +213,8 @@ class SelfGate(nn.Module):
 
     Raises
     ------
+    TypeError
+        If a size is no integer.
     ValueError
         If a size is below 1.
 
@@ -208,8 +225,8 @@ class SelfGate(nn.Module):
 
     def __init__(self, in_dim: int, n_experts: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        _check_sizes("SelfGate", in_dim=in_dim, n_experts=n_experts)
-        self.n_experts = n_experts
+        check_sizes("SelfGate", in_dim=in_dim, n_experts=n_experts)
+        self.in_dim, self.n_experts = in_dim, n_experts
         self.gate = nn.Linear(in_dim, n_experts, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
@@ -226,6 +243,14 @@ class SelfGate(nn.Module):
         -------
         Tensor
             ``[B, D]`` in z's dtype.
+
+        Raises
+        ------
+        TypeError
+            If x is not floating point.
+        ValueError
+            If x or z has another shape.
         """
+        check_features("SelfGate", x, self.in_dim)
         activation = "sigmoid" if self.n_experts == 1 else "softmax"
         return multi_gate_combine(self.gate(x)[:, None], z, activation=activation)[0][:, 0]
