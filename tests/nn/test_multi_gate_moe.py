@@ -81,6 +81,15 @@ def test_masks_outlive_the_meta_device(way: str) -> None:
         MultiGateMoE(5, 4, 2, MASK.to("meta"))
 
 
+def test_a_module_of_inference_mode_is_converted() -> None:
+    with torch.inference_mode():
+        module = MultiGateMoE(5, 4, 2, MASK, self_mask=OWN)
+        x, z = given()
+        out, _ = module.double()(x, z)
+    torch.testing.assert_close(module.double()(x, z)[0], out)
+    assert torch.equal(module.share_memory().self_mask, OWN)
+
+
 def test_self_gate_of_one_expert_is_a_sigmoid() -> None:
     x, z = given()
     gate = SelfGate(5, 1, dtype=torch.float64)

@@ -130,7 +130,9 @@ class MultiGateMoE(nn.Module):
                 buffer = torch.empty_like(buffer, device=self.weight.device)
                 setattr(self, name, buffer)
             if not buffer.is_meta:
-                buffer.copy_(torch.tensor(table, dtype=buffer.dtype, device="cpu"))
+                # A model that was made in inference mode is changed in place there only.
+                with torch.inference_mode(buffer.is_inference()):
+                    buffer.copy_(torch.tensor(table, dtype=buffer.dtype, device="cpu"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         module: Any = super()
