@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -60,6 +61,35 @@ def test_it_has_a_row_for_each_pair_that_a_mask_holds() -> None:
     assert "n_gates=2" in repr(module)
 
 
+@pytest.mark.parametrize("way", ["to_empty", "context", "assign", "to_empty from the CPU"])
+def test_masks_outlive_the_meta_device(way: str) -> None:
+    module = MultiGateMoE(5, 4, 2, MASK, self_mask=OWN)
+    saved = copy.deepcopy(module.state_dict())
+    with torch.device("meta"):
+        fresh = MultiGateMoE(5, 4, 2, MASK, self_mask=OWN)
+    assert fresh.mask is not None
+    assert fresh.mask.is_meta
+    if way != "context":
+        fresh = copy.deepcopy(module) if "from" in way else copy.deepcopy(module).to("meta")
+    if way != "assign":
+        fresh.to_empty(device="cpu")
+    fresh.load_state_dict(saved, assign=way == "assign")
+    x, z = given(dtype=torch.float32)
+    for one, other in zip(fresh(x, z), module(x, z), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="mask: expected a mask with values, got one on the meta device"):
+        MultiGateMoE(5, 4, 2, MASK.to("meta"))
+
+
+def test_a_module_of_inference_mode_is_converted() -> None:
+    with torch.inference_mode():
+        module = MultiGateMoE(5, 4, 2, MASK, self_mask=OWN)
+        x, z = given()
+        out, _ = module.double()(x, z)
+    torch.testing.assert_close(module.double()(x, z)[0], out)
+    assert torch.equal(module.share_memory().self_mask, OWN)
+
+
 def test_self_gate_of_one_expert_is_a_sigmoid() -> None:
     x, z = given()
     gate = SelfGate(5, 1, dtype=torch.float64)
@@ -86,6 +116,7 @@ def test_autocast_gives_the_experts_dtype() -> None:
     ("arguments", "error", "message"),
     [
         ({"in_dim": 0}, ValueError, "in_dim: expected at least 1, got 0"),
+        ({"in_dim": 5.0}, TypeError, "in_dim: expected an integer, got 5.0"),
         ({"n_gates": 0}, ValueError, "n_gates: expected at least 1, got 0"),
         ({"act": "relu"}, ValueError, "act: expected 'softmax' or 'sigmoid', got 'relu'"),
         ({"mask": MASK.int()}, TypeError, "mask: expected a bool tensor, got torch.int32"),
@@ -101,5 +132,11 @@ def test_errors(arguments: dict[str, Any], error: type[Exception], message: str)
 def test_errors_of_inputs() -> None:
     with pytest.raises(ValueError, match=r"x: expected shape \[B, 5\] or \[B, 2, 5\], got \(3, 4\)"):
         MultiGateMoE(5, 4, 2)(torch.zeros(3, 4), torch.zeros(3, 4, 1))
+    with pytest.raises(TypeError, match=r"MultiGateMoE: x: expected a floating point tensor, got torch\.int64"):
+        MultiGateMoE(5, 4, 2)(torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 4, 1))
+    with pytest.raises(TypeError, match=r"SelfGate: x: expected a floating point tensor, got torch\.int64"):
+        SelfGate(5, 4)(torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 4, 1))
+    with pytest.raises(ValueError, match=r"SelfGate: x: expected shape \[B, 5\], got \(3, 4\)"):
+        SelfGate(5, 4)(torch.zeros(3, 4), torch.zeros(3, 4, 1))
     with pytest.raises(ValueError, match="SelfGate: n_experts: expected at least 1, got 0"):
         SelfGate(5, 0)

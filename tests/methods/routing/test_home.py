@@ -124,6 +124,15 @@ def test_one_category_with_all_experts_read_is_a_two_level_mmoe() -> None:
         torch.testing.assert_close(said[task], model.towers.layers[place](features[:, place])[:, 0], rtol=1e-5, atol=1e-5)
 
 
+def test_a_call_makes_no_tensor_from_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it would wait for the copy."""
+    model = _small().eval()
+    expected = model(_rows())
+    x = _rows()
+    monkeypatch.setattr(torch, "tensor", lambda *args, **options: pytest.fail("torch.tensor in a call"))
+    assert all(torch.equal(said, expected[task]) for task, said in model(x).items())
+
+
 def test_other_categories_get_no_gradient_in_level_two() -> None:
     model = _randomised(_small())
     model(_rows())["a"].sum().backward()
@@ -267,6 +276,21 @@ def test_a_model_is_saved_copied_and_compiled() -> None:
             assert torch.equal(said, model(x)[task])
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(
+    "build", [_small, lambda: CGC(7, ["a", "b"], 6, 2, 1, (4,)), lambda: PLE(7, ["a", "b"], 6), lambda: MMoE(7, ["a", "b"], 6)]
+)
+def test_a_model_is_loaded_from_the_meta_device(build: Callable[[], nn.Module], assign: bool) -> None:
+    model = _randomised(build()).eval()
+    with torch.device("meta"):
+        fresh = build().eval()
+    if not assign:
+        fresh.to_empty(device="cpu")
+    fresh.load_state_dict(copy.deepcopy(model.state_dict()), assign=assign)
+    for task, said in fresh(_rows()).items():
+        assert torch.equal(said, model(_rows())[task])
+
+
 def test_autocast_keeps_the_gates_in_single_precision() -> None:
     model = _randomised(_small()).eval()
     with torch.autocast("cpu", torch.bfloat16):
@@ -283,6 +307,14 @@ def test_loss_leaves_out_rows_without_a_label() -> None:
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert not logits["b"].grad.any()  # type: ignore[union-attr]
+    for wrong in (math.inf, -math.inf, math.nan):
+        said = torch.tensor([0.3, wrong, 2.0], requires_grad=True)
+        loss = multi_task_loss({"a": said}, {"a": labels["a"]})
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        assert said.grad is not None
+        assert said.grad[1] == 0
+        assert said.grad.isfinite().all()
 
 
 def test_generated_tasks_have_their_rates() -> None:
@@ -310,6 +342,12 @@ def test_area_under_the_curve_counts_pairs() -> None:
         (lambda: HoME(7, TWO, 0), ValueError, "expert_dim: expected at least 1, got 0"),
         (lambda: HoME(7, TWO, 6, n_shared=0), ValueError, "n_shared of level 1"),
         (lambda: HoME(7, TWO, 6, n_shared=1.5), TypeError, "expected an integer, got 1.5"),  # type: ignore[arg-type]
+        (lambda: HoME(7, TWO, 6, n_shared=(1, 2, 3)), ValueError, r"n_shared: .* one for each of 2 levels, got \(1, 2, 3\)"),  # type: ignore[arg-type]
+        (lambda: HoME(7, TWO, 6, tower_dims=(4, 0)), ValueError, r"tower_dims\[1\]: expected at least 1, got 0"),
+        (lambda: MMoE(7, ["a"], 6)(_rows(4, 6)), ValueError, r"MMoE: x: expected shape \[B, 7\], got \(4, 6\)"),
+        (lambda: PLE(7, ["a"], 6)(_rows(4, 6)), ValueError, r"PLE: x: expected shape \[B, 7\], got \(4, 6\)"),
+        (lambda: MMoE(7, ["a"], 6).gate_report(torch.ones(4, 7).long()), TypeError, "MMoE: x: expected a floating .*int64"),
+        (lambda: CGC(7, ["a"], 6)(torch.ones(4, 7).long()), TypeError, "CGC: x: expected a floating .*int64"),
         (lambda: HoME(7, TWO, 6, n_specific=0), ValueError, "n_specific: expected at least 1"),
         (lambda: HoME(7, TWO, 6, norm="group"), ValueError, "norm: expected one of 'batch', 'layer', None, got 'group'"),
         (lambda: HoME(7, TWO, 6, activation="gelu"), ValueError, "activation"),
@@ -322,6 +360,12 @@ def test_area_under_the_curve_counts_pairs() -> None:
         (lambda: HoMEExpert(7, 5)(_rows(1)), ValueError, "at least two rows"),
         (lambda: _small()(_rows(4, 6)), ValueError, r"x: expected shape \[B, 7\], got \(4, 6\)"),
         (lambda: _small()(torch.zeros(4, 7, dtype=torch.int64)), TypeError, "got torch.int64"),
+        (lambda: multi_task_loss({}, {}), ValueError, "logits: expected at least one task"),
+        (
+            lambda: multi_task_loss({"a": torch.zeros(2)}, {"a": torch.tensor([1, -1])}),
+            ValueError,
+            r"labels\['a'\]: expected 0, 1 or NaN",
+        ),
         (lambda: multi_task_loss({"a": torch.zeros(2)}, {"b": torch.zeros(2)}), ValueError, r"expected tasks \['a'\], got \['b'\]"),
         (lambda: multi_task_loss({"a": torch.zeros(2)}, {"a": torch.zeros(2, 1)}), ValueError, r"labels\['a'\]: expected shape \(2,\)"),
     ],

@@ -43,6 +43,7 @@ def test_the_mean_is_weighted_by_similarity() -> None:
     torch.testing.assert_close(c3po_reweight(3 * r, sim, (3, 5)), found)
     torch.testing.assert_close(c3po_reweight(r[0], sim[0], (3, 5)), found[0])
     torch.testing.assert_close(c3po_reweight(r[..., :3], sim).sum(-1), torch.ones(4))
+    torch.testing.assert_close(c3po_reweight(r, sim.double(), (3, 5)), found.double(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,7 @@ def test_the_mean_is_weighted_by_similarity() -> None:
     [
         (torch.ones(2, 3, 4), torch.ones(2, 2), None, r"sim: expected shape \(2, 3\) as r_ref, got \(2, 2\)"),
         (torch.ones(4), torch.ones(()), None, "sim: expected shape"),
+        (torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.int64), None, "sim: expected floating numbers, got torch.int64"),
         (torch.ones(2, 3, 4), torch.ones(2, 3), (3, 2), r"experts: expected a sum of 4, the routing weights of a sample, got \[3, 2\]"),
         (
             torch.ones(2, 3, 4),
@@ -158,6 +160,17 @@ def test_zero_weights_are_chosen_last_and_are_no_nan() -> None:
     torch.testing.assert_close(weight.view(3, 7, 2)[:, -1], torch.tensor([[1.0, 0.0]]).expand(3, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 3.0])
+def test_the_gates_temperature_and_dtype_leave_the_weights(temperature: float, dtype: torch.dtype) -> None:
+    router = TopKRouter(5, 4, 4, temperature=temperature, dtype=dtype)
+    model, r = nn.Sequential(router), _weights(6, 4)
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with RoutingOverride(model, r, "all"):
+        gate = model(x)
+    torch.testing.assert_close(torch.zeros(6, 4).scatter(1, gate.ids.long(), gate.weight), r, rtol=1e-5, atol=1e-6)
+
+
 def test_no_hook_stays() -> None:
     model = tiny_model("olmoe")
     override = RoutingOverride(model, _weights(3, 8), -1)
@@ -173,10 +186,21 @@ def test_bad_overrides() -> None:
         (torch.ones(3, 8, dtype=torch.int64), "r: expected floating numbers"),
         (-_weights(3, 8), "r: expected weights of at least 0"),
         (torch.full((3, 8), torch.nan), "r: expected weights of at least 0"),
+        (torch.full((3, 8), torch.inf), "r: expected weights of at least 0, finite ones"),
+        (_weights(3, 8) * torch.tensor([[1.0], [0.0], [1.0]]), "r: expected weights with a sum above 0 for each row and router"),
     ]:
         with pytest.raises(ValueError, match=f"RoutingOverride: {message}"):
             RoutingOverride(model, r, -1)
     with RoutingOverride(model, _weights(2, 8), -1), pytest.raises(ValueError, match="r: expected 3 rows, one for each sequence, got 2"):
         model(input_ids=TOKENS)
+    override = RoutingOverride(model, _weights(2, 8), -1)
+    plain = model(input_ids=TOKENS[:2]).logits
+    with override:
+        expected = model(input_ids=TOKENS[:2]).logits
+    with override:
+        with pytest.raises(ValueError, match="r: expected 3 rows"):
+            model(input_ids=TOKENS)
+        assert torch.equal(model(input_ids=TOKENS[:2]).logits, expected)
+        assert torch.equal(model(input_ids=TOKENS[:2]).logits, plain)
     with pytest.raises(ValueError, match="model: DeepseekV3TopkRouter scores by a sigmoid"):
         RoutingOverride(tiny_model("deepseek-v3"), _weights(3, 12), -1)

@@ -148,6 +148,16 @@ def test_the_loss_is_zero_where_all_are_routed_alike() -> None:
     assert torch.equal(loss > 0, (found.ids == 4).any(1))
 
 
+def test_a_ball_of_similarity_one_holds_equal_embeddings() -> None:
+    emb = 100 * torch.randn(64, 37, generator=torch.Generator().manual_seed(4))
+    ref = ReferenceSet(emb, torch.rand(64, 4), torch.arange(64), (4,))
+    found = neighbor_weights(emb, ref, RoMAConfig(eps=1.0, exclude_self=False))
+    assert found.ids.flatten().tolist() == list(range(64))
+    assert (found.weight == 1).all()
+    none = neighbor_weights(emb + 1e-3, ref, RoMAConfig(eps=1.0, exclude_self=False))
+    assert none.ids.shape == (64, 0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -157,12 +167,16 @@ def test_the_loss_is_zero_where_all_are_routed_alike() -> None:
         ({"layers": (1, 1)}, "layers: expected one or more places, each once"),
         ({"token": "mean"}, "token: expected 'last' or 'first', got 'mean'"),
         ({"weights": "all"}, "weights: expected 'full' or 'topk', got 'all'"),
-        ({"k": 0}, "k: expected at least 1, got 0"),
+        ({"k": 0}, "k: expected at least 1, an integer, got 0"),
+        ({"k": 1.5}, "k: expected at least 1, an integer, got 1.5"),
         ({"eps": 1.5}, "eps: expected None or a similarity from 0 to 1, got 1.5"),
-        ({"sigma": 0.0}, "sigma: expected a finite number above 0, got 0.0"),
-        ({"sigma": math.nan}, "sigma: expected a finite number above 0, got nan"),
+        ({"sigma": 0.0}, "sigma: expected a finite number above 0, with such a square, got 0.0"),
+        ({"sigma": -1.0}, "sigma: expected a finite number above 0, with such a square, got -1.0"),
+        ({"sigma": 1e-170}, "sigma: expected a finite number above 0, with such a square, got 1e-170"),
+        ({"sigma": math.nan}, "sigma: expected a finite number above 0, with such a square, got nan"),
         ({"lam": -1.0}, "lam: expected a finite number of at least 0, got -1.0"),
-        ({"refresh_every": -1}, "refresh_every: expected at least 0, got -1"),
+        ({"refresh_every": -1}, "refresh_every: expected at least 0, an integer, got -1"),
+        ({"refresh_every": 0.5}, "refresh_every: expected at least 0, an integer, got 0.5"),
     ],
 )
 def test_bad_settings(options: dict[str, Any], message: str) -> None:

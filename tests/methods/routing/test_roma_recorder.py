@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_models import KINDS, tiny_model, tiny_tokens
-from taskloom.methods.routing.roma import RoMAConfig, RoutingRecorder, find_routers, token_positions, train_only_routers
+from taskloom.methods.routing.roma import RoMAConfig, RoutingOverride, RoutingRecorder, find_routers, token_positions, train_only_routers
 from taskloom.nn import TopKRouter, patch_routers
 
 TOKENS = tiny_tokens(3, 7)
@@ -35,6 +35,8 @@ class LinearGateBlock(nn.Module):
 
 class _Gate(nn.Module):
     """As DeepSeekMoE's own: (ids, weights, loss), so that no logits come out."""
+
+    scoring_func = "softmax"
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,6 +270,40 @@ def test_more_layers_than_there_are(layers: Any) -> None:
 def test_unknown_gates_have_no_topk_weights() -> None:
     with pytest.raises(ValueError, match=r"weights: 'topk' needs to know the gate; expected TopKRouter, .*, got Linear"):
         RoutingRecorder(LinearGateBlock(), "all", weights="topk")
+
+
+def test_scores_are_not_guessed() -> None:
+    gate = _Gate()
+    gate.scoring_func = "sigmoid"
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
+    model = _with_gate(gate)
+    with RoutingRecorder(model, "all") as recorder:
+        model(x)
+    scores = (x @ gate.weight.T).sigmoid()
+    torch.testing.assert_close(recorder.r, scores / scores.sum(1, keepdim=True), rtol=1e-5, atol=1e-6)
+    for said, message in ((None, "got _Gate$"), ("sqrtsoftplus", "got _Gate with scoring_func 'sqrtsoftplus'")):
+        gate.scoring_func = said
+        gate.register_buffer("e_score_correction_bias", torch.zeros(4))
+        for build in (lambda: RoutingRecorder(model, "all"), lambda: RoutingOverride(model, torch.ones(6, 4), "all")):
+            with pytest.raises(ValueError, match=f"expected routers that score by a softmax or a sigmoid: TopKRouter.*; {message}"):
+                build()
+
+
+BAD_LAYERS = [0, 1, True, -1.0, "last", None, [], (), [0, 0], [-1], (-1,), [0.5], [True]]
+
+
+@pytest.mark.parametrize("layers", BAD_LAYERS)
+def test_bad_layers(layers: Any) -> None:
+    model = tiny_model("olmoe")
+    for name, build in {
+        "RoMAConfig": lambda: RoMAConfig(layers=layers),
+        "RoutingRecorder": lambda: RoutingRecorder(model, layers),
+        "RoutingOverride": lambda: RoutingOverride(model, torch.ones(3, 8), layers),
+        "train_only_routers": lambda: train_only_routers(model, layers),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}: layers: expected "):
+            build()
+    assert all(one.requires_grad for one in model.parameters())
 
 
 def test_token_positions() -> None:

@@ -249,6 +249,29 @@ def test_refreshing_every_few_steps() -> None:
     assert not _same(ours, never)
 
 
+def test_without_the_manifold_loss_nothing_is_refreshed() -> None:
+    config = replace(CONFIG, refresh_every=2, lam=0.0)
+    with pytest.raises(ZeroDivisionError):
+        _tuned(replace(config, lam=1.0), refresh=(1 // 0 for _ in range(1)))
+    ours, _ = _tuned(config, refresh=(1 // 0 for _ in range(1)))
+    assert _same(ours, _tuned(replace(CONFIG, lam=0.0))[0])
+
+
+def test_a_table_of_16_bits_is_read_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = _reference(_model())
+    seen: list[torch.dtype] = []
+
+    def loss(r: Tensor, table: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+        seen.append(table.dtype)
+        return manifold_loss(r, table, ids, weight)
+
+    monkeypatch.setattr("taskloom.methods.routing.roma.tune.manifold_loss", loss)
+    _, losses = _tuned(CONFIG, reference=replace(reference, r=reference.r.bfloat16()))
+    assert seen == [torch.bfloat16] * len(losses)
+    _, rounded = _tuned(CONFIG, reference=replace(reference, r=reference.r.bfloat16().float()))
+    assert losses == pytest.approx(rounded, rel=1e-6)
+
+
 def test_a_language_model() -> None:
     """The lines of the page, on a model of transformers with prompts, answers and padding."""
     model = tiny_model("olmoe")
@@ -340,8 +363,14 @@ def test_bad_tuning() -> None:
         tune(replace(CONFIG, layers="all"))
     with pytest.raises(ValueError, match="neighbors: expected rows of a reference of"):
         tune(neighbors=Neighbors(torch.full((COUNT, 3), 99), neighbors.weight))
-    with pytest.raises(ValueError, match=r"steps: expected the numbers of 20 samples, got shape \(3,\)"):
-        tune(steps=[(torch.arange(3), DATA.x[:20])])
+    for samples, message in (
+        (torch.arange(3), r"the numbers of 20 samples, int64, got shape \(3,\) and torch.int64"),
+        (torch.arange(20).int(), r"the numbers of 20 samples, int64, got shape \(20,\) and torch.int32"),
+        (torch.arange(20) - 1, f"numbers of samples from 0 to {COUNT - 1}, got -1"),
+        (torch.arange(20) + COUNT - 19, f"numbers of samples from 0 to {COUNT - 1}, got {COUNT}"),
+    ):
+        with pytest.raises(ValueError, match=f"steps: expected {message}"):
+            tune(steps=[(samples, DATA.x[:20])])
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter requires grad; call train_only_routers first"):
         tune()

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from taskloom.methods.routing.home.experts import ExpertPool, check_sizes
+from taskloom.methods.routing.home.experts import ExpertPool
 from taskloom.methods.routing.home.model import SHARED, GatedLevel, LevelReport
 from taskloom.methods.routing.home.tasks import Towers
+from taskloom.nn.multi_gate import check_features, check_sizes
 
 
 def _check_names(model: str, tasks: Sequence[str]) -> tuple[str, ...]:
@@ -70,10 +71,12 @@ class MMoE(nn.Module):
     @torch.no_grad()
     def gate_report(self, x: Tensor) -> dict[str, LevelReport]:
         """What gates and experts do on a batch ``[B, in_dim]``; see :meth:`HoME.gate_report`."""
+        check_features("MMoE", x, self.level.gate.in_dim)
         return {"level1": self.level.report([x], x)[1]}
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """The logit ``[B]`` of each task from ``[B, in_dim]``."""
+        check_features("MMoE", x, self.level.gate.in_dim)
         mixed = self.level([x], x).expand(-1, len(self.tasks), -1)
         logits: dict[str, Tensor] = self.towers(mixed.unbind(1))
         return logits
@@ -114,10 +117,10 @@ class PLE(nn.Module):
         activation: str = "relu",
     ) -> None:
         super().__init__()
-        self.tasks = _check_names("PLE", tasks)
-        check_sizes("PLE", n_shared=n_shared, n_specific=n_specific, levels=levels)
+        self.tasks, self.in_dim = _check_names(type(self).__name__, tasks), in_dim
+        check_sizes(type(self).__name__, in_dim=in_dim, n_shared=n_shared, n_specific=n_specific, levels=levels)
         if SHARED in self.tasks:
-            raise ValueError(f"PLE: tasks: {SHARED!r} is the name of the shared experts")
+            raise ValueError(f"{type(self).__name__}: tasks: {SHARED!r} is the name of the shared experts")
         reads: dict[str, Sequence[str]] = {task: (SHARED, task) for task in self.tasks}
         self.levels = nn.ModuleList()
         for level in range(levels):
@@ -139,6 +142,7 @@ class PLE(nn.Module):
         return self._run(x, True)[1]
 
     def _run(self, x: Tensor, reporting: bool) -> tuple[Tensor, dict[str, LevelReport]]:
+        check_features(type(self).__name__, x, self.in_dim)
         reports: dict[str, LevelReport] = {}
         inputs, said, out = [x] * (len(self.tasks) + 1), x, x
         for place, level in enumerate(one for one in self.levels if isinstance(one, GatedLevel)):

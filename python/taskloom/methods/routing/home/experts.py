@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from taskloom.nn import FeatureGate, StackedExperts
+from taskloom.nn import FeatureGate, StackedExperts, stacked_experts
+from taskloom.nn.multi_gate import check_sizes
 
-NORMS = ("batch", "layer", None)
-ACTIVATIONS = ("silu", "relu")
+ACTIVATIONS = tuple(name for name in stacked_experts.ACTIVATIONS if name is not None)
 MOST_RANK = 64
 
 
@@ -18,15 +18,6 @@ def check_choice(module: str, name: str, value: object, allowed: Sequence[object
     """Refuse a value that is none of those allowed."""
     if value not in allowed:
         raise ValueError(f"{module}: {name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def check_sizes(module: str, **sizes: int) -> None:
-    """Refuse sizes below 1 and what is no integer."""
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(f"{module}: {name}: expected an integer, got {size!r}")
-        if size < 1:
-            raise ValueError(f"{module}: {name}: expected at least 1, got {size}")
 
 
 class HoMEExpert(nn.Module):
@@ -54,7 +45,7 @@ class HoMEExpert(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, hidden: Sequence[int] = (), norm: str | None = "batch", activation: str = "silu") -> None:
         super().__init__()
         check_sizes("HoMEExpert", in_dim=in_dim, out_dim=out_dim, **{f"hidden[{place}]": size for place, size in enumerate(hidden)})
-        check_choice("HoMEExpert", "norm", norm, NORMS)
+        check_choice("HoMEExpert", "norm", norm, stacked_experts.NORMS)
         check_choice("HoMEExpert", "activation", activation, ACTIVATIONS)
         self.stacked = StackedExperts(1, in_dim, out_dim, hidden, norm=norm, activation=activation)
 
@@ -101,7 +92,7 @@ class ExpertPool(nn.Module):
         if not groups:
             raise ValueError("ExpertPool: groups: expected at least one group of experts, got none")
         check_sizes("ExpertPool", in_dim=in_dim, out_dim=out_dim, **{f"groups[{name!r}]": size for name, size in groups.items()})
-        check_choice("ExpertPool", "norm", norm, NORMS)
+        check_choice("ExpertPool", "norm", norm, stacked_experts.NORMS)
         check_choice("ExpertPool", "activation", activation, ACTIVATIONS)
         self.groups, self.n_experts = dict(groups), sum(groups.values())
         self.experts = nn.ModuleList(
@@ -120,8 +111,8 @@ class ExpertPool(nn.Module):
         return slice(sum(sizes[:place]), sum(sizes[: place + 1]))
 
     def mask(self, gates: Sequence[Sequence[str]]) -> Tensor:
-        """Which experts each gate may read, ``[gates, experts]``, from the names of the groups that it reads."""
-        mask = torch.zeros(len(gates), self.n_experts, dtype=torch.bool)
+        """Which experts each gate may read, ``[gates, experts]`` on the CPU, from the names of the groups that it reads."""
+        mask = torch.zeros(len(gates), self.n_experts, dtype=torch.bool, device="cpu")
         for row, names in zip(mask, gates, strict=True):
             for name in names:
                 row[self.columns(name)] = True

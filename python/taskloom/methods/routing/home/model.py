@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from taskloom.methods.routing.home.experts import ExpertPool, check_sizes
+from taskloom.methods.routing.home.experts import ExpertPool
 from taskloom.methods.routing.home.tasks import Categories, Towers, check_tasks
 from taskloom.nn import MultiGateMoE
+from taskloom.nn.multi_gate import check_features, check_sizes
+from taskloom.ops import gate_statistics
 
 SHARED = "shared"
 _TASK = "task "
@@ -74,12 +76,14 @@ class GatedLevel(nn.Module):
         z = self.pool(inputs)
         out, probs = self.gate(gate_input, z)
         experts = tuple(f"{group} {place}" for group, size in self.pool.groups.items() for place in range(size))
-        entropy = torch.special.entr(probs).sum(2).mean(0)
+        gates = gate_statistics(probs)
         flat = z.float().transpose(0, 1).flatten(1)
-        return out, LevelReport(self.gates, experts, probs.mean(0), entropy, (flat == 0).float().mean(1), flat.std(1))
+        return out, LevelReport(self.gates, experts, gates.mean, gates.entropy, (flat == 0).float().mean(1), flat.std(1))
 
 
 def _two(name: str, value: PerLevel) -> tuple[int, int]:
+    if isinstance(value, tuple) and len(value) != 2:
+        raise ValueError(f"HoME: {name}: expected one number or one for each of 2 levels, got {value}")
     first, second = value if isinstance(value, tuple) else (value, value)
     check_sizes("HoME", **{f"{name} of level 1": first, f"{name} of level 2": second})
     return first, second
@@ -176,23 +180,18 @@ class HoME(nn.Module):
         """What level 2's groups and gates read, from level 1's outputs ``[B, categories + 1, d]``, the shared one last."""
         *category, shared = meta.unbind(1)
         specific = [category[place] for place in self._category_of] if self._specific else []
-        places = torch.tensor(self._category_of, device=meta.device)
-        gates = torch.cat([meta[:, places], shared[:, None].expand(-1, len(places), -1)], 2)
+        # Unbound again: what the gates' gradients add up to first is part of the claim's bits.
+        read = meta.unbind(1)
+        own = torch.stack([read[place] for place in self._category_of], 1)
+        gates = torch.cat([own, shared[:, None].expand_as(own)], 2)
         return [shared, *category, *specific], gates
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """The logit ``[B]`` of each task from ``[B, in_dim]``."""
-        self._check(x)
+        check_features("HoME", x, self.level1.gate.in_dim)
         inputs, gates = self._second_inputs(self.level1([x] * len(self.level1.pool.groups), x))
         logits: dict[str, Tensor] = self.towers(self.level2(inputs, gates).unbind(1))
         return logits
-
-    def _check(self, x: Tensor) -> None:
-        width = self.level1.gate.in_dim
-        if x.dim() != 2 or x.shape[1] != width:
-            raise ValueError(f"HoME: x: expected shape [B, {width}], got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"HoME: x: expected a floating point tensor, got {x.dtype}")
 
     @torch.no_grad()
     def gate_report(self, x: Tensor) -> dict[str, LevelReport]:
@@ -208,7 +207,7 @@ class HoME(nn.Module):
         dict
             A :class:`LevelReport` for ``"level1"`` and ``"level2"``.
         """
-        self._check(x)
+        check_features("HoME", x, self.level1.gate.in_dim)
         meta, first = self.level1.report([x] * len(self.level1.pool.groups), x)
         _, second = self.level2.report(*self._second_inputs(meta))
         return {"level1": first, "level2": second}

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from taskloom.nn.multi_gate import check_sizes
+
 Categories = Mapping[str, Sequence[str]]
 
 
@@ -42,11 +44,19 @@ class Towers(nn.Module):
     tasks
         Their names.
     in_dim, hidden
-        Features of the input and of the layers between, with ReLU behind each.
+        Features of the input and of the layers between (the models' ``tower_dims``), with ReLU behind each.
+
+    Raises
+    ------
+    TypeError
+        If a size is no integer.
+    ValueError
+        If a size is below 1.
     """
 
     def __init__(self, tasks: Sequence[str], in_dim: int, hidden: Sequence[int]) -> None:
         super().__init__()
+        check_sizes("Towers", in_dim=in_dim, **{f"tower_dims[{place}]": size for place, size in enumerate(hidden)})
         self.tasks = tuple(tasks)
         self.layers = nn.ModuleList(_tower((in_dim, *hidden)) for _ in tasks)
 
@@ -74,12 +84,14 @@ def multi_task_loss(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) 
     Raises
     ------
     ValueError
-        If the tasks differ or shapes do.
+        If there is no task, the tasks differ or shapes do; for labels on the CPU, outside compiled code, if one is neither 0, 1 nor NaN.
 
     Notes
     -----
     Source: HoME, arXiv 2408.05430: equal weights. That rows may lack labels is this library's.
     """
+    if not logits:
+        raise ValueError("multi_task_loss: logits: expected at least one task, got none")
     if logits.keys() != labels.keys():
         raise ValueError(f"multi_task_loss: labels: expected tasks {sorted(logits)}, got {sorted(labels)}")
     losses = []
@@ -88,6 +100,10 @@ def multi_task_loss(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) 
         if label.shape != said.shape:
             raise ValueError(f"multi_task_loss: labels[{task!r}]: expected shape {tuple(said.shape)}, got {tuple(label.shape)}")
         known = ~label.isnan()
-        each = F.binary_cross_entropy_with_logits(said, torch.where(known, label, 0).to(said.dtype), reduction="none")
+        if label.is_cpu and not torch.compiler.is_compiling() and bool((known & (label != 0) & (label != 1)).any()):
+            raise ValueError(f"multi_task_loss: labels[{task!r}]: expected 0, 1 or NaN, got another value")
+        # Of both sides, since a logit of a row without a label may be infinite.
+        kept, wanted = torch.where(known, said, 0), torch.where(known, label, 0).to(said.dtype)
+        each = F.binary_cross_entropy_with_logits(kept, wanted, reduction="none")
         losses.append((each * known).sum() / known.sum().clamp(min=1))
     return torch.stack(losses).sum()

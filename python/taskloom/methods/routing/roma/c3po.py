@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from taskloom.methods.routing.roma.recorder import check_recorded, first_input
-from taskloom.methods.routing.roma.routers import Layers, chosen_routers, gate_options, is_sigmoid, selection_bias
+from taskloom.methods.routing.roma.routers import Layers, chosen_routers, gate_options, score_of, selection_bias
 from taskloom.methods.routing.roma.tokens import AskedTokens, Token
 from taskloom.nn import TopKRouter
 
@@ -36,13 +36,17 @@ def c3po_reweight(r_ref: Tensor, sim: Tensor, experts: Sequence[int] | None = No
     Returns
     -------
     Tensor
-        ``[..., R]``: ``sum_j sim_j r_j / sum_j sim_j``, each router's part with the sum 1.
+        ``[..., R]`` in the wider of the two dtypes: ``sum_j sim_j r_j / sum_j sim_j``, each router's part with the sum 1.
 
     Raises
     ------
     ValueError
-        If shapes do not fit, a similarity is negative, or a sample's similarities or a router's weights have a sum that is not above 0.
+        If shapes or dtypes do not fit, a similarity is negative, or a sample's similarities or a router's weights have a sum that is not
+        above 0.
     """
+    for name, table in (("r_ref", r_ref), ("sim", sim)):
+        if not table.is_floating_point():
+            raise ValueError(f"c3po_reweight: {name}: expected floating numbers, got {table.dtype}")
     if r_ref.dim() < 2 or sim.shape != r_ref.shape[:-1]:
         raise ValueError(f"c3po_reweight: sim: expected shape {tuple(r_ref.shape[:-1])} as r_ref, got {tuple(sim.shape)}")
     sizes = [r_ref.shape[-1]] if experts is None else list(experts)
@@ -51,7 +55,8 @@ def c3po_reweight(r_ref: Tensor, sim: Tensor, experts: Sequence[int] | None = No
     total = sim.sum(-1, keepdim=True)
     if not bool((sim >= 0).all() & (total > 0).all()):
         raise ValueError("c3po_reweight: sim: expected similarities of at least 0, with a sum above 0 for each sample")
-    mean = (sim / total).unsqueeze(-2) @ r_ref
+    dtype = torch.promote_types(sim.dtype, r_ref.dtype)
+    mean = (sim / total).to(dtype).unsqueeze(-2) @ r_ref.to(dtype)
     parts = mean.squeeze(-2).split(sizes, -1)
     sums = [part.sum(-1, keepdim=True) for part in parts]
     if not all(bool((one > 0).all()) for one in sums):
@@ -78,7 +83,8 @@ class RoutingOverride:
     Raises
     ------
     ValueError
-        If the model has no such routers, a gate is not known or scores by a sigmoid, or ``r`` has another shape or a negative weight.
+        If the model has no such routers, a gate is not known or scores by a sigmoid, or ``r`` has another shape, a weight that is negative
+        or not finite, or a row without weights for a router.
 
     Attributes
     ----------
@@ -87,8 +93,8 @@ class RoutingOverride:
 
     Notes
     -----
-    A router's logits at the token become ``log r``, of which the softmax is r: all that the gate does with its probabilities (choice,
-    renormalising, scaling) it does with these.
+    A router's logits at the token become ``log r`` times the gate's temperature, of which the gate's softmax is r: all that the gate does
+    with its probabilities (choice, renormalising, scaling) it does with these.
     """
 
     def __init__(self, model: nn.Module, r: Tensor, layers: Layers = -5, *, token: Token = "last", every_call: bool = False) -> None:
@@ -98,10 +104,12 @@ class RoutingOverride:
         experts = [len(router.get_parameter("weight")) for router in self._routers]
         if r.dim() != 2 or r.shape[1] != sum(experts) or not r.is_floating_point():
             raise ValueError(f"RoutingOverride: r: expected floating numbers of shape (B, {sum(experts)}), got {r.dtype} {tuple(r.shape)}")
-        if not bool((r >= 0).all()):
-            raise ValueError("RoutingOverride: r: expected weights of at least 0")
+        if not bool(((r >= 0) & r.isfinite()).all()):
+            raise ValueError("RoutingOverride: r: expected weights of at least 0, finite ones")
+        if not all(bool((part.sum(1) > 0).all()) for part in r.split(experts, 1)):
+            raise ValueError("RoutingOverride: r: expected weights with a sum above 0 for each row and router")
         for router in self._routers:
-            if is_sigmoid(router):
+            if score_of(router) == "sigmoid":
                 raise ValueError(f"RoutingOverride: model: {type(router).__name__} scores by a sigmoid, of which C3PO says nothing")
         # Tiny instead of 0, whose logarithm would leave a gate that chooses it nothing but NaN to renormalise.
         self._logits = r.detach().float().clamp_min(torch.finfo(torch.float32).tiny).log().split(experts, 1)
@@ -133,23 +141,29 @@ class RoutingOverride:
         self._handles, self._asked = [], None
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._calls += 1
-        if self._calls > 1 and not self._every_call:
-            self._asked = None
+        self._asked = None
+        if self._calls and not self._every_call:
             return
-        self._asked = AskedTokens(model, args, kwargs, self._token, self.positions)
-        if self._asked.batch != len(self._logits[0]):
-            raise ValueError(f"RoutingOverride: r: expected {self._asked.batch} rows, one for each sequence, got {len(self._logits[0])}")
+        asked = AskedTokens(model, args, kwargs, self._token, self.positions)
+        if asked.batch != len(self._logits[0]):
+            raise ValueError(f"RoutingOverride: r: expected {asked.batch} rows, one for each sequence, got {len(self._logits[0])}")
+        # A call that was refused is not the first.
+        self._asked, self._calls = asked, self._calls + 1
 
     def _override(self, logits: Tensor, router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._asked is None:
             return None
         hidden = first_input(args, kwargs)
         rows = self._asked.rows(hidden.numel() // hidden.shape[-1], hidden.device)
+        options = gate_options(router)
+        # The gate divides by its temperature.
+        logits = logits.to(hidden.device) * (1.0 if options is None else options.temperature)
         if isinstance(router, TopKRouter):
-            own = _with_rows(router.logits(hidden), rows, logits.to(hidden.device))
-            return router.gate(own, statistics=output.counts is not None)
-        return _replaced_rows(router, output, logits.to(hidden.device), rows)
+            own = router.logits(hidden)
+            # Logits of fewer bits would round those of r.
+            wide = own.to(torch.promote_types(own.dtype, torch.float32))
+            return router.gate(_with_rows(wide, rows, logits), statistics=output.counts is not None)
+        return _replaced_rows(router, output, logits, rows)
 
 
 def _with_rows(tensor: Tensor, rows: Tensor, values: Tensor) -> Tensor:

@@ -58,16 +58,17 @@ class RoMAConfig:
 
     def __post_init__(self) -> None:
         check_recorded("RoMAConfig", self.layers, self.token, self.weights)
-        if self.k < 1:
-            raise ValueError(f"RoMAConfig: k: expected at least 1, got {self.k}")
+        if type(self.k) is not int or self.k < 1:
+            raise ValueError(f"RoMAConfig: k: expected at least 1, an integer, got {self.k}")
         if self.eps is not None and not 0 <= self.eps <= 1:
             raise ValueError(f"RoMAConfig: eps: expected None or a similarity from 0 to 1, got {self.eps}")
-        if not 0 < self.sigma < math.inf:
-            raise ValueError(f"RoMAConfig: sigma: expected a finite number above 0, got {self.sigma}")
+        # The similarity divides by the square.
+        if not 0 < self.sigma * self.sigma < math.inf or self.sigma < 0:
+            raise ValueError(f"RoMAConfig: sigma: expected a finite number above 0, with such a square, got {self.sigma}")
         if not 0 <= self.lam < math.inf:
             raise ValueError(f"RoMAConfig: lam: expected a finite number of at least 0, got {self.lam}")
-        if self.refresh_every < 0:
-            raise ValueError(f"RoMAConfig: refresh_every: expected at least 0, got {self.refresh_every}")
+        if type(self.refresh_every) is not int or self.refresh_every < 0:
+            raise ValueError(f"RoMAConfig: refresh_every: expected at least 0, an integer, got {self.refresh_every}")
 
     def recorder(self, model: nn.Module) -> RoutingRecorder:
         """A recorder of the routing weights that are compared."""

@@ -56,6 +56,12 @@ def _squared_distances(emb: Tensor, reference: Tensor) -> Tensor:
     return (a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * (a @ b.T)).clamp_(min=0)
 
 
+def _rounding(emb: Tensor, reference: Tensor) -> Tensor:
+    """What rounding may add to each of these distances at most, ``[n, S]``: that of a sample to its own copy need not be 0."""
+    norms = emb.double().square().sum(1, keepdim=True) + reference.double().square().sum(1)
+    return norms * (emb.shape[1] * torch.finfo(torch.float64).eps)
+
+
 def _nearest(squared: Tensor, k: int) -> Tensor:
     """The k nearest of each row ``[n, S]``, nearest first, equal ones (as float32) by their number."""
     # Floats that are not negative are in the order of their bits, so one integer holds distance and number.
@@ -112,7 +118,8 @@ def neighbor_weights(emb: Tensor, ref: ReferenceSet, config: RoMAConfig | None =
         squared = _squared_distances(emb[begin : begin + part], ref.emb)
         if keys is not None:
             squared = torch.where(keys[begin : begin + part, None] == ref.keys, math.inf, squared)
-        usable = squared <= farthest
+        reach = farthest if config.eps is None else farthest + _rounding(emb[begin : begin + part], ref.emb)
+        usable = squared <= reach
         most = int(usable.sum(1).max()) if len(usable) else 0
         k = most if config.eps is not None else min(config.k, most)
         chosen = _nearest(torch.where(usable, squared, math.inf), k)

@@ -12,10 +12,12 @@ from torch.utils.hooks import RemovableHandle
 
 from taskloom.methods.routing.roma.routers import (
     Layers,
+    check_layers,
     chosen_routers,
     gate_options,
     makes_float32_logits,
     probabilities,
+    score_of,
     topk_weights,
 )
 from taskloom.methods.routing.roma.tokens import AskedTokens, Token
@@ -26,10 +28,7 @@ Weights = Literal["full", "topk"]
 
 def check_recorded(op: str, layers: Layers, token: str, weights: str) -> None:
     """Raise ValueError where a setting is unknown."""
-    if isinstance(layers, bool) or (isinstance(layers, int) and layers >= 0) or (isinstance(layers, str) and layers != "all"):
-        raise ValueError(f"{op}: layers: expected a negative number for so many last routers, 'all', or a list of places, got {layers!r}")
-    if not isinstance(layers, int | str) and (not layers or len(set(layers)) != len(layers)):
-        raise ValueError(f"{op}: layers: expected one or more places, each once, got {layers!r}")
+    check_layers(op, layers)
     if token not in get_args(Token):
         raise ValueError(f"{op}: token: expected 'last' or 'first', got {token!r}")
     if weights not in get_args(Weights):
@@ -67,7 +66,8 @@ class RoutingRecorder:
     Raises
     ------
     ValueError
-        If a setting is unknown, the model has no router or fewer than ``layers`` says, or ``weights="topk"`` and a gate is not known.
+        If a setting is unknown, the model has no router or fewer than ``layers`` says, or it is not known of a router
+        whether it scores by a softmax or a sigmoid. If ``weights="topk"`` and a gate is not known.
 
     Attributes
     ----------
@@ -88,6 +88,8 @@ class RoutingRecorder:
         check_recorded("RoutingRecorder", layers, token, weights)
         self._model, self._token, self._weights = model, token, weights
         self.routers = chosen_routers(model, layers)
+        for router in self.routers:
+            score_of(router)
         if weights == "topk":
             for router in self.routers:
                 if gate_options(router) is None:

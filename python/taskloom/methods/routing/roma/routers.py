@@ -16,6 +16,16 @@ from taskloom.ops import gate_probabilities
 Layers = int | Literal["all"] | Sequence[int]
 
 
+def check_layers(op: str, layers: Any) -> None:
+    """Raise ValueError where ``layers`` is none of what :class:`RoMAConfig` takes."""
+    if layers == "all" if isinstance(layers, str) else type(layers) is int and layers < 0:
+        return
+    if not isinstance(layers, Sequence) or isinstance(layers, str):
+        raise ValueError(f"{op}: layers: expected a negative number for so many last routers, 'all', or a list of places, got {layers!r}")
+    if not layers or any(type(place) is not int or place < 0 for place in layers) or len(set(layers)) != len(layers):
+        raise ValueError(f"{op}: layers: expected one or more places, each once, integers of at least 0, got {layers!r}")
+
+
 def find_routers(model: nn.Module) -> list[nn.Module]:
     """The routers of a model's sparse layers, in the model's order.
 
@@ -38,7 +48,7 @@ def find_routers(model: nn.Module) -> list[nn.Module]:
 
 
 def chosen_routers(model: nn.Module, layers: Layers) -> list[nn.Module]:
-    """The routers that ``layers`` means; see :class:`RoMAConfig`.
+    """The routers that ``layers``, which :func:`check_layers` has seen, means; see :class:`RoMAConfig`.
 
     Raises
     ------
@@ -58,10 +68,29 @@ def chosen_routers(model: nn.Module, layers: Layers) -> list[nn.Module]:
     return [routers[place] for place in layers]
 
 
-def is_sigmoid(router: Any) -> bool:
-    """Whether a router scores experts by a sigmoid, as DeepSeek-V3's does."""
+def score_of(router: Any) -> Literal["softmax", "sigmoid"]:
+    """How a router makes its scores of logits; a linear gate's is a softmax.
+
+    Raises
+    ------
+    ValueError
+        If that is not known: the class is no known one, and the router has no attribute ``scoring_func`` that says it.
+    """
     options = gate_options(router)
-    return hasattr(router, "e_score_correction_bias") if options is None else options.score == "sigmoid"
+    if options is not None:
+        return options.score
+    name = type(router).__name__
+    if name in FAMILIES:
+        return "sigmoid" if hasattr(router, "e_score_correction_bias") else "softmax"
+    said = getattr(router, "scoring_func", "softmax" if isinstance(router, nn.Linear) else None)
+    if said == "softmax":
+        return "softmax"
+    if said == "sigmoid":
+        return "sigmoid"
+    raise ValueError(
+        f"model: expected routers that score by a softmax or a sigmoid: TopKRouter, torch.nn.Linear, {', '.join(FAMILIES)}, or one whose "
+        f"attribute scoring_func is 'softmax' or 'sigmoid'; got {name}" + ("" if said is None else f" with scoring_func {said!r}")
+    )
 
 
 def makes_float32_logits(router: Any) -> bool:
@@ -94,7 +123,7 @@ def probabilities(router: nn.Module, logits: Tensor) -> Tensor:
     """The probabilities of all experts ``[B, E]``, in float32: the softmax of the logits, or each sigmoid's share of their sum."""
     options = gate_options(router)
     temperature = 1.0 if options is None else options.temperature
-    return gate_probabilities(logits.float(), score="sigmoid" if is_sigmoid(router) else "softmax", temperature=temperature)
+    return gate_probabilities(logits.float(), score=score_of(router), temperature=temperature)
 
 
 def topk_weights(router: nn.Module, logits: Tensor) -> Tensor:
@@ -130,9 +159,10 @@ def train_only_routers(model: nn.Module, layers: Layers = -5) -> list[nn.Paramet
     Raises
     ------
     ValueError
-        As :func:`find_routers`; if there are fewer routers than ``layers`` says. If a router's parameter is used elsewhere in the model
-        too.
+        As :func:`find_routers`; if ``layers`` is out of range, or there are fewer routers than it says. If a router's parameter is used
+        elsewhere in the model too.
     """
+    check_layers("train_only_routers", layers)
     routers = chosen_routers(model, layers)
     parameters = [parameter for router in routers for parameter in router.parameters()]
     inside = {id(module) for router in routers for module in router.modules()}

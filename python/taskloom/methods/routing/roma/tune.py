@@ -51,7 +51,7 @@ def tune_routers(
     positions
         As in :func:`build_reference`.
     refresh
-        The reference's loader, needed with ``config.refresh_every``: an iterable that can be read again each time.
+        The reference's loader, needed with ``config.refresh_every`` where ``lam`` is above 0: an iterable that can be read again each time.
 
     Returns
     -------
@@ -76,7 +76,7 @@ def tune_routers(
         _check_neighbors(reference, neighbors, tuple(recorder.experts))
     losses: list[Tensor] = []
     for step, (samples, batch) in enumerate(steps):
-        if reference is not None and refresh is not None and config.refresh_every and step and step % config.refresh_every == 0:
+        if aligned and reference is not None and refresh is not None and config.refresh_every and step and step % config.refresh_every == 0:
             reference = refresh_reference(model, refresh, reference, config, positions=positions)
         recorder.positions = None if positions is None else positions(batch)
         # The backward pass is inside too: under activation checkpointing it runs layers again.
@@ -93,10 +93,16 @@ def tune_routers(
 
 
 def _alignment(r: Tensor, reference: ReferenceSet, neighbors: Neighbors, samples: Tensor) -> Tensor:
-    if samples.shape != (len(r),):
-        raise ValueError(f"tune_routers: steps: expected the numbers of {len(r)} samples, got shape {tuple(samples.shape)}")
+    count = len(neighbors.ids)
+    if samples.shape != (len(r),) or samples.dtype != torch.int64:
+        raise ValueError(
+            f"tune_routers: steps: expected the numbers of {len(r)} samples, int64, got shape {tuple(samples.shape)} and {samples.dtype}"
+        )
+    if len(samples) and not 0 <= int(samples.min()) <= int(samples.max()) < count:
+        outside = samples[(samples < 0) | (samples >= count)]
+        raise ValueError(f"tune_routers: steps: expected numbers of samples from 0 to {count - 1}, got {int(outside[0])}")
     ids, weight = (one[samples.to(one.device)].to(r.device) for one in neighbors)
-    return manifold_loss(r, reference.r.to(r), ids, weight).mean()
+    return manifold_loss(r, reference.r.to(r.device), ids, weight).mean()
 
 
 def _check_trained(model: nn.Module, routers: list[nn.Module]) -> None:
