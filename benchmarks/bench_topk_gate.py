@@ -50,7 +50,7 @@ def _transformers(experts: int, bias: Tensor | None) -> Router | None:
         router = Qwen3MoeTopKRouter(config)
         with torch.no_grad():
             router.weight.copy_(torch.eye(experts))
-        return lambda logits: router(logits)[1:]
+        return lambda logits: router.to(logits.dtype)(logits)[1:]
     from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
@@ -67,7 +67,7 @@ def _transformers(experts: int, bias: Tensor | None) -> Router | None:
     with torch.no_grad():
         router.weight.copy_(torch.eye(experts))
         router.e_score_correction_bias.copy_(bias)
-    return lambda logits: router(logits)[1:]
+    return lambda logits: router.to(logits.dtype)(logits)[1:]
 
 
 def forms(experts: int, bias: Tensor | None) -> dict[str, Router]:
