@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taskloom.nn import ExpertMLP
+from taskloom.nn import ExpertMLP, TopKRouter
 
 F64 = torch.float64
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}
@@ -159,11 +159,28 @@ def _deepseek_v3() -> nn.Module:
     return DeepseekV3MoE(config)
 
 
+def _deepseek_v2() -> nn.Module:
+    from transformers.models.deepseek_v2 import DeepseekV2Config
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+
+    config = DeepseekV2Config(  # type: ignore[call-arg]
+        hidden_size=32,
+        moe_intermediate_size=20,
+        n_routed_experts=16,
+        num_experts_per_tok=3,
+        n_shared_experts=2,
+        topk_method="greedy",
+        routed_scaling_factor=2.0,
+    )
+    return DeepseekV2Moe(config)
+
+
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "mixtral": _mixtral,
     "olmoe": _olmoe,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,
 }
 
@@ -226,10 +243,36 @@ def test_blocks_that_compute_something_else() -> None:
     with pytest.raises(ValueError, match="jitter_noise"):
         ExpertMLP.from_transformers(block)
     config = GptOssConfig(hidden_size=32, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2)  # type: ignore[call-arg]
-    with pytest.raises(ValueError, match="ExpertMLP: block: expected"):
+    with pytest.raises(ValueError, match=r"ExpertMLP: block: expected one of DeepseekV2Moe, .*, got GptOssMLP"):
         ExpertMLP.from_transformers(GptOssMLP(config))
+    del block.gate
     with pytest.raises(ValueError, match="expected a router `gate`"):
-        ExpertMLP.from_transformers(nn.Linear(3, 3))
+        ExpertMLP.from_transformers(block)
+
+
+def test_a_block_with_the_same_parts_and_another_forward_is_refused() -> None:
+    pytest.importorskip("transformers", minversion="5.0")
+    from transformers.models.hunyuan_v1_moe import HunYuanMoEV1Config
+    from transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe import HunYuanMoEV1Moe
+
+    config = HunYuanMoEV1Config(  # type: ignore[call-arg]
+        hidden_size=32, intermediate_size=24, num_experts=4, moe_topk=2, num_hidden_layers=1
+    )
+    with pytest.raises(ValueError, match=r"expected one of DeepseekV2Moe, .*, got HunYuanMoEV1Moe"):
+        ExpertMLP.from_transformers(HunYuanMoEV1Moe(config))
+
+
+def test_a_block_whose_router_is_this_librarys() -> None:
+    pytest.importorskip("transformers", minversion="5.0")
+    block: Any = drawn(_qwen3)
+    router = TopKRouter(32, 8, 2, renormalize=True)
+    router.load_state_dict(block.gate.state_dict())
+    x = torch.randn(2, 11, 32)
+    expected = block(x)
+    block.gate = router
+    layer = ExpertMLP.from_transformers(block)
+    assert layer.k == 2
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=4e-5)
 
 
 def test_errors() -> None:

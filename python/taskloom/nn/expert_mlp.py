@@ -18,6 +18,15 @@ from taskloom.reference.arithmetic import autocast_dtype
 
 Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+# Blocks of transformers (5) that compute what this layer does. Others with the same parts may scale, clamp, norm or add something more.
+BLOCKS = (
+    "DeepseekV2Moe",
+    "DeepseekV3MoE",
+    "MixtralSparseMoeBlock",
+    "OlmoeSparseMoeBlock",
+    "Qwen2MoeSparseMoeBlock",
+    "Qwen3MoeSparseMoeBlock",
+)
 
 
 def _activation_of(activation: str | Activation) -> Activation:
@@ -135,22 +144,26 @@ class ExpertMLP(nn.Module):
 
     @classmethod
     def from_transformers(cls, block: nn.Module) -> ExpertMLP:
-        """The same layer as a sparse block of a transformers (5) model: Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek and their like.
+        """The same layer as a sparse block of a transformers (5) model: Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2 or -V3.
 
         Parameters
         ----------
         block
-            A module with ``experts``, which have ``gate_up_proj`` ``[E, 2 * hidden, dim]``, ``down_proj`` and ``act_fn``, and a router
-            named ``gate``; perhaps ``shared_expert`` or ``shared_experts`` and ``shared_expert_gate``. Parameters and modules are shared
-            with it, not copied.
+            A module of a class that has one of the names in :data:`BLOCKS`: with ``experts``, which have ``gate_up_proj``
+            ``[E, 2 * hidden, dim]``, ``down_proj`` and ``act_fn``, and a router named ``gate``, which may be a :class:`TopKRouter`;
+            perhaps with ``shared_expert`` or ``shared_experts`` and ``shared_expert_gate``. Parameters and modules are shared with it,
+            not copied.
 
         Raises
         ------
         ValueError
-            If the block has not these parts, or its experts have more: biases, transposed or interleaved matrices, noise on their input.
+            If the block is of another class, has not these parts, or its experts have more: biases, transposed or interleaved matrices,
+            noise on their input.
         """
         experts, router = getattr(block, "experts", None), getattr(block, "gate", None)
         kind = type(block).__name__
+        if kind not in BLOCKS:
+            raise ValueError(f"ExpertMLP: block: expected one of {', '.join(BLOCKS)}, got {kind}")
         gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
         if not (isinstance(router, nn.Module) and isinstance(gate_up, nn.Parameter) and isinstance(down, nn.Parameter)):
             raise ValueError(
@@ -230,6 +243,8 @@ def _check_experts(kind: str, block: nn.Module, experts: Any, gate_up: Tensor, d
 
 def _chosen_per_token(kind: str, router: nn.Module, block: nn.Module) -> int:
     """Experts per token by the names that routers and blocks give it."""
+    if isinstance(router, TopKRouter):
+        return router.options.k
     for module in (router, block):
         for name in ("top_k", "k", "num_experts_per_tok"):
             found = getattr(module, name, None)
