@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from taskloom.nn.change_class import change_class, is_changed, restore_class
+from taskloom.nn.change_class import change_class, is_changed, is_changed_below, restore_class
 from taskloom.nn.router import TopKRouter
 from taskloom.nn.router_presets import GateOptions, deepseek_v2_options, deepseek_v3_options
 
@@ -147,18 +147,34 @@ class RouterPatch:
         self.paths = tuple(routers)
 
     def remove(self) -> None:
-        """Give the routers back their own forward; a second time does nothing."""
+        """Give the routers back their own forward; a second time does nothing.
+
+        Raises
+        ------
+        ValueError
+            If the class of routers was changed again since, as torch's parametrisations and fully_shard do. These stay patched, and all
+            others are given back: undo the later change and call :func:`unpatch_routers`.
+        """
+        stuck = [f"{path} ({type(router).__name__})" for path, router in self._routers.items() if is_changed_below(router, _members)]
         for router in self._routers.values():
-            restore_class(router, _members)
+            if is_changed(router, _members):
+                restore_class(router, _members)
         self._routers.clear()
+        if stuck:
+            raise ValueError(f"RouterPatch: the class of {', '.join(stuck)} was changed again since; undo that, then call unpatch_routers")
 
     def __enter__(self) -> Self:
         """Nothing: the routers are patched already."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Remove the patch."""
-        self.remove()
+        """Remove the patch; where an exception is passing, it has a note of routers that stay patched."""
+        try:
+            self.remove()
+        except ValueError as stuck:
+            if error is None:
+                raise
+            error.add_note(str(stuck))
 
 
 def patch_routers(model: nn.Module) -> RouterPatch:
@@ -213,7 +229,13 @@ def unpatch_routers(model: nn.Module) -> list[str]:
     -------
     list of str
         The paths of the routers that were patched.
+
+    Raises
+    ------
+    ValueError
+        As :meth:`RouterPatch.remove`.
     """
-    patched = {path: module for path, module in model.named_modules() if is_changed(module, _members)}
+    modules = dict(model.named_modules())
+    patched = {path: one for path, one in modules.items() if is_changed(one, _members) or is_changed_below(one, _members)}
     RouterPatch(patched).remove()
     return list(patched)
