@@ -92,6 +92,16 @@ def test_bfloat16_products_stay_in_float32_where_asked() -> None:
     assert TopKRouter(8, 6, 2, dtype=torch.bfloat16).logits(x).dtype == torch.bfloat16
 
 
+def test_autocast_leaves_float32_logits_alone() -> None:
+    router, other = (TopKRouter(16, 6, 2, bias=True, float32_logits=float32) for float32 in (True, False))
+    x = _rows(20, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = router.logits(x)
+        assert other.logits(x).dtype == torch.bfloat16
+        assert router.logits(x.bfloat16()).dtype == torch.float32
+    assert torch.equal(logits, router.logits(x))
+
+
 def test_the_selection_bias_chooses_and_does_not_weigh() -> None:
     router = TopKRouter(4, 6, 2, score="sigmoid", selection_bias=True)
     assert dict(router.named_parameters()).keys() == {"weight"}

@@ -11,6 +11,12 @@ from torch.nn.functional import linear
 
 from taskloom.nn.router_presets import GateOptions, router_preset
 from taskloom.ops import TopKGate
+from taskloom.reference.arithmetic import without_autocast
+
+
+@without_autocast
+def _float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 
 class TopKRouter(nn.Module):
@@ -26,7 +32,7 @@ class TopKRouter(nn.Module):
         Whether there is a buffer ``[E]``, zero at first, that is added to the scores for the choice alone, as DeepSeek-V3's; it takes no
         gradient. Default False.
     float32_logits
-        Whether the product with the weight is made in float32 whatever the dtypes, as DeepSeek's. Default False.
+        Whether the product with the weight is made in float32 whatever the dtypes, under autocast too, as DeepSeek's. Default False.
     score, n_group, topk_group, group_score, group_mask, renormalize, scale, eps, temperature, ids_dtype
         As of :func:`taskloom.topk_gate`.
     device, dtype
@@ -42,7 +48,8 @@ class TopKRouter(nn.Module):
     weight
         ``[E, D]``.
     bias, e_score_correction_bias
-        ``[E]`` or None: the two biases, with the names that checkpoints have.
+        ``[E]`` or None: the two biases, with the names that checkpoints have. The second is made in float32; ``.to(torch.bfloat16)``
+        of a module rounds it, as all its buffers.
     options
         What the gate is called with; it may be replaced.
     """
@@ -142,7 +149,7 @@ class TopKRouter(nn.Module):
         """The logits ``[..., E]`` of tokens ``[..., D]``, in the dtype of the product."""
         if not self.float32_logits:
             return linear(x, self.weight, self.bias)
-        return linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+        return _float32_linear(x, self.weight, self.bias)
 
     def forward(self, x: Tensor, statistics: bool = False) -> TopKGate:
         """Route tokens.
