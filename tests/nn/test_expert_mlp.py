@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taskloom.nn import ExpertMLP, TopKRouter
+from taskloom.nn.expert_mlp import GatedMLP
 
 F64 = torch.float64
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}
@@ -109,6 +110,15 @@ def test_state_dict_goes_both_ways() -> None:
     other.load_state_dict(one.state_dict())
     x = torch.randn(5, 8)
     assert torch.equal(one(x), other(x))
+
+
+def test_reset_parameters_of_a_gated_mlp(poisoned_memory: None) -> None:
+    torch.manual_seed(0)
+    expected = GatedMLP(8, 4).state_dict()
+    layer = GatedMLP(8, 4).to("meta").to_empty(device="cpu")
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    assert all(torch.equal(value, expected[name]) for name, value in layer.state_dict().items())
 
 
 def _mixtral() -> nn.Module:

@@ -56,6 +56,37 @@ def test_norms_that_differ() -> None:
         StackedBatchNormSiLU.from_norms([])
 
 
+def test_norms_that_no_stack_can_stand_for() -> None:
+    counted = [nn.BatchNorm1d(7, momentum=None) for _ in range(2)]
+    counted[1](torch.randn(4, 7))
+    with pytest.raises(ValueError, match=r"norms\[1\]: expected num_batches_tracked 0 as norms\[0\], where momentum is None, got 1"):
+        StackedBatchNormSiLU.from_norms(counted)
+    frozen = [nn.BatchNorm1d(7), nn.BatchNorm1d(7).requires_grad_(False)]
+    with pytest.raises(ValueError, match=r"norms\[1\]: expected requires_grad of weight and bias \(True, True\) as norms\[0\]"):
+        StackedBatchNormSiLU.from_norms(frozen)
+
+
+def test_frozen_norms_stay_frozen() -> None:
+    norms = _norms()
+    for norm in norms:
+        norm.weight.requires_grad_(False)
+    stacked = StackedBatchNormSiLU.from_norms(norms)
+    assert (stacked.weight.requires_grad, stacked.bias.requires_grad) == (False, True)
+    assert all((norm.weight.requires_grad, norm.bias.requires_grad) == (False, True) for norm in stacked.norms())
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", None])
+def test_reset_parameters(norm: str | None, poisoned_memory: None) -> None:
+    torch.manual_seed(0)
+    expected = StackedExperts(3, 5, 7, (4,), norm=norm).state_dict()
+    experts = StackedExperts(3, 5, 7, (4,), norm=norm).to("meta").to_empty(device="cpu")
+    torch.manual_seed(0)
+    experts.reset_parameters()
+    found = experts.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_a_batch_of_one() -> None:
     norm = StackedBatchNormSiLU(2, 4)
     with pytest.raises(ValueError, match="batch_norm_silu: z: expected at least two rows"):

@@ -102,6 +102,15 @@ def test_autocast_leaves_float32_logits_alone() -> None:
     assert torch.equal(logits, router.logits(x))
 
 
+def test_reset_parameters(poisoned_memory: None) -> None:
+    torch.manual_seed(0)
+    expected = TopKRouter(16, 6, 2, bias=True, selection_bias=True).state_dict()
+    router = TopKRouter(16, 6, 2, bias=True, selection_bias=True).to("meta").to_empty(device="cpu")
+    torch.manual_seed(0)
+    router.reset_parameters()
+    assert all(torch.equal(value, expected[name]) for name, value in router.state_dict().items())
+
+
 def test_the_selection_bias_chooses_and_does_not_weigh() -> None:
     router = TopKRouter(4, 6, 2, score="sigmoid", selection_bias=True)
     assert dict(router.named_parameters()).keys() == {"weight"}

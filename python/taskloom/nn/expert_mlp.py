@@ -54,6 +54,11 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(hidden, dim, bias=False, device=device, dtype=dtype)
         self.activation = _activation_of(activation)
 
+    def reset_parameters(self) -> None:
+        """Draw both layers anew."""
+        self.gate_up_proj.reset_parameters()
+        self.down_proj.reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., dim]`` to the same."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)

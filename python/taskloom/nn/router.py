@@ -99,11 +99,20 @@ class TopKRouter(nn.Module):
         self.dim, self.num_experts, self.float32_logits, self.ids_dtype = dim, num_experts, float32_logits, ids_dtype
         # The op's own checks of the options, before anything is routed.
         self.options.gate(torch.empty(0, num_experts), ids_dtype=ids_dtype)
-        bound = 1 / math.sqrt(dim)
-        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(num_experts, device=device, dtype=dtype)) if bias else None
-        choice = torch.zeros(num_experts, device=device, dtype=torch.float32) if selection_bias else None
+        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
+        choice = torch.empty(num_experts, device=device, dtype=torch.float32) if selection_bias else None
         self.register_buffer("e_score_correction_bias", choice)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight as nn.Linear does, uniform within 1 / sqrt(inputs), and set both biases to 0."""
+        bound = 1 / math.sqrt(self.dim)
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if self.e_score_correction_bias is not None:
+            self.e_score_correction_bias.zero_()
 
     @classmethod
     def from_config(cls, hf_config: Any, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
