@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from taskloom import backend
 from taskloom.nn import ExpertMLP, TopKRouter
 from taskloom.nn.expert_mlp import GatedMLP
+from taskloom.nn.expert_products import expert_products
 
 F64 = torch.float64
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}
@@ -119,6 +121,49 @@ def test_reset_parameters_of_a_gated_mlp(poisoned_memory: None) -> None:
     torch.manual_seed(0)
     layer.reset_parameters()
     assert all(torch.equal(value, expected[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize(("dim", "hidden", "dtype"), [(16, 8, torch.float32), (13, 7, torch.float32), (13, 7, F64)])
+def test_torch_func_differentiates_it(dim: int, hidden: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = ExpertMLP(dim, hidden, 5, 2, dtype=dtype)
+    x, parameters = torch.randn(6, dim, dtype=dtype), dict(layer.named_parameters())
+    found = torch.func.grad(lambda own: torch.func.functional_call(layer, own, (x,)).square().sum())(parameters)
+    expected = torch.autograd.grad(layer(x).square().sum(), list(parameters.values()))
+    for name, wanted in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(found[name], wanted, rtol=1e-5, atol=1e-6)
+    direction = torch.randn_like(x)
+    _, slope = torch.func.jvp(lambda tokens: layer(tokens).square().sum(), (x,), (direction,))
+    inner = torch.autograd.grad(layer(leaf := x.clone().requires_grad_()).square().sum(), leaf)[0]
+    torch.testing.assert_close(slope, (inner * direction).sum(), rtol=1e-4, atol=1e-5)
+
+
+def test_second_derivatives() -> None:
+    torch.manual_seed(0)
+    layer = ExpertMLP(7, 5, 4, 2, dtype=F64)
+    x, (weight, ids) = torch.randn(6, 7, dtype=F64, requires_grad=True), routed(6, 4, 2, F64)
+    ids[:, 0], ids[:, 1] = 0, 1 + ids[:, 1] % 2  # the last expert has no token
+    leaves = (x, weight.requires_grad_(), layer.gate_up_proj, layer.down_proj)
+    (slopes,) = torch.autograd.grad(layer(x, weight, ids).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="expert_combine_backward has no gradient"):
+        torch.autograd.grad(slopes.square().sum(), leaves)
+
+    def applied(x: Tensor, weight: Tensor, *matrices: Tensor) -> Tensor:
+        names = dict(zip(("gate_up_proj", "down_proj"), matrices, strict=True))
+        made: Tensor = torch.func.functional_call(layer, names, (x, weight, ids))
+        return made
+
+    with backend("reference"):
+        assert torch.autograd.gradgradcheck(applied, leaves)
+
+
+@pytest.mark.parametrize("on", ["auto", "reference"])
+def test_products_are_differentiable_twice(on: str) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 3, dtype=F64, requires_grad=True), torch.randn(3, 4, 3, dtype=F64, requires_grad=True)
+    offsets = torch.tensor([0, 2, 2, 6], dtype=torch.int32)
+    with backend(on):
+        assert torch.autograd.gradgradcheck(lambda *leaves: expert_products(*leaves, offsets), (x, weight))
 
 
 def _mixtral() -> nn.Module:

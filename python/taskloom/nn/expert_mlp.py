@@ -106,7 +106,8 @@ class ExpertMLP(nn.Module):
     Tokens are gathered once in the order of their experts (:func:`taskloom.expert_sort`), multiplied run by run where they lie, and added
     up by :func:`taskloom.expert_combine`. The products are torch's grouped ones where these serve the device and dtype: then the host does
     not wait for a GPU. Else, as for float64, sizes that are no multiple of 16 bytes, or in compiled code dtypes other than bfloat16, they
-    are one product per expert.
+    are one product per expert. Differentiable once, and in forward mode and under torch.func's grad; twice with
+    ``taskloom.backend("reference")``.
     """
 
     def __init__(
