@@ -342,8 +342,15 @@ def test_errors() -> None:
         ExpertMLP(8, 4, 3, 2, activation="tanhh")
     with pytest.raises(ValueError, match="shared_gate"):
         ExpertMLP(8, 4, 3, 2, shared_gate=nn.Linear(8, 1))
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"shared: expected a hidden size of at least 1, got {size}"):
+            ExpertMLP(8, 4, 3, 2, shared=size)
+    with pytest.raises(TypeError, match="shared: expected a hidden size, a module or None, got True"):
+        ExpertMLP(8, 4, 3, 2, shared=True)
     layer = ExpertMLP(8, 4, 3, 2)
     x, (weight, ids) = torch.randn(5, 8), routed(5, 3, 2)
+    with pytest.raises(ValueError, match=r"weight, ids: expected the same shape \[..., k\] of both, got \(2, 5\) and \(5, 2\)"):
+        layer(x, weight.T, ids)
     with pytest.raises(ValueError, match=r"x: expected shape \[..., 8\]"):
         layer(x[:, :7])
     with pytest.raises(ValueError, match="got only ids"):

@@ -95,6 +95,8 @@ class ExpertMLP(nn.Module):
 
     Raises
     ------
+    TypeError
+        If ``shared`` is neither a size nor a module.
     ValueError
         If a size is below 1, k is above E, or there is no such activation.
 
@@ -132,6 +134,7 @@ class ExpertMLP(nn.Module):
             raise ValueError(f"ExpertMLP: k: expected at most {num_experts}, the number of experts, got {k}")
         if shared_gate is not None and shared is None:
             raise ValueError("ExpertMLP: shared_gate: expected None where nothing is shared, got a module")
+        _check_shared(shared)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.hidden, self.num_experts, self.k = dim, hidden, num_experts, k
         self.activation = _activation_of(activation)
@@ -203,6 +206,10 @@ class ExpertMLP(nn.Module):
         if weight is None or ids is None:
             routed = self.router(tokens)
             weight, ids = (routed.weight, routed.ids) if isinstance(routed, TopKGate) else routed[-2:]
+        if ids.dim() == 0 or weight.shape != ids.shape:
+            raise ValueError(
+                f"ExpertMLP: weight, ids: expected the same shape [..., k] of both, got {tuple(weight.shape)} and {tuple(ids.shape)}"
+            )
         chosen = ids.reshape(-1, ids.shape[-1])
         if len(chosen) != len(tokens):
             raise ValueError(f"ExpertMLP: ids: expected a row for each of {len(tokens)} tokens, got {tuple(ids.shape)}")
@@ -227,6 +234,15 @@ class ExpertMLP(nn.Module):
     def extra_repr(self) -> str:
         """The sizes."""
         return f"dim={self.dim}, hidden={self.hidden}, num_experts={self.num_experts}, k={self.k}"
+
+
+def _check_shared(shared: Any) -> None:
+    if shared is None or isinstance(shared, nn.Module):
+        return
+    if isinstance(shared, bool) or not isinstance(shared, int):
+        raise TypeError(f"ExpertMLP: shared: expected a hidden size, a module or None, got {shared!r}")
+    if shared < 1:
+        raise ValueError(f"ExpertMLP: shared: expected a hidden size of at least 1, got {shared}")
 
 
 def _check_experts(kind: str, block: nn.Module, experts: Any, gate_up: Tensor, down: Tensor) -> None:
