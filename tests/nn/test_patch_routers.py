@@ -256,6 +256,20 @@ def test_a_second_patch_is_refused() -> None:
         patch_routers(model)
 
 
+def test_the_default_device_does_not_matter() -> None:
+    model = tiny_model("olmoe")
+    with torch.device("meta"):
+        assert len(patch_routers(model).paths) == 2
+
+
+def test_a_router_on_meta_is_refused() -> None:
+    model = tiny_model("olmoe")
+    model.model.layers[1].mlp.to("meta")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate: expected a router with values, .* on the meta device"):
+        patch_routers(model)
+    assert unpatch_routers(model) == []
+
+
 def test_a_forward_that_somebody_replaced_is_refused() -> None:
     model = tiny_model("olmoe")
     gate = model.model.layers[1].mlp.gate

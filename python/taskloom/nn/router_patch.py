@@ -109,7 +109,7 @@ def _members(base: Any) -> dict[str, Any]:
 def _check_same(path: str, router: Any) -> None:
     """Raise where a router of a known name does not compute what is known of that name."""
     patched: Callable[..., tuple[Tensor, Tensor, Tensor]] = _members(type(router))["forward"]
-    drawn = torch.randn(_PROBE_ROWS, router.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(_PROBE_ROWS, router.weight.shape[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     rows = drawn.to(device=router.weight.device, dtype=router.weight.dtype)
     name = f"patch_routers: {path}: this version of transformers' {type(router).__name__}"
     with torch.no_grad():
@@ -197,7 +197,8 @@ def patch_routers(model: nn.Module) -> RouterPatch:
     ------
     ValueError
         If the model has no router, has one of another class, or one is patched already. If a router of a known class does not compute
-        here what is known of it: every router is compared with its patch on a few rows first. Nothing is changed then.
+        here what is known of it: every router is compared with its patch on a few rows first, so that one on the meta device is refused.
+        Nothing is changed then.
 
     Notes
     -----
@@ -216,6 +217,8 @@ def patch_routers(model: nn.Module) -> RouterPatch:
             raise ValueError(f"patch_routers: {path}: expected a router of {', '.join(FAMILIES)}, got {name}")
         if "forward" in vars(router):
             raise ValueError(f"patch_routers: {path}: its forward was replaced by something else, which a patch would not call")
+        if router.weight.is_meta:
+            raise ValueError(f"patch_routers: {path}: expected a router with values, to compare its patch with, got one on the meta device")
         _check_same(path, router)
     for router in routers.values():
         change_class(router, _members)
