@@ -22,6 +22,8 @@ DEEPSEEK = {
     "norm_topk_prob": False,
     "scoring_func": "softmax",
 }
+DEEPSEEK_V2 = {**DEEPSEEK, "model_type": "deepseek_v2", "topk_method": "greedy", "routed_scaling_factor": 1.0}
+DEEPSEEK_V3 = {**DEEPSEEK_V2, **GROUPS, "model_type": "deepseek_v3", "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
 
 def _rows(count: int, dim: int, seed: int = 5) -> Tensor:
@@ -153,11 +155,27 @@ def test_bad_inputs() -> None:
             {**DEEPSEEK, **GROUPS, "model_type": "deepseek_v2", "topk_method": "noaux_tc", "routed_scaling_factor": 1.0},
             "from_config: deepseek_v2: topk_method: expected 'greedy' or 'group_limited_greedy', got 'noaux_tc'",
         ),
+        ({**DEEPSEEK_V2, "scoring_func": "sigmoid"}, "from_config: deepseek_v2: scoring_func: expected 'softmax', got 'sigmoid'"),
+        ({**DEEPSEEK_V3, "scoring_func": "softmax"}, "from_config: deepseek_v3: scoring_func: expected 'sigmoid', got 'softmax'"),
+        ({**DEEPSEEK_V3, "topk_method": "greedy"}, "from_config: deepseek_v3: topk_method: expected 'noaux_tc', got 'greedy'"),
+        ({**DEEPSEEK_V3, "n_group": None}, "from_config: deepseek_v3: the configuration lacks 'n_group'"),
+        ({**DEEPSEEK, "n_routed_experts": None}, "from_config: deepseek: the configuration lacks 'n_routed_experts'"),
     ],
 )
 def test_configurations_that_are_not_known(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TopKRouter.from_config(config)
+
+
+def test_fields_that_are_none_count_as_missing() -> None:
+    expected = TopKRouter.from_config(DEEPSEEK_V2).options
+    without: dict[str, Any] = {"n_group": None, "topk_group": None, "scoring_func": None}
+    for config in ({**DEEPSEEK_V2, **without}, SimpleNamespace(**{**DEEPSEEK_V2, **without})):
+        assert TopKRouter.from_config(config).options == expected
+    assert (
+        TopKRouter.from_config({**DEEPSEEK_V3, "n_routed_experts": 12, "scoring_func": None, "topk_method": None}).options.score
+        == "sigmoid"
+    )
 
 
 def test_state_dicts_have_the_names_of_the_models_own_routers() -> None:

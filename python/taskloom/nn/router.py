@@ -135,7 +135,7 @@ class TopKRouter(nn.Module):
         Raises
         ------
         ValueError
-            If the configuration is of another model, lacks a field, or asks for another gate.
+            If the configuration is of another model, lacks a field or has None there, or asks for another gate.
 
         Notes
         -----
