@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -140,5 +141,14 @@ def test_experts_are_torchs_layers(hidden: tuple[int, ...], norm: str | None) ->
 def test_errors(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"StackedExperts: .*{message}"):
         StackedExperts(**({"num_experts": 3, "in_features": 5, "out_features": 7} | changed))
-    with pytest.raises(ValueError, match=r"StackedExperts: x: expected shape \[B, in\] or \[B, 3, in\], got \(4, 2, 5\)"):
-        StackedExperts(3, 5, 7)(torch.zeros(4, 2, 5))
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 5), (4, 6), (4, 3, 6), (5,), (4, 3, 5, 5)])
+def test_inputs_of_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"StackedExperts: x: expected shape [B, 5] or [B, 3, 5], got {shape}")):
+        StackedExperts(3, 5, 7)(torch.zeros(shape))
+
+
+def test_integers() -> None:
+    with pytest.raises(TypeError, match=r"StackedExperts: x: expected float32, .*, got torch\.int64"):
+        StackedExperts(3, 5, 7)(torch.zeros(4, 5, dtype=torch.int64))

@@ -142,6 +142,8 @@ def test_bad_options_are_told_when_it_is_made(arguments: tuple[int, int, int], o
 def test_bad_inputs() -> None:
     with pytest.raises(ValueError, match=r"TopKRouter: x: expected shape \(..., 6\), got \(4, 5\)"):
         TopKRouter(6, 5, 2)(torch.zeros(4, 5))
+    with pytest.raises(TypeError, match=r"TopKRouter: x: expected float32, .*, got torch\.int64"):
+        TopKRouter(6, 5, 2, float32_logits=True)(torch.zeros(4, 6, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(

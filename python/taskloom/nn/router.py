@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from taskloom.nn.router_presets import GateOptions, router_preset
 from taskloom.ops import TopKGate
+from taskloom.ops._checks import check_floating
 from taskloom.reference.arithmetic import without_autocast
 
 
@@ -175,6 +176,7 @@ class TopKRouter(nn.Module):
         TopKGate
             weight ``[..., k]`` and ids ``[..., k]``, best first; counts, prob_sum and lse, or None.
         """
+        check_floating("TopKRouter", "x", x)
         if x.shape[-1:] != (self.dim,):
             raise ValueError(f"TopKRouter: x: expected shape (..., {self.dim}), got {tuple(x.shape)}")
         return self.gate(self.logits(x), statistics)

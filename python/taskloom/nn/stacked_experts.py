@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taskloom.ops import batch_norm_silu
+from taskloom.ops._checks import check_floating
 
 ACTIVATIONS = ("silu", "relu", None)
 NORMS = ("batch", "layer", None)
@@ -268,7 +269,7 @@ class StackedExperts(nn.Module):
         if min(num_experts, *widths) < 1:
             raise ValueError(f"StackedExperts: expected at least one expert and widths of at least 1, got {num_experts} and {widths}")
         like: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_experts, self.activation = num_experts, activation
+        self.num_experts, self.in_features, self.activation = num_experts, in_features, activation
         self.layers = nn.ModuleList(_StackedLinear(num_experts, a, b, bias, like) for a, b in pairwise(widths))
         self.norm: nn.Module | None = None
         if norm == "batch":
@@ -284,8 +285,10 @@ class StackedExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Each expert's output, ``[B, E, out]``, of an input for all, ``[B, in]``, or one for each, ``[B, E, in]``."""
-        if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[1] != self.num_experts):
-            raise ValueError(f"StackedExperts: x: expected shape [B, in] or [B, {self.num_experts}, in], got {tuple(x.shape)}")
+        check_floating("StackedExperts", "x", x)
+        experts, width = self.num_experts, self.in_features
+        if tuple(x.shape[1:]) not in ((width,), (experts, width)):
+            raise ValueError(f"StackedExperts: x: expected shape [B, {width}] or [B, {experts}, {width}], got {tuple(x.shape)}")
         for place, layer in enumerate(self.layers):
             x = layer(x if place == 0 else _activated(x, self.activation))
         found: Tensor = _activated(x, self.activation) if self.norm is None else self.norm(x)
