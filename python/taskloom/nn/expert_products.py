@@ -84,11 +84,6 @@ def _plain_outer_products(gradient: Tensor, x: Tensor, experts: int, runs: list[
     return torch.stack([gradient[run].t() @ x[run] for run in (by_expert.get(expert, slice(0, 0)) for expert in range(experts))])
 
 
-def _is_differentiated_by_torch() -> bool:
-    """Whether products have to be torch's plain ones: under its transforms, whose tensors have no memory, and on the reference."""
-    return active_transform() is not None or requested_backend() == "reference"
-
-
 def takes_grouped_product(x: Tensor, weight: Tensor) -> bool:
     """Whether torch's grouped product serves rows ``x`` and matrices ``weight``, by what they are."""
     if not hasattr(torch.nn.functional, "grouped_mm") or x.dtype not in _GROUPED_DTYPES or x.dtype != weight.dtype:
@@ -104,7 +99,7 @@ def takes_grouped_product(x: Tensor, weight: Tensor) -> bool:
 
 def gather_rows(x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     """Rows ``rows`` of x ``[T, D]`` in expert order; ``inverse`` ``[T, k]`` says where each token's are."""
-    if _is_differentiated_by_torch():
+    if active_transform() is not None or requested_backend() == "reference":
         return x.index_select(0, rows)
     gathered: Tensor = _GatheredRows.apply(x, rows, inverse)  # type: ignore[no-untyped-call]
     return gathered
@@ -113,7 +108,8 @@ def gather_rows(x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
 def expert_products(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """``x[i] weight[e]^T`` for rows i of expert e: x ``[N, D]`` in expert order, weight ``[E, O, D]``, offsets ``[E + 1]`` int32."""
     ends = offsets[1:]
-    if _is_differentiated_by_torch():
+    if active_transform() is not None:
+        # Tensors of a transform have no memory that one could look at, and the function below no rules for all of them.
         return _plain_products(x, weight, _runs(ends))
     if takes_grouped_product(x, weight):
         return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=ends)
