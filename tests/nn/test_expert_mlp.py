@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taskloom.nn import ExpertMLP
+from taskloom import backend
+from taskloom.nn import ExpertMLP, TopKRouter
+from taskloom.nn.expert_mlp import GatedMLP
+from taskloom.nn.expert_products import expert_products
 
 F64 = torch.float64
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}
@@ -111,6 +114,58 @@ def test_state_dict_goes_both_ways() -> None:
     assert torch.equal(one(x), other(x))
 
 
+def test_reset_parameters_of_a_gated_mlp(poisoned_memory: None) -> None:
+    torch.manual_seed(0)
+    expected = GatedMLP(8, 4).state_dict()
+    layer = GatedMLP(8, 4).to("meta").to_empty(device="cpu")
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    assert all(torch.equal(value, expected[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize(("dim", "hidden", "dtype"), [(16, 8, torch.float32), (13, 7, torch.float32), (13, 7, F64)])
+def test_torch_func_differentiates_it(dim: int, hidden: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = ExpertMLP(dim, hidden, 5, 2, dtype=dtype)
+    x, parameters = torch.randn(6, dim, dtype=dtype), dict(layer.named_parameters())
+    found = torch.func.grad(lambda own: torch.func.functional_call(layer, own, (x,)).square().sum())(parameters)
+    expected = torch.autograd.grad(layer(x).square().sum(), list(parameters.values()))
+    for name, wanted in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(found[name], wanted, rtol=1e-5, atol=1e-6)
+    direction = torch.randn_like(x)
+    _, slope = torch.func.jvp(lambda tokens: layer(tokens).square().sum(), (x,), (direction,))
+    inner = torch.autograd.grad(layer(leaf := x.clone().requires_grad_()).square().sum(), leaf)[0]
+    torch.testing.assert_close(slope, (inner * direction).sum(), rtol=1e-4, atol=1e-5)
+
+
+def test_second_derivatives() -> None:
+    torch.manual_seed(0)
+    layer = ExpertMLP(7, 5, 4, 2, dtype=F64)
+    x, (weight, ids) = torch.randn(6, 7, dtype=F64, requires_grad=True), routed(6, 4, 2, F64)
+    ids[:, 0], ids[:, 1] = 0, 1 + ids[:, 1] % 2  # the last expert has no token
+    leaves = (x, weight.requires_grad_(), layer.gate_up_proj, layer.down_proj)
+    (slopes,) = torch.autograd.grad(layer(x, weight, ids).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="expert_combine_backward has no gradient"):
+        torch.autograd.grad(slopes.square().sum(), leaves)
+
+    def applied(x: Tensor, weight: Tensor, *matrices: Tensor) -> Tensor:
+        names = dict(zip(("gate_up_proj", "down_proj"), matrices, strict=True))
+        made: Tensor = torch.func.functional_call(layer, names, (x, weight, ids))
+        return made
+
+    with backend("reference"):
+        assert torch.autograd.gradgradcheck(applied, leaves)
+
+
+@pytest.mark.parametrize("on", ["auto", "reference"])
+def test_products_are_differentiable_twice(on: str) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 3, dtype=F64, requires_grad=True), torch.randn(3, 4, 3, dtype=F64, requires_grad=True)
+    offsets = torch.tensor([0, 2, 2, 6], dtype=torch.int32)
+    with backend(on):
+        assert torch.autograd.gradgradcheck(lambda *leaves: expert_products(*leaves, offsets), (x, weight))
+
+
 def _mixtral() -> nn.Module:
     from transformers.models.mixtral import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -159,11 +214,28 @@ def _deepseek_v3() -> nn.Module:
     return DeepseekV3MoE(config)
 
 
+def _deepseek_v2() -> nn.Module:
+    from transformers.models.deepseek_v2 import DeepseekV2Config
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+
+    config = DeepseekV2Config(  # type: ignore[call-arg]
+        hidden_size=32,
+        moe_intermediate_size=20,
+        n_routed_experts=16,
+        num_experts_per_tok=3,
+        n_shared_experts=2,
+        topk_method="greedy",
+        routed_scaling_factor=2.0,
+    )
+    return DeepseekV2Moe(config)
+
+
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "mixtral": _mixtral,
     "olmoe": _olmoe,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,
 }
 
@@ -226,10 +298,36 @@ def test_blocks_that_compute_something_else() -> None:
     with pytest.raises(ValueError, match="jitter_noise"):
         ExpertMLP.from_transformers(block)
     config = GptOssConfig(hidden_size=32, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2)  # type: ignore[call-arg]
-    with pytest.raises(ValueError, match="ExpertMLP: block: expected"):
+    with pytest.raises(ValueError, match=r"ExpertMLP: block: expected one of DeepseekV2Moe, .*, got GptOssMLP"):
         ExpertMLP.from_transformers(GptOssMLP(config))
+    del block.gate
     with pytest.raises(ValueError, match="expected a router `gate`"):
-        ExpertMLP.from_transformers(nn.Linear(3, 3))
+        ExpertMLP.from_transformers(block)
+
+
+def test_a_block_with_the_same_parts_and_another_forward_is_refused() -> None:
+    pytest.importorskip("transformers", minversion="5.0")
+    from transformers.models.hunyuan_v1_moe import HunYuanMoEV1Config
+    from transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe import HunYuanMoEV1Moe
+
+    config = HunYuanMoEV1Config(  # type: ignore[call-arg]
+        hidden_size=32, intermediate_size=24, num_experts=4, moe_topk=2, num_hidden_layers=1
+    )
+    with pytest.raises(ValueError, match=r"expected one of DeepseekV2Moe, .*, got HunYuanMoEV1Moe"):
+        ExpertMLP.from_transformers(HunYuanMoEV1Moe(config))
+
+
+def test_a_block_whose_router_is_this_librarys() -> None:
+    pytest.importorskip("transformers", minversion="5.0")
+    block: Any = drawn(_qwen3)
+    router = TopKRouter(32, 8, 2, renormalize=True)
+    router.load_state_dict(block.gate.state_dict())
+    x = torch.randn(2, 11, 32)
+    expected = block(x)
+    block.gate = router
+    layer = ExpertMLP.from_transformers(block)
+    assert layer.k == 2
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=4e-5)
 
 
 def test_errors() -> None:
@@ -244,8 +342,15 @@ def test_errors() -> None:
         ExpertMLP(8, 4, 3, 2, activation="tanhh")
     with pytest.raises(ValueError, match="shared_gate"):
         ExpertMLP(8, 4, 3, 2, shared_gate=nn.Linear(8, 1))
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"shared: expected a hidden size of at least 1, got {size}"):
+            ExpertMLP(8, 4, 3, 2, shared=size)
+    with pytest.raises(TypeError, match="shared: expected a hidden size, a module or None, got True"):
+        ExpertMLP(8, 4, 3, 2, shared=True)
     layer = ExpertMLP(8, 4, 3, 2)
     x, (weight, ids) = torch.randn(5, 8), routed(5, 3, 2)
+    with pytest.raises(ValueError, match=r"weight, ids: expected the same shape \[..., k\] of both, got \(2, 5\) and \(5, 2\)"):
+        layer(x, weight.T, ids)
     with pytest.raises(ValueError, match=r"x: expected shape \[..., 8\]"):
         layer(x[:, :7])
     with pytest.raises(ValueError, match="got only ids"):

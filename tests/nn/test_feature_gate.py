@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from taskloom.nn import FeatureGate
+from taskloom.nn.feature_gate import _shares
 
 
 @pytest.mark.parametrize("maps", [1, 2, 3, 4])
@@ -39,6 +40,16 @@ def test_gate_is_between_0_and_2() -> None:
     assert factor.max() > 1.9
 
 
+@pytest.mark.parametrize("maps", [2, 3, 4, 8])
+def test_shares_are_positive_and_make_exactly_1(maps: int) -> None:
+    logits = 4 * torch.randn(20000, maps, generator=torch.Generator().manual_seed(0))
+    logits[:, -1] -= 20  # so that rounding is most of the last share
+    shares = _shares(logits)
+    assert bool((shares >= 0).all())
+    assert bool((sum(shares.unbind(-1)) == 1).all())
+    torch.testing.assert_close(shares, logits.softmax(-1), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["dim", "rank", "n_lora"])
 def test_sizes_below_1(name: str) -> None:
     with pytest.raises(ValueError, match=f"FeatureGate: {name}: expected at least 1, got 0"):
@@ -48,3 +59,7 @@ def test_sizes_below_1(name: str) -> None:
 def test_other_features() -> None:
     with pytest.raises(ValueError, match=r"FeatureGate: x: expected 8 features, got shape \(3, 7\)"):
         FeatureGate(8, 2)(torch.zeros(3, 7))
+    with pytest.raises(ValueError, match=r"FeatureGate: x: expected 8 features, got shape \(\)"):
+        FeatureGate(8, 2)(torch.tensor(1.0))
+    with pytest.raises(TypeError, match=r"FeatureGate: x: expected float32, .*, got torch\.int64"):
+        FeatureGate(8, 2)(torch.zeros(3, 8, dtype=torch.int64))

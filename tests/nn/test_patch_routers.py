@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from moe_models import KINDS, tiny_model, tiny_tokens
 from taskloom.nn import TopKRouter, patch_routers, unpatch_routers
@@ -121,6 +122,46 @@ def test_the_patch_is_undone_when_the_block_fails() -> None:
     assert type(model.model.layers[0].mlp.gate) is before
 
 
+def _change_again(model: Any) -> nn.Module:
+    """The first router of a model, after torch has given it a class of its own."""
+    router: nn.Module = model.model.layers[0].mlp.gate
+    return parametrize.register_parametrization(router, "weight", nn.Identity())
+
+
+def test_a_router_whose_class_was_changed_since_holds_up_no_other() -> None:
+    model = tiny_model("olmoe")
+    base = type(model.model.layers[0].mlp.gate)
+    patch = patch_routers(model)
+    first = _change_again(model)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate \(ParametrizedOlmoeTopKRouter\) was changed again since"):
+        patch.remove()
+    assert type(model.model.layers[1].mlp.gate) is base
+    patch.remove()
+    with pytest.raises(ValueError, match="was changed again since"):
+        unpatch_routers(model)
+    parametrize.remove_parametrizations(first, "weight")
+    assert unpatch_routers(model) == ["model.layers.0.mlp.gate"]
+    assert type(first) is base
+
+
+def test_a_router_that_stays_patched_does_not_hide_an_exception() -> None:
+    model = tiny_model("olmoe")
+    patch = patch_routers(model)
+    _change_again(model)
+    with pytest.raises(ZeroDivisionError) as caught, patch:
+        raise ZeroDivisionError
+    assert "was changed again since" in caught.value.__notes__[0]
+    other = tiny_model("olmoe")
+    with pytest.raises(ValueError, match="was changed again since"), patch_routers(other):
+        _change_again(other)
+
+
+def test_a_patch_that_was_undone_inside_its_block() -> None:
+    model = tiny_model("olmoe")
+    with patch_routers(model):
+        assert len(unpatch_routers(model)) == 2
+
+
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
 def test_copies_are_patched_by_themselves(how: Any) -> None:
     model = tiny_model("mixtral")
@@ -213,6 +254,20 @@ def test_a_second_patch_is_refused() -> None:
     model = tiny_model("olmoe")
     with patch_routers(model), pytest.raises(ValueError, match=r"mlp\.gate: the router is patched already"):
         patch_routers(model)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    model = tiny_model("olmoe")
+    with torch.device("meta"):
+        assert len(patch_routers(model).paths) == 2
+
+
+def test_a_router_on_meta_is_refused() -> None:
+    model = tiny_model("olmoe")
+    model.model.layers[1].mlp.to("meta")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate: expected a router with values, .* on the meta device"):
+        patch_routers(model)
+    assert unpatch_routers(model) == []
 
 
 def test_a_forward_that_somebody_replaced_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -54,6 +55,37 @@ def test_norms_that_differ() -> None:
         StackedBatchNormSiLU.from_norms([nn.BatchNorm1d(7, affine=False)])
     with pytest.raises(ValueError, match="at least one, got none"):
         StackedBatchNormSiLU.from_norms([])
+
+
+def test_norms_that_no_stack_can_stand_for() -> None:
+    counted = [nn.BatchNorm1d(7, momentum=None) for _ in range(2)]
+    counted[1](torch.randn(4, 7))
+    with pytest.raises(ValueError, match=r"norms\[1\]: expected num_batches_tracked 0 as norms\[0\], where momentum is None, got 1"):
+        StackedBatchNormSiLU.from_norms(counted)
+    frozen = [nn.BatchNorm1d(7), nn.BatchNorm1d(7).requires_grad_(False)]
+    with pytest.raises(ValueError, match=r"norms\[1\]: expected requires_grad of weight and bias \(True, True\) as norms\[0\]"):
+        StackedBatchNormSiLU.from_norms(frozen)
+
+
+def test_frozen_norms_stay_frozen() -> None:
+    norms = _norms()
+    for norm in norms:
+        norm.weight.requires_grad_(False)
+    stacked = StackedBatchNormSiLU.from_norms(norms)
+    assert (stacked.weight.requires_grad, stacked.bias.requires_grad) == (False, True)
+    assert all((norm.weight.requires_grad, norm.bias.requires_grad) == (False, True) for norm in stacked.norms())
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", None])
+def test_reset_parameters(norm: str | None, poisoned_memory: None) -> None:
+    torch.manual_seed(0)
+    expected = StackedExperts(3, 5, 7, (4,), norm=norm).state_dict()
+    experts = StackedExperts(3, 5, 7, (4,), norm=norm).to("meta").to_empty(device="cpu")
+    torch.manual_seed(0)
+    experts.reset_parameters()
+    found = experts.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_a_batch_of_one() -> None:
@@ -109,5 +141,14 @@ def test_experts_are_torchs_layers(hidden: tuple[int, ...], norm: str | None) ->
 def test_errors(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"StackedExperts: .*{message}"):
         StackedExperts(**({"num_experts": 3, "in_features": 5, "out_features": 7} | changed))
-    with pytest.raises(ValueError, match=r"StackedExperts: x: expected shape \[B, in\] or \[B, 3, in\], got \(4, 2, 5\)"):
-        StackedExperts(3, 5, 7)(torch.zeros(4, 2, 5))
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 5), (4, 6), (4, 3, 6), (5,), (4, 3, 5, 5)])
+def test_inputs_of_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"StackedExperts: x: expected shape [B, 5] or [B, 3, 5], got {shape}")):
+        StackedExperts(3, 5, 7)(torch.zeros(shape))
+
+
+def test_integers() -> None:
+    with pytest.raises(TypeError, match=r"StackedExperts: x: expected float32, .*, got torch\.int64"):
+        StackedExperts(3, 5, 7)(torch.zeros(4, 5, dtype=torch.int64))

@@ -22,6 +22,8 @@ DEEPSEEK = {
     "norm_topk_prob": False,
     "scoring_func": "softmax",
 }
+DEEPSEEK_V2 = {**DEEPSEEK, "model_type": "deepseek_v2", "topk_method": "greedy", "routed_scaling_factor": 1.0}
+DEEPSEEK_V3 = {**DEEPSEEK_V2, **GROUPS, "model_type": "deepseek_v3", "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
 
 def _rows(count: int, dim: int, seed: int = 5) -> Tensor:
@@ -92,6 +94,25 @@ def test_bfloat16_products_stay_in_float32_where_asked() -> None:
     assert TopKRouter(8, 6, 2, dtype=torch.bfloat16).logits(x).dtype == torch.bfloat16
 
 
+def test_autocast_leaves_float32_logits_alone() -> None:
+    router, other = (TopKRouter(16, 6, 2, bias=True, float32_logits=float32) for float32 in (True, False))
+    x = _rows(20, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = router.logits(x)
+        assert other.logits(x).dtype == torch.bfloat16
+        assert router.logits(x.bfloat16()).dtype == torch.float32
+    assert torch.equal(logits, router.logits(x))
+
+
+def test_reset_parameters(poisoned_memory: None) -> None:
+    torch.manual_seed(0)
+    expected = TopKRouter(16, 6, 2, bias=True, selection_bias=True).state_dict()
+    router = TopKRouter(16, 6, 2, bias=True, selection_bias=True).to("meta").to_empty(device="cpu")
+    torch.manual_seed(0)
+    router.reset_parameters()
+    assert all(torch.equal(value, expected[name]) for name, value in router.state_dict().items())
+
+
 def test_the_selection_bias_chooses_and_does_not_weigh() -> None:
     router = TopKRouter(4, 6, 2, score="sigmoid", selection_bias=True)
     assert dict(router.named_parameters()).keys() == {"weight"}
@@ -121,6 +142,8 @@ def test_bad_options_are_told_when_it_is_made(arguments: tuple[int, int, int], o
 def test_bad_inputs() -> None:
     with pytest.raises(ValueError, match=r"TopKRouter: x: expected shape \(..., 6\), got \(4, 5\)"):
         TopKRouter(6, 5, 2)(torch.zeros(4, 5))
+    with pytest.raises(TypeError, match=r"TopKRouter: x: expected float32, .*, got torch\.int64"):
+        TopKRouter(6, 5, 2, float32_logits=True)(torch.zeros(4, 6, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
@@ -134,11 +157,27 @@ def test_bad_inputs() -> None:
             {**DEEPSEEK, **GROUPS, "model_type": "deepseek_v2", "topk_method": "noaux_tc", "routed_scaling_factor": 1.0},
             "from_config: deepseek_v2: topk_method: expected 'greedy' or 'group_limited_greedy', got 'noaux_tc'",
         ),
+        ({**DEEPSEEK_V2, "scoring_func": "sigmoid"}, "from_config: deepseek_v2: scoring_func: expected 'softmax', got 'sigmoid'"),
+        ({**DEEPSEEK_V3, "scoring_func": "softmax"}, "from_config: deepseek_v3: scoring_func: expected 'sigmoid', got 'softmax'"),
+        ({**DEEPSEEK_V3, "topk_method": "greedy"}, "from_config: deepseek_v3: topk_method: expected 'noaux_tc', got 'greedy'"),
+        ({**DEEPSEEK_V3, "n_group": None}, "from_config: deepseek_v3: the configuration lacks 'n_group'"),
+        ({**DEEPSEEK, "n_routed_experts": None}, "from_config: deepseek: the configuration lacks 'n_routed_experts'"),
     ],
 )
 def test_configurations_that_are_not_known(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TopKRouter.from_config(config)
+
+
+def test_fields_that_are_none_count_as_missing() -> None:
+    expected = TopKRouter.from_config(DEEPSEEK_V2).options
+    without: dict[str, Any] = {"n_group": None, "topk_group": None, "scoring_func": None}
+    for config in ({**DEEPSEEK_V2, **without}, SimpleNamespace(**{**DEEPSEEK_V2, **without})):
+        assert TopKRouter.from_config(config).options == expected
+    assert (
+        TopKRouter.from_config({**DEEPSEEK_V3, "n_routed_experts": 12, "scoring_func": None, "topk_method": None}).options.score
+        == "sigmoid"
+    )
 
 
 def test_state_dicts_have_the_names_of_the_models_own_routers() -> None:

@@ -44,6 +44,11 @@ def is_changed(module: nn.Module, make: MakeMembers) -> bool:
     return type(module).__dict__.get(_MADE_BY) is make
 
 
+def is_changed_below(module: nn.Module, make: MakeMembers) -> bool:
+    """Whether a change of the module's class by ``make`` lies under another one since, as by a parametrisation or fully_shard."""
+    return not is_changed(module, make) and any(base.__dict__.get(_MADE_BY) is make for base in type(module).__mro__)
+
+
 def restore_class(module: nn.Module, make: MakeMembers) -> None:
     """Undo :func:`change_class`.
 

@@ -18,6 +18,15 @@ from taskloom.reference.arithmetic import autocast_dtype
 
 Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+# Blocks of transformers (5) that compute what this layer does. Others with the same parts may scale, clamp, norm or add something more.
+BLOCKS = (
+    "DeepseekV2Moe",
+    "DeepseekV3MoE",
+    "MixtralSparseMoeBlock",
+    "OlmoeSparseMoeBlock",
+    "Qwen2MoeSparseMoeBlock",
+    "Qwen3MoeSparseMoeBlock",
+)
 
 
 def _activation_of(activation: str | Activation) -> Activation:
@@ -44,6 +53,11 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = nn.Linear(dim, 2 * hidden, bias=False, device=device, dtype=dtype)
         self.down_proj = nn.Linear(hidden, dim, bias=False, device=device, dtype=dtype)
         self.activation = _activation_of(activation)
+
+    def reset_parameters(self) -> None:
+        """Draw both layers anew."""
+        self.gate_up_proj.reset_parameters()
+        self.down_proj.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., dim]`` to the same."""
@@ -81,6 +95,8 @@ class ExpertMLP(nn.Module):
 
     Raises
     ------
+    TypeError
+        If ``shared`` is neither a size nor a module.
     ValueError
         If a size is below 1, k is above E, or there is no such activation.
 
@@ -92,7 +108,8 @@ class ExpertMLP(nn.Module):
     Tokens are gathered once in the order of their experts (:func:`taskloom.expert_sort`), multiplied run by run where they lie, and added
     up by :func:`taskloom.expert_combine`. The products are torch's grouped ones where these serve the device and dtype: then the host does
     not wait for a GPU. Else, as for float64, sizes that are no multiple of 16 bytes, or in compiled code dtypes other than bfloat16, they
-    are one product per expert.
+    are one product per expert. Differentiable once, and in forward mode and under torch.func's grad; twice with
+    ``taskloom.backend("reference")``.
     """
 
     def __init__(
@@ -117,6 +134,7 @@ class ExpertMLP(nn.Module):
             raise ValueError(f"ExpertMLP: k: expected at most {num_experts}, the number of experts, got {k}")
         if shared_gate is not None and shared is None:
             raise ValueError("ExpertMLP: shared_gate: expected None where nothing is shared, got a module")
+        _check_shared(shared)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.hidden, self.num_experts, self.k = dim, hidden, num_experts, k
         self.activation = _activation_of(activation)
@@ -135,22 +153,26 @@ class ExpertMLP(nn.Module):
 
     @classmethod
     def from_transformers(cls, block: nn.Module) -> ExpertMLP:
-        """The same layer as a sparse block of a transformers (5) model: Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek and their like.
+        """The same layer as a sparse block of a transformers (5) model: Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2 or -V3.
 
         Parameters
         ----------
         block
-            A module with ``experts``, which have ``gate_up_proj`` ``[E, 2 * hidden, dim]``, ``down_proj`` and ``act_fn``, and a router
-            named ``gate``; perhaps ``shared_expert`` or ``shared_experts`` and ``shared_expert_gate``. Parameters and modules are shared
-            with it, not copied.
+            A module of a class that has one of the names in :data:`BLOCKS`: with ``experts``, which have ``gate_up_proj``
+            ``[E, 2 * hidden, dim]``, ``down_proj`` and ``act_fn``, and a router named ``gate``, which may be a :class:`TopKRouter`;
+            perhaps with ``shared_expert`` or ``shared_experts`` and ``shared_expert_gate``. Parameters and modules are shared with it,
+            not copied.
 
         Raises
         ------
         ValueError
-            If the block has not these parts, or its experts have more: biases, transposed or interleaved matrices, noise on their input.
+            If the block is of another class, has not these parts, or its experts have more: biases, transposed or interleaved matrices,
+            noise on their input.
         """
         experts, router = getattr(block, "experts", None), getattr(block, "gate", None)
         kind = type(block).__name__
+        if kind not in BLOCKS:
+            raise ValueError(f"ExpertMLP: block: expected one of {', '.join(BLOCKS)}, got {kind}")
         gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
         if not (isinstance(router, nn.Module) and isinstance(gate_up, nn.Parameter) and isinstance(down, nn.Parameter)):
             raise ValueError(
@@ -184,6 +206,10 @@ class ExpertMLP(nn.Module):
         if weight is None or ids is None:
             routed = self.router(tokens)
             weight, ids = (routed.weight, routed.ids) if isinstance(routed, TopKGate) else routed[-2:]
+        if ids.dim() == 0 or weight.shape != ids.shape:
+            raise ValueError(
+                f"ExpertMLP: weight, ids: expected the same shape [..., k] of both, got {tuple(weight.shape)} and {tuple(ids.shape)}"
+            )
         chosen = ids.reshape(-1, ids.shape[-1])
         if len(chosen) != len(tokens):
             raise ValueError(f"ExpertMLP: ids: expected a row for each of {len(tokens)} tokens, got {tuple(ids.shape)}")
@@ -210,6 +236,15 @@ class ExpertMLP(nn.Module):
         return f"dim={self.dim}, hidden={self.hidden}, num_experts={self.num_experts}, k={self.k}"
 
 
+def _check_shared(shared: Any) -> None:
+    if shared is None or isinstance(shared, nn.Module):
+        return
+    if isinstance(shared, bool) or not isinstance(shared, int):
+        raise TypeError(f"ExpertMLP: shared: expected a hidden size, a module or None, got {shared!r}")
+    if shared < 1:
+        raise ValueError(f"ExpertMLP: shared: expected a hidden size of at least 1, got {shared}")
+
+
 def _check_experts(kind: str, block: nn.Module, experts: Any, gate_up: Tensor, down: Tensor) -> None:
     """Raise ValueError where experts compute something else than this module would."""
     count, dim, hidden = down.shape
@@ -230,6 +265,8 @@ def _check_experts(kind: str, block: nn.Module, experts: Any, gate_up: Tensor, d
 
 def _chosen_per_token(kind: str, router: nn.Module, block: nn.Module) -> int:
     """Experts per token by the names that routers and blocks give it."""
+    if isinstance(router, TopKRouter):
+        return router.options.k
     for module in (router, block):
         for name in ("top_k", "k", "num_experts_per_tok"):
             found = getattr(module, name, None)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from taskloom.ops import expert_combine
+from taskloom.ops._backends import active_transform, requested_backend
 
 # torch's grouped product reads rows by vectors of 16 bytes.
 _ROW_BYTES = 16
@@ -50,6 +51,11 @@ class _RunProducts(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, ends = ctx.saved_tensors
         for_x, for_weight = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():
+            # The gradients may be differentiated again, which torch does not do for out=.
+            runs = _runs(ends)
+            dx = _plain_products(gradient, weight.transpose(1, 2), runs) if for_x else None
+            return dx, _plain_outer_products(gradient, x, len(weight), runs) if for_weight else None, None
         dx = torch.empty_like(x) if for_x else None
         dweight = torch.zeros_like(weight) if for_weight else None
         for expert, run in _runs(ends):
@@ -62,8 +68,20 @@ class _RunProducts(torch.autograd.Function):
 
 def _runs(ends: Tensor) -> list[tuple[int, slice]]:
     """The experts that have rows, and which."""
-    stops = ends.tolist()
+    # Tensors of torch.func's transforms have numbers, but no memory that tolist could read.
+    stops = ends.tolist() if active_transform() is None else [int(end) for end in ends]
     return [(expert, slice(begin, end)) for expert, (begin, end) in enumerate(zip([0, *stops], stops, strict=False)) if end > begin]
+
+
+def _plain_products(x: Tensor, weight: Tensor, runs: list[tuple[int, slice]]) -> Tensor:
+    """The products of the runs one after another, which torch differentiates as often as one likes and in either mode."""
+    return torch.cat([x.new_empty(0, weight.shape[1]), *(x[run] @ weight[expert].t() for expert, run in runs)])
+
+
+def _plain_outer_products(gradient: Tensor, x: Tensor, experts: int, runs: list[tuple[int, slice]]) -> Tensor:
+    """The gradient of the experts' matrices, likewise; zero for those without rows."""
+    by_expert = dict(runs)
+    return torch.stack([gradient[run].t() @ x[run] for run in (by_expert.get(expert, slice(0, 0)) for expert in range(experts))])
 
 
 def takes_grouped_product(x: Tensor, weight: Tensor) -> bool:
@@ -81,6 +99,8 @@ def takes_grouped_product(x: Tensor, weight: Tensor) -> bool:
 
 def gather_rows(x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     """Rows ``rows`` of x ``[T, D]`` in expert order; ``inverse`` ``[T, k]`` says where each token's are."""
+    if active_transform() is not None or requested_backend() == "reference":
+        return x.index_select(0, rows)
     gathered: Tensor = _GatheredRows.apply(x, rows, inverse)  # type: ignore[no-untyped-call]
     return gathered
 
@@ -88,6 +108,9 @@ def gather_rows(x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
 def expert_products(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """``x[i] weight[e]^T`` for rows i of expert e: x ``[N, D]`` in expert order, weight ``[E, O, D]``, offsets ``[E + 1]`` int32."""
     ends = offsets[1:]
+    if active_transform() is not None:
+        # Tensors of a transform have no memory that one could look at, and the function below no rules for all of them.
+        return _plain_products(x, weight, _runs(ends))
     if takes_grouped_product(x, weight):
         return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     products: Tensor = _RunProducts.apply(x, weight, ends)  # type: ignore[no-untyped-call]

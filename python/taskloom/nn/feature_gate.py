@@ -8,15 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from taskloom.ops import lora_feature_gate
+from taskloom.ops._checks import check_floating
 
 
 def _shares(logits: Tensor) -> Tensor:
-    """The softmax, whose last share is what the others leave of 1: added up in order they make exactly 1."""
-    shares = torch.softmax(logits.float() if logits.dtype != torch.float64 else logits, -1)
-    rest = torch.zeros_like(shares[..., 0])
-    for place in range(shares.shape[-1] - 1):
-        rest = rest + shares[..., place]
-    return torch.cat([shares[..., :-1], (1 - rest)[..., None]], -1)
+    """The softmax; each share is at most, and the last exactly, what those before it leave of 1: added up in order they make exactly 1."""
+    *first, last = torch.softmax(logits.float() if logits.dtype != torch.float64 else logits, -1).unbind(-1)
+    total = torch.zeros_like(last)
+    shares = []
+    for share in first:
+        # Rounded shares may come to more than 1, and the last one would be negative.
+        shares.append(torch.minimum(share, 1 - total))
+        total = total + shares[-1]
+    return torch.stack([*shares, 1 - total], -1)
 
 
 class FeatureGate(nn.Module):
@@ -68,7 +72,8 @@ class FeatureGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The gated features of x ``[..., D]``, in its shape and dtype."""
-        if x.shape[-1] != self.dim:
+        check_floating("FeatureGate", "x", x)
+        if x.shape[-1:] != (self.dim,):
             raise ValueError(f"FeatureGate: x: expected {self.dim} features, got shape {tuple(x.shape)}")
         rows = x.reshape(-1, self.dim)
         return lora_feature_gate(rows, self.down, self.up, _shares(self.mix(rows))).reshape(x.shape)

@@ -11,6 +11,13 @@ from torch.nn.functional import linear
 
 from taskloom.nn.router_presets import GateOptions, router_preset
 from taskloom.ops import TopKGate
+from taskloom.ops._checks import check_floating
+from taskloom.reference.arithmetic import without_autocast
+
+
+@without_autocast
+def _float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 
 class TopKRouter(nn.Module):
@@ -26,7 +33,7 @@ class TopKRouter(nn.Module):
         Whether there is a buffer ``[E]``, zero at first, that is added to the scores for the choice alone, as DeepSeek-V3's; it takes no
         gradient. Default False.
     float32_logits
-        Whether the product with the weight is made in float32 whatever the dtypes, as DeepSeek's. Default False.
+        Whether the product with the weight is made in float32 whatever the dtypes, under autocast too, as DeepSeek's. Default False.
     score, n_group, topk_group, group_score, group_mask, renormalize, scale, eps, temperature, ids_dtype
         As of :func:`taskloom.topk_gate`.
     device, dtype
@@ -42,7 +49,8 @@ class TopKRouter(nn.Module):
     weight
         ``[E, D]``.
     bias, e_score_correction_bias
-        ``[E]`` or None: the two biases, with the names that checkpoints have.
+        ``[E]`` or None: the two biases, with the names that checkpoints have. The second is made in float32; ``.to(torch.bfloat16)``
+        of a module rounds it, as all its buffers.
     options
         What the gate is called with; it may be replaced.
     """
@@ -92,11 +100,20 @@ class TopKRouter(nn.Module):
         self.dim, self.num_experts, self.float32_logits, self.ids_dtype = dim, num_experts, float32_logits, ids_dtype
         # The op's own checks of the options, before anything is routed.
         self.options.gate(torch.empty(0, num_experts), ids_dtype=ids_dtype)
-        bound = 1 / math.sqrt(dim)
-        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(num_experts, device=device, dtype=dtype)) if bias else None
-        choice = torch.zeros(num_experts, device=device, dtype=torch.float32) if selection_bias else None
+        self.weight = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype)) if bias else None
+        choice = torch.empty(num_experts, device=device, dtype=torch.float32) if selection_bias else None
         self.register_buffer("e_score_correction_bias", choice)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight as nn.Linear does, uniform within 1 / sqrt(inputs), and set both biases to 0."""
+        bound = 1 / math.sqrt(self.dim)
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if self.e_score_correction_bias is not None:
+            self.e_score_correction_bias.zero_()
 
     @classmethod
     def from_config(cls, hf_config: Any, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
@@ -119,7 +136,7 @@ class TopKRouter(nn.Module):
         Raises
         ------
         ValueError
-            If the configuration is of another model, lacks a field, or asks for another gate.
+            If the configuration is of another model, lacks a field or has None there, or asks for another gate.
 
         Notes
         -----
@@ -142,7 +159,7 @@ class TopKRouter(nn.Module):
         """The logits ``[..., E]`` of tokens ``[..., D]``, in the dtype of the product."""
         if not self.float32_logits:
             return linear(x, self.weight, self.bias)
-        return linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+        return _float32_linear(x, self.weight, self.bias)
 
     def forward(self, x: Tensor, statistics: bool = False) -> TopKGate:
         """Route tokens.
@@ -159,6 +176,7 @@ class TopKRouter(nn.Module):
         TopKGate
             weight ``[..., k]`` and ids ``[..., k]``, best first; counts, prob_sum and lse, or None.
         """
+        check_floating("TopKRouter", "x", x)
         if x.shape[-1:] != (self.dim,):
             raise ValueError(f"TopKRouter: x: expected shape (..., {self.dim}), got {tuple(x.shape)}")
         return self.gate(self.logits(x), statistics)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from taskloom.nn.change_class import change_class, is_changed, restore_class
+from taskloom.nn.change_class import change_class, is_changed, is_changed_below, restore_class
 from taskloom.nn.router import TopKRouter
 from taskloom.nn.router_presets import GateOptions, deepseek_v2_options, deepseek_v3_options
 
@@ -109,7 +109,7 @@ def _members(base: Any) -> dict[str, Any]:
 def _check_same(path: str, router: Any) -> None:
     """Raise where a router of a known name does not compute what is known of that name."""
     patched: Callable[..., tuple[Tensor, Tensor, Tensor]] = _members(type(router))["forward"]
-    drawn = torch.randn(_PROBE_ROWS, router.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(_PROBE_ROWS, router.weight.shape[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     rows = drawn.to(device=router.weight.device, dtype=router.weight.dtype)
     name = f"patch_routers: {path}: this version of transformers' {type(router).__name__}"
     with torch.no_grad():
@@ -147,18 +147,34 @@ class RouterPatch:
         self.paths = tuple(routers)
 
     def remove(self) -> None:
-        """Give the routers back their own forward; a second time does nothing."""
+        """Give the routers back their own forward; a second time does nothing.
+
+        Raises
+        ------
+        ValueError
+            If the class of routers was changed again since, as torch's parametrisations and fully_shard do. These stay patched, and all
+            others are given back: undo the later change and call :func:`unpatch_routers`.
+        """
+        stuck = [f"{path} ({type(router).__name__})" for path, router in self._routers.items() if is_changed_below(router, _members)]
         for router in self._routers.values():
-            restore_class(router, _members)
+            if is_changed(router, _members):
+                restore_class(router, _members)
         self._routers.clear()
+        if stuck:
+            raise ValueError(f"RouterPatch: the class of {', '.join(stuck)} was changed again since; undo that, then call unpatch_routers")
 
     def __enter__(self) -> Self:
         """Nothing: the routers are patched already."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Remove the patch."""
-        self.remove()
+        """Remove the patch; where an exception is passing, it has a note of routers that stay patched."""
+        try:
+            self.remove()
+        except ValueError as stuck:
+            if error is None:
+                raise
+            error.add_note(str(stuck))
 
 
 def patch_routers(model: nn.Module) -> RouterPatch:
@@ -181,7 +197,8 @@ def patch_routers(model: nn.Module) -> RouterPatch:
     ------
     ValueError
         If the model has no router, has one of another class, or one is patched already. If a router of a known class does not compute
-        here what is known of it: every router is compared with its patch on a few rows first. Nothing is changed then.
+        here what is known of it: every router is compared with its patch on a few rows first, so that one on the meta device is refused.
+        Nothing is changed then.
 
     Notes
     -----
@@ -200,6 +217,8 @@ def patch_routers(model: nn.Module) -> RouterPatch:
             raise ValueError(f"patch_routers: {path}: expected a router of {', '.join(FAMILIES)}, got {name}")
         if "forward" in vars(router):
             raise ValueError(f"patch_routers: {path}: its forward was replaced by something else, which a patch would not call")
+        if router.weight.is_meta:
+            raise ValueError(f"patch_routers: {path}: expected a router with values, to compare its patch with, got one on the meta device")
         _check_same(path, router)
     for router in routers.values():
         change_class(router, _members)
@@ -213,7 +232,13 @@ def unpatch_routers(model: nn.Module) -> list[str]:
     -------
     list of str
         The paths of the routers that were patched.
+
+    Raises
+    ------
+    ValueError
+        As :meth:`RouterPatch.remove`.
     """
-    patched = {path: module for path, module in model.named_modules() if is_changed(module, _members)}
+    modules = dict(model.named_modules())
+    patched = {path: one for path, one in modules.items() if is_changed(one, _members) or is_changed_below(one, _members)}
     RouterPatch(patched).remove()
     return list(patched)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -95,40 +94,62 @@ def deepseek_v3_options(k: int, n_group: int, topk_group: int, renormalize: bool
     )
 
 
-def _softmax(config: Any) -> RouterPreset:
+class _Fields:
+    """The fields of a configuration, an object or a mapping; those that are None count as missing."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        found = self._config.get(name) if isinstance(self._config, Mapping) else getattr(self._config, name, None)
+        if found is None:
+            raise AttributeError(name=name, obj=self)
+        return found
+
+
+def _check_if_given(config: _Fields, name: str, expected: str) -> None:
+    """Raise ValueError where a field that old configurations lack asks for another gate."""
+    found = getattr(config, name, expected)
+    if found != expected:
+        raise ValueError(f"{name}: expected {expected!r}, got {found!r}")
+
+
+def _softmax(config: _Fields) -> RouterPreset:
     """OLMoE, Qwen2-MoE and Qwen3-MoE."""
     options = GateOptions(k=config.num_experts_per_tok, renormalize=bool(config.norm_topk_prob))
     return RouterPreset(dim=config.hidden_size, num_experts=config.num_experts, options=options)
 
 
-def _mixtral(config: Any) -> RouterPreset:
+def _mixtral(config: _Fields) -> RouterPreset:
     options = GateOptions(k=config.num_experts_per_tok, renormalize=True)
     return RouterPreset(dim=config.hidden_size, num_experts=config.num_local_experts, options=options)
 
 
-def _gpt_oss(config: Any) -> RouterPreset:
+def _gpt_oss(config: _Fields) -> RouterPreset:
     options = GateOptions(k=config.num_experts_per_tok, renormalize=True)
     return RouterPreset(dim=config.hidden_size, num_experts=config.num_local_experts, options=options, bias=True)
 
 
-def _deepseek(config: Any) -> RouterPreset:
-    score = getattr(config, "scoring_func", "softmax")
-    if score != "softmax":
-        raise ValueError(f"scoring_func: expected 'softmax', got {score!r}")
+def _deepseek(config: _Fields) -> RouterPreset:
+    _check_if_given(config, "scoring_func", "softmax")
     k = config.num_experts_per_tok
     # The checkpoints' code normalises only where there is more than one expert.
     options = GateOptions(k=k, renormalize=bool(config.norm_topk_prob) and k > 1, eps=DEEPSEEK_EPS)
     return RouterPreset(dim=config.hidden_size, num_experts=config.n_routed_experts, options=options)
 
 
-def _deepseek_v2(config: Any) -> RouterPreset:
-    options = deepseek_v2_options(
-        config.num_experts_per_tok, config.topk_method, config.n_group, config.topk_group, config.routed_scaling_factor
-    )
+def _deepseek_v2(config: _Fields) -> RouterPreset:
+    _check_if_given(config, "scoring_func", "softmax")
+    method = config.topk_method
+    # Greedy checkpoints have no groups.
+    n_group, topk_group = (config.n_group, config.topk_group) if method == "group_limited_greedy" else (1, 1)
+    options = deepseek_v2_options(config.num_experts_per_tok, method, n_group, topk_group, config.routed_scaling_factor)
     return RouterPreset(dim=config.hidden_size, num_experts=config.n_routed_experts, options=options, float32_logits=True)
 
 
-def _deepseek_v3(config: Any) -> RouterPreset:
+def _deepseek_v3(config: _Fields) -> RouterPreset:
+    _check_if_given(config, "scoring_func", "sigmoid")
+    _check_if_given(config, "topk_method", "noaux_tc")
     options = deepseek_v3_options(
         config.num_experts_per_tok, config.n_group, config.topk_group, bool(config.norm_topk_prob), config.routed_scaling_factor
     )
@@ -137,7 +158,7 @@ def _deepseek_v3(config: Any) -> RouterPreset:
     )
 
 
-PRESETS: Mapping[str, Callable[[Any], RouterPreset]] = {
+PRESETS: Mapping[str, Callable[[_Fields], RouterPreset]] = {
     "deepseek": _deepseek,
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,
@@ -149,15 +170,16 @@ PRESETS: Mapping[str, Callable[[Any], RouterPreset]] = {
 }
 
 
-def router_preset(config: Any) -> RouterPreset:
+def router_preset(config: _Fields) -> RouterPreset:
     """The router of a model's configuration: an object with its fields, such as transformers makes, or a mapping (a ``config.json``).
 
     Raises
     ------
     ValueError
-        If ``model_type`` is not one of the presets', a field is missing, or the configuration asks for another gate than the preset's.
+        If ``model_type`` is not one of the presets', a field is missing or None, or the configuration asks for another gate than
+        the preset's.
     """
-    fields = SimpleNamespace(**config) if isinstance(config, Mapping) else config
+    fields = _Fields(config)
     model_type = getattr(fields, "model_type", None)
     if not isinstance(model_type, str) or model_type not in PRESETS:
         raise ValueError(f"from_config: model_type: expected one of {', '.join(PRESETS)}, got {model_type!r}")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taskloom.ops import batch_norm_silu
+from taskloom.ops._checks import check_floating
 
 ACTIVATIONS = ("silu", "relu", None)
 NORMS = ("batch", "layer", None)
@@ -24,6 +25,10 @@ def _check_activation(op: str, activation: str | None) -> None:
 
 def _activated(x: Tensor, activation: str | None) -> Tensor:
     return x if activation is None else F.silu(x) if activation == "silu" else torch.relu(x)
+
+
+def _requires_grad(norm: nn.BatchNorm1d) -> tuple[bool, bool]:
+    return norm.weight.requires_grad, norm.bias.requires_grad
 
 
 class StackedBatchNormSiLU(nn.Module):
@@ -68,11 +73,24 @@ class StackedBatchNormSiLU(nn.Module):
         _check_activation("StackedBatchNormSiLU", activation)
         self.num_experts, self.width, self.eps, self.momentum, self.activation = num_experts, width, eps, momentum, activation
         like: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.ones(num_experts, width, **like))
-        self.bias = nn.Parameter(torch.zeros(num_experts, width, **like))
-        self.register_buffer("running_mean", torch.zeros(num_experts, width, **like))
-        self.register_buffer("running_var", torch.ones(num_experts, width, **like))
-        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
+        self.weight = nn.Parameter(torch.empty(num_experts, width, **like))
+        self.bias = nn.Parameter(torch.empty(num_experts, width, **like))
+        self.register_buffer("running_mean", torch.empty(num_experts, width, **like))
+        self.register_buffer("running_var", torch.empty(num_experts, width, **like))
+        self.register_buffer("num_batches_tracked", torch.empty((), dtype=torch.long, device=device))
+        self.reset_parameters()
+
+    def reset_running_stats(self) -> None:
+        """Set the running mean to 0, the running variance to 1, and the batches to none."""
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
+
+    def reset_parameters(self) -> None:
+        """Set the factors to 1 and the addends to 0, and reset the running statistics."""
+        self.reset_running_stats()
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
 
     @classmethod
     def from_norms(cls, norms: Sequence[nn.BatchNorm1d], activation: str | None = "silu") -> StackedBatchNormSiLU:
@@ -81,7 +99,8 @@ class StackedBatchNormSiLU(nn.Module):
         Raises
         ------
         ValueError
-            If there are none, or they differ in width, eps or momentum, or lack parameters or statistics.
+            If there are none, or they differ in width, eps, momentum or what requires a gradient, or lack parameters or statistics; or if
+            their momentum is None, which weighs batches by their number, and they have seen different numbers of batches.
         """
         if not norms:
             raise ValueError("StackedBatchNormSiLU: norms: expected at least one, got none")
@@ -94,11 +113,23 @@ class StackedBatchNormSiLU(nn.Module):
                 )
             if norm.weight is None or norm.running_mean is None:
                 raise ValueError(f"StackedBatchNormSiLU: norms[{place}]: expected affine=True and track_running_stats=True")
+            if _requires_grad(norm) != _requires_grad(first):
+                raise ValueError(
+                    f"StackedBatchNormSiLU: norms[{place}]: expected requires_grad of weight and bias {_requires_grad(first)} as "
+                    f"norms[0], got {_requires_grad(norm)}"
+                )
+            if norm.momentum is None and norm.num_batches_tracked != first.num_batches_tracked:
+                raise ValueError(
+                    f"StackedBatchNormSiLU: norms[{place}]: expected num_batches_tracked {first.num_batches_tracked} as norms[0], where "
+                    f"momentum is None, got {norm.num_batches_tracked}"
+                )
         settings: dict[str, Any] = {"eps": first.eps, "momentum": first.momentum, "activation": activation}
         made = cls(len(norms), first.num_features, device=first.weight.device, dtype=first.weight.dtype, **settings)
         states = [norm.state_dict() for norm in norms]
         stacked = {name: torch.stack([state[name] for state in states]) for name in states[0] if name != "num_batches_tracked"}
         made.load_state_dict(stacked | {"num_batches_tracked": states[0]["num_batches_tracked"]})
+        made.weight.requires_grad_(first.weight.requires_grad)
+        made.bias.requires_grad_(first.bias.requires_grad)
         return made.train(first.training)
 
     def norms(self) -> list[nn.BatchNorm1d]:
@@ -108,6 +139,8 @@ class StackedBatchNormSiLU(nn.Module):
             norm = nn.BatchNorm1d(self.width, self.eps, self.momentum, device=self.weight.device, dtype=self.weight.dtype)
             state = self.state_dict()
             norm.load_state_dict({name: value if value.dim() == 0 else value[expert] for name, value in state.items()})
+            norm.weight.requires_grad_(self.weight.requires_grad)
+            norm.bias.requires_grad_(self.bias.requires_grad)
             found.append(norm.train(self.training))
         return found
 
@@ -144,8 +177,14 @@ class _StackedLayerNorm(nn.Module):
     def __init__(self, num_experts: int, width: int, activation: str | None, like: dict[str, Any]) -> None:
         super().__init__()
         self.activation = activation
-        self.weight = nn.Parameter(torch.ones(num_experts, width, **like))
-        self.bias = nn.Parameter(torch.zeros(num_experts, width, **like))
+        self.weight = nn.Parameter(torch.empty(num_experts, width, **like))
+        self.bias = nn.Parameter(torch.empty(num_experts, width, **like))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the factors to 1 and the addends to 0."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def forward(self, z: Tensor) -> Tensor:
         return _activated(torch.addcmul(self.bias, F.layer_norm(z, z.shape[-1:]), self.weight), self.activation)
@@ -158,7 +197,11 @@ class _StackedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, **like))
         self.bias = nn.Parameter(torch.empty(num_experts, out_features, **like)) if bias else None
-        bound = 1 / math.sqrt(in_features)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw both as nn.Linear does: uniform within 1 / sqrt(inputs)."""
+        bound = 1 / math.sqrt(self.weight.shape[2])
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
@@ -226,7 +269,7 @@ class StackedExperts(nn.Module):
         if min(num_experts, *widths) < 1:
             raise ValueError(f"StackedExperts: expected at least one expert and widths of at least 1, got {num_experts} and {widths}")
         like: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_experts, self.activation = num_experts, activation
+        self.num_experts, self.in_features, self.activation = num_experts, in_features, activation
         self.layers = nn.ModuleList(_StackedLinear(num_experts, a, b, bias, like) for a, b in pairwise(widths))
         self.norm: nn.Module | None = None
         if norm == "batch":
@@ -234,10 +277,18 @@ class StackedExperts(nn.Module):
         elif norm == "layer":
             self.norm = _StackedLayerNorm(num_experts, out_features, activation, like)
 
+    def reset_parameters(self) -> None:
+        """Draw the layers anew, and reset the norm."""
+        for module in (*self.layers, self.norm):
+            if module is not None:
+                module.reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         """Each expert's output, ``[B, E, out]``, of an input for all, ``[B, in]``, or one for each, ``[B, E, in]``."""
-        if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[1] != self.num_experts):
-            raise ValueError(f"StackedExperts: x: expected shape [B, in] or [B, {self.num_experts}, in], got {tuple(x.shape)}")
+        check_floating("StackedExperts", "x", x)
+        experts, width = self.num_experts, self.in_features
+        if tuple(x.shape[1:]) not in ((width,), (experts, width)):
+            raise ValueError(f"StackedExperts: x: expected shape [B, {width}] or [B, {experts}, {width}], got {tuple(x.shape)}")
         for place, layer in enumerate(self.layers):
             x = layer(x if place == 0 else _activated(x, self.activation))
         found: Tensor = _activated(x, self.activation) if self.norm is None else self.norm(x)
