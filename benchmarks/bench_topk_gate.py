@@ -67,7 +67,7 @@ def _transformers(experts: int, bias: Tensor | None) -> Router | None:
     with torch.no_grad():
         router.weight.copy_(torch.eye(experts))
         router.e_score_correction_bias.copy_(bias)
-    return lambda logits: router.to(logits.dtype)(logits)[1:]
+    return lambda logits: router(logits)[1:]
 
 
 def forms(experts: int, bias: Tensor | None) -> dict[str, Router]:
