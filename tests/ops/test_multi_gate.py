@@ -240,3 +240,11 @@ LOGITS, Z = torch.zeros(2, 3, 5), torch.zeros(2, 5, 4)
 def test_errors(backend: str, changed: dict[str, Any], error: type[Exception], message: str) -> None:
     with taskloom.backend(backend), pytest.raises(error, match=f"multi_gate_combine: {message}"):
         taskloom.multi_gate_combine(**{"logits": LOGITS, "z": Z} | changed)
+
+
+def test_reference_compiled_with_a_mask(fresh_compiler: None) -> None:
+    logits, z, _ = inputs()
+    with taskloom.backend("reference"):
+        expected = taskloom.multi_gate_combine(logits, z, MASK)
+        for ours, theirs in zip(compiled(taskloom.multi_gate_combine)(logits, z, MASK), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)

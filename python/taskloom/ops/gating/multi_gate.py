@@ -47,8 +47,11 @@ def _check_gates(
 
 
 def check_masks(op: str, mask: Tensor | None, self_mask: Tensor | None) -> None:
-    """What kernels look at themselves, for the reference: every gate has an expert. A transform has no values to look at."""
-    if active_transform() is not None:
+    """What kernels look at themselves, for the reference: every gate has an expert.
+
+    Transforms and compiled code have no values to look at.
+    """
+    if torch.compiler.is_compiling() or active_transform() is not None:
         return
     for name, given in (("mask", mask), ("self_mask", self_mask)):
         if given is None:
