@@ -338,3 +338,13 @@ def test_backward_refuses_experts_that_are_not_there() -> None:
         ids[1, 2] = wrong
         with taskloom.backend("native"), pytest.raises(RuntimeError, match=f"ids: expected 0 to 23, got {wrong}"):
             topk_gate_backward(weights(3, 24), ids, gate.weight, gate.weight)
+
+
+@pytest.mark.parametrize("name", ["scale", "eps", "temperature", "group_mask"])
+def test_numbers_have_no_gradient(name: str) -> None:
+    number = torch.nn.Parameter(torch.tensor(0.5))
+    options: dict[str, Any] = {"n_group": 4, "topk_group": 2, name: number}
+    with pytest.raises(TypeError, match=f"topk_gate: {name}: expected a number, got a tensor that requires grad"):
+        taskloom.topk_gate(X, 4, **options)
+    with torch.no_grad():
+        assert_same_bits(taskloom.topk_gate(X, 4, **options).weight, taskloom.topk_gate(X, 4, **options | {name: 0.5}).weight)

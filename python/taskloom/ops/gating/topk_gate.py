@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from taskloom.ops._backends import kernel
-from taskloom.ops._checks import FLOATING, check_floating, check_shape
+from taskloom.ops._checks import FLOATING, check_floating, check_shape, plain_number
 from taskloom.ops._register import register
 from taskloom.reference import gating as reference
 from taskloom.reference.arithmetic import accumulation_dtype
@@ -162,6 +162,14 @@ def topk_gate(
     if not 1 <= k <= MOST_CHOSEN or k > experts:
         raise ValueError(f"{op}: k: expected 1 to {min(MOST_CHOSEN, experts)} of {experts} experts, got {k}")
     _check_score(op, score)
+    if type(scale) is not float:
+        scale = plain_number(op, "scale", scale)
+    if type(eps) is not float:
+        eps = plain_number(op, "eps", eps)
+    if type(temperature) is not float:
+        temperature = plain_number(op, "temperature", temperature)
+    if type(group_mask) is not float:
+        group_mask = plain_number(op, "group_mask", group_mask)
     given: tuple[Tensor, ...] = (logits,)
     if bias is not None:
         check_floating(op, "bias", bias)
