@@ -133,10 +133,20 @@ class GateSlopes {
   void add_sigmoid_sums() {
     read_row();
     const Acc total = sum_sigmoids(x_, n_, factor_, scores_);
+    if (total < least_sigmoid_sum<Acc>) return add_softmax_sums();
     const Lanes<Acc> inner = every_lane(products(sums_, scores_) / total), share = every_lane(factor_ / total), one = every_lane(Acc{1});
     over_lanes(gate_.experts, [&](int64_t place, auto count) __attribute__((always_inline)) {
       const Lanes<Acc> score = load_whole(scores_ + place);
       const Lanes<Acc> added = (load_whole(sums_ + place) - inner) * share * (score * (one - score));
+      store_some(to_ + place, count, load_some(to_ + place, count, Acc{0}) + added);
+    });
+  }
+
+  void add_softmax_sums() {
+    const Acc share = Acc{1} / sum_exponentials(x_, n_, factor_, largest_of_row(x_, n_) * factor_, scores_);
+    const Lanes<Acc> inner = every_lane(products(sums_, scores_) * share), shares = every_lane(share * factor_);
+    over_lanes(gate_.experts, [&](int64_t place, auto count) __attribute__((always_inline)) {
+      const Lanes<Acc> added = load_whole(scores_ + place) * shares * (load_whole(sums_ + place) - inner);
       store_some(to_ + place, count, load_some(to_ + place, count, Acc{0}) + added);
     });
   }

@@ -64,18 +64,21 @@ class WarpGate {
   template <class Sums>
   __device__ void add_statistics(const Sums& add) {
     Acc total = sum_;
-    if (gate_.sigmoid) {
+    bool sigmoid = gate_.sigmoid;
+    if (sigmoid) {
       total = 0;
       each_expert<per_lane>(gate_.experts, lane_,
                             [&](int i, int expert) { total = total + exact_sigmoid(row_.logit(i, expert) * factor_); });
       total = warp_sum(total);
+      sigmoid = !(total < least_sigmoid_sum<Acc>);
+      if (!sigmoid) total = sum_;
     }
     const Acc share = Acc{1} / total;
     bool nan = false;
     each_expert<per_lane>(gate_.experts, lane_, [&](int i, int expert) {
       const Acc x = row_.logit(i, expert);
       nan = nan || x != x;
-      add(i, expert, (gate_.sigmoid ? exact_sigmoid(x * factor_) : exact_exp(x * factor_ - center_)) * share);
+      add(i, expert, (sigmoid ? exact_sigmoid(x * factor_) : exact_exp(x * factor_ - center_)) * share);
     });
     nan = __any_sync(whole_warp, nan) != 0;
     const bool infinite = center_ - center_ != 0 && !nan;

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases_topk_gate import low_rows
 from compiled import compiled
 from contract import assert_same_bits
 from samples import weights
@@ -176,6 +177,21 @@ def test_statistics_add_up() -> None:
     plain = taskloom.topk_gate(weights(4099, 24), 3, score="sigmoid")
     assert plain.counts is plain.prob_sum is plain.lse is None
     assert_same_bits(plain.weight, gate.weight)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_shares_of_sigmoids_that_cannot_be_told_from_0(backend: str, dtype: torch.dtype) -> None:
+    logits = low_rows(5, 40, dtype=dtype).requires_grad_()
+    with taskloom.backend(backend):
+        prob_sum = taskloom.topk_gate(logits, 3, score="sigmoid", statistics=True).prob_sum
+        assert prob_sum is not None
+        slopes = weights(40, seed=1, dtype=dtype)
+        (ours,) = torch.autograd.grad(prob_sum, logits, slopes)
+    expected = taskloom.gate_probabilities(logits, score="sigmoid").sum(0)
+    (theirs,) = torch.autograd.grad(expected, logits, slopes)
+    torch.testing.assert_close(prob_sum, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"score": "sigmoid"}, {"renormalize": True}])

@@ -31,7 +31,7 @@ class TopKGate(NamedTuple):
         ``[E]``, int32: how often each expert was chosen.
     prob_sum
         ``[E]`` in the dtype of weight: the sum over rows of each expert's probability, which is its softmax, or its share of the row's
-        sigmoids.
+        sigmoids, in the limit also where these are too small to be told from 0.
     lse
         ``[...]`` in the dtype of weight: the log-sum-exp of each row's logits.
     """
