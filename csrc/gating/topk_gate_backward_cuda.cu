@@ -79,8 +79,8 @@ class WarpSlopes {
   }
 
   __device__ Acc renormalized_slope() const {
-    const Acc inner = warp_sum(weight_ * given_);
-    return weight_ * (given_ - (gate_.scale == 0 ? Acc{0} : inner / static_cast<Acc>(gate_.scale)));
+    const Acc inner = warp_sum(weight_ * given_), scale = static_cast<Acc>(gate_.scale);
+    return weight_ * (given_ - (scale == 0 ? Acc{0} : inner / scale));
   }
 
   __device__ Acc score_slope() const {

@@ -99,8 +99,9 @@ class GateSlopes {
   void renormalized_slopes(Acc* slopes) const {
     Acc inner = 0;
     for (int64_t slot = 0; slot < gate_.k; ++slot) inner = inner + weight(slot) * slope(slot);
-    // Where the scale is 0, so are the weights.
-    inner = gate_.scale == 0 ? Acc{0} : inner / static_cast<Acc>(gate_.scale);
+    // Where the scale is 0 in this arithmetic, so are the weights.
+    const Acc scale = static_cast<Acc>(gate_.scale);
+    inner = scale == 0 ? Acc{0} : inner / scale;
     for (int64_t slot = 0; slot < gate_.k; ++slot) slopes[slot] = weight(slot) * (slope(slot) - inner);
   }
 

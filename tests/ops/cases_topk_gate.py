@@ -82,6 +82,7 @@ def backward_cases() -> Iterator[Case]:
     yield _slopes(weights(3, 2050), 32, "wl", ids_dtype=torch.int64)
     yield _slopes(weights(1000, 3).t(), 10, "l", score="sigmoid")
     yield _slopes(weights(3, 1), 1, "wp", renormalize=True, scale=0.0)
+    yield _slopes(x, 4, renormalize=True, scale=1e-50)
     yield _slopes(with_specials(7, 40), 5, renormalize=True)
     for dtype in (F32, BF16, F64):
         yield _slopes(low_rows(5, 40, dtype=dtype), 3, "p", score="sigmoid", temperature=1.01)

@@ -280,6 +280,16 @@ def test_gradients(score: Any, renormalize: bool, eps: float) -> None:
         assert torch.autograd.gradgradcheck(found, logits, fast_mode=True)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_scale_that_is_0_in_float32_leaves_no_gradient(backend: str) -> None:
+    logits = weights(5, 33).requires_grad_()
+    with taskloom.backend(backend):
+        weight = taskloom.topk_gate(logits, 4, renormalize=True, scale=1e-50).weight
+        (slopes,) = torch.autograd.grad(weight.sum(), logits)
+    assert not weight.any()
+    assert not slopes.any()
+
+
 def test_only_inputs_and_results_are_kept_for_backward() -> None:
     logits = weights(64, 128).requires_grad_()
     kept: list[tuple[int, ...]] = []

@@ -146,7 +146,8 @@ def topk_gate_backward(
         FOR_LSE=dlse is not None,
         SIGMOID=score == "sigmoid",
         RENORMALIZE=renormalize,
-        SCALE=scale,
+        # As it is in the kernel's arithmetic, where it may be 0.
+        SCALE=torch.tensor(scale, dtype=weight.dtype).item(),
         EPS=eps,
         FACTOR=1 / temperature,
         WIDE=weight.dtype == torch.float64,

@@ -116,7 +116,9 @@ def _chosen_slopes(
 ) -> Tensor:
     """The gradient of z from that of the weights."""
     if score == "softmax" and renormalize and eps == 0:
-        inner = (weight * dweight).sum(1, keepdim=True) / (scale if scale != 0 else 1)
+        # Where the scale is 0 in this arithmetic, so are the weights.
+        factor = torch.full((), scale, dtype=weight.dtype, device=weight.device)
+        inner = (weight * dweight).sum(1, keepdim=True) / torch.where(factor == 0, 1, factor)
         return torch.zeros_like(z).scatter(1, ids, weight * (dweight - inner))
     scores = z.softmax(1) if score == "softmax" else z.sigmoid()
     chosen = scores.gather(1, ids)
