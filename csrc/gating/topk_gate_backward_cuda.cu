@@ -161,7 +161,10 @@ void run_slopes(const Tensor& where, const DeviceSlopes& gate) {
 Tensor topk_gate_backward_cuda(const Tensor& logits, const Tensor& ids, const Tensor& weight, OptionalTensor dweight,
                                OptionalTensor dprob_sum, OptionalTensor dlse, Text score, bool renormalize, double scale, double eps,
                                double temperature) {
-  check_on_device(logits);
+  for (const Tensor& one : {logits, ids, weight}) check_on_device(one);
+  for (const OptionalTensor& one : {dweight, dprob_sum, dlse}) {
+    if (one) check_on_device(*one);
+  }
   const GateSlopeTensors given(logits, ids, weight, dweight, dprob_sum, dlse);
   Tensor out = torch::stable::new_empty(logits, {given.shape.tokens, given.shape.experts}, logits.scalar_type());
   const bool sigmoid = is_sigmoid(score.value);

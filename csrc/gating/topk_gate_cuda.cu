@@ -371,6 +371,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate_cuda(const Tensor& 
                                                                   bool renormalize, double scale, double eps, double temperature,
                                                                   bool long_ids, bool statistics) {
   check_on_device(logits);
+  if (bias) check_on_device(*bias);
   const GateShape shape(logits, k);
   const int64_t tokens = shape.tokens, experts = shape.experts;
   check_groups(experts, k, n_group, topk_group, group_score.value);
