@@ -110,6 +110,7 @@ def test_compiled(fresh_compiler: None) -> None:
         ((torch.tensor(1), 4), ValueError, "ids: expected at least one dimension"),
         ((torch.zeros(3, 2).int(), 0), ValueError, "num_experts: expected at least 1, got 0"),
         ((torch.zeros(3, 2).int(), 2.5), TypeError, "num_experts: expected an integer, got float"),
+        ((torch.zeros(3, 2).int(), 2**31), ValueError, r"num_experts: expected fewer than 2\^31 - 1, got 2147483648"),
         ((torch.zeros(3, 2).int(), True), TypeError, "num_experts: expected an integer, got bool"),
     ],
 )

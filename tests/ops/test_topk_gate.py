@@ -336,6 +336,11 @@ X = torch.zeros(3, 24)
         ({"k": 0}, ValueError, "k: expected 1 to 24 of 24 experts, got 0"),
         ({"k": 25}, ValueError, "k: expected 1 to 24 of 24 experts, got 25"),
         ({"logits": torch.zeros(2, 64), "k": 33}, ValueError, "k: expected 1 to 32 of 64 experts, got 33"),
+        ({"k": 2.0}, TypeError, "k: expected an integer, got float"),
+        ({"k": "2"}, TypeError, "k: expected an integer, got str"),
+        ({"k": True}, TypeError, "k: expected an integer, got bool"),
+        ({"n_group": 4.0}, TypeError, "n_group: expected an integer, got float"),
+        ({"scale": "a"}, TypeError, "scale: expected a number, got 'a'"),
         ({"score": "tanh"}, ValueError, "score: expected 'softmax' or 'sigmoid', got 'tanh'"),
         ({"bias": X[:, 0]}, ValueError, r"bias: expected shape \(24,\) as the experts of logits, got \(3,\)"),
         ({"bias": X[0].int()}, TypeError, "bias: expected float32"),
@@ -374,3 +379,13 @@ def test_numbers_have_no_gradient(name: str) -> None:
         taskloom.topk_gate(X, 4, **options)
     with torch.no_grad():
         assert_same_bits(taskloom.topk_gate(X, 4, **options).weight, taskloom.topk_gate(X, 4, **options | {name: 0.5}).weight)
+
+
+def test_backward_refuses_lists() -> None:
+    from taskloom.ops.gating import topk_gate_backward
+
+    gate = taskloom.topk_gate(X, 4)
+    for name in ("logits", "ids", "weight", "dweight"):
+        given: dict[str, Any] = {"logits": X, "ids": gate.ids, "weight": gate.weight, "dweight": gate.weight} | {name: [1.0]}
+        with pytest.raises(TypeError, match=f"topk_gate_backward: {name}: expected .*, got list"):
+            topk_gate_backward(**given)

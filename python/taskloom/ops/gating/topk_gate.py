@@ -11,6 +11,7 @@ from torch import Tensor
 from taskloom.ops._backends import kernel
 from taskloom.ops._checks import FLOATING, check_floating, check_shape, plain_number
 from taskloom.ops._register import register
+from taskloom.ops.gating._indices import check_count, check_indices
 from taskloom.reference import gating as reference
 from taskloom.reference.arithmetic import accumulation_dtype
 
@@ -159,6 +160,9 @@ def topk_gate(
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"{op}: logits: expected shape [..., E] with at least one expert, got {tuple(logits.shape)}")
     experts = logits.shape[-1]
+    if not (type(k) is type(n_group) is type(topk_group) is int):
+        for name, number in (("k", k), ("n_group", n_group), ("topk_group", topk_group)):
+            check_count(op, name, number)
     if not 1 <= k <= MOST_CHOSEN or k > experts:
         raise ValueError(f"{op}: k: expected 1 to {min(MOST_CHOSEN, experts)} of {experts} experts, got {k}")
     _check_score(op, score)
@@ -248,16 +252,17 @@ def topk_gate_backward(
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"{op}: logits: expected shape [T, E] with at least one expert, got {tuple(logits.shape)}")
     tokens, experts = logits.shape
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: ids: expected int32 or int64, got {ids.dtype}")
+    check_indices(op, "ids", ids)
     if ids.dim() != 2 or len(ids) != tokens or not 1 <= ids.shape[1] <= min(MOST_CHOSEN, experts):
         raise ValueError(f"{op}: ids: expected shape [{tokens}, k] with k of 1 to {min(MOST_CHOSEN, experts)}, got {tuple(ids.shape)}")
+    check_floating(op, "weight", weight)
     if weight.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: weight: expected float32 or float64, got {weight.dtype}")
     check_shape(op, "weight", weight, ids.shape, "ids")
     given = [logits, ids, weight]
     for name, slopes, shape in (("dweight", dweight, ids.shape), ("dprob_sum", dprob_sum, (experts,)), ("dlse", dlse, (tokens,))):
         if slopes is not None:
+            check_floating(op, name, slopes)
             if slopes.dtype != weight.dtype:
                 raise TypeError(f"{op}: {name}: expected {weight.dtype} as weight, got {slopes.dtype}")
             check_shape(op, name, slopes, shape, "what the op found")
