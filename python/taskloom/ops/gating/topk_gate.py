@@ -137,7 +137,7 @@ def topk_gate(
     Raises
     ------
     TypeError
-        If a tensor or ``ids_dtype`` is of another dtype.
+        If a tensor or ``ids_dtype`` is of another dtype, or a number is none or a tensor that requires grad.
     ValueError
         If k, groups, scores, eps or temperature are out of range or shapes do not fit.
 
@@ -152,7 +152,8 @@ def topk_gate(
     sums over rows are added up in an order that depends on their number alone.
 
     Differentiable once with respect to logits, through weight, prob_sum and lse, by a kernel that computes the scores again; twice with
-    ``taskloom.backend("reference")``. Logits without influence get a gradient of exactly 0.
+    ``taskloom.backend("reference")``. Logits without influence get a gradient of exactly 0. scale, eps, temperature and group_mask are
+    numbers without gradient, and constants of a compiled graph and of a Triton kernel: another value compiles once more.
     """
     op = "topk_gate"
     if not (isinstance(logits, Tensor) and logits.dtype in FLOATING):
