@@ -11,6 +11,11 @@ namespace taskloom {
 // Experts that a row can choose at most.
 constexpr int64_t most_chosen = 32;
 
+// Where the sum of a row's sigmoids is below it, some are too small to be told from 0. Their shares are then the softmax of the row, which
+// they are but for rounding.
+template <class Acc>
+constexpr Acc least_sigmoid_sum = static_cast<Acc>(sizeof(Acc) == 8 ? 0x1p-960 : 0x1p-100);
+
 struct TopKGate {
   Elements logits;  // rows of `experts` neighbours, `row_stride` apart
   int64_t row_stride, experts;

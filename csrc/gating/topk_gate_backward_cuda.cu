@@ -34,10 +34,7 @@ class WarpSlopes {
 
   __device__ void run() {
     factor_ = static_cast<Acc>(gate_.factor);
-    if (dense_) {
-      center_ = row_.largest() * factor_;
-      share_ = Acc{1} / row_.sum_exponentials(factor_, center_);
-    }
+    if (dense_) find_softmax();
     read_chosen();
     Acc added = 0;
     if (gate_.for_weight != nullptr) added = gate_.softmax_of_chosen ? renormalized_slope() : score_slope();
@@ -46,7 +43,9 @@ class WarpSlopes {
     if (sums_ && !gate_.sigmoid) inner_ = inner_ + inner_product();
     if (sums_ && gate_.sigmoid) {
       sigmoids_ = sigmoid_sum();
-      sigmoid_inner_ = inner_product() / sigmoids_;
+      softmax_for_sigmoids_ = sigmoids_ < least_sigmoid_sum<Acc>;
+      if (softmax_for_sigmoids_) find_softmax();
+      sigmoid_inner_ = softmax_for_sigmoids_ ? inner_product() : inner_product() / sigmoids_;
     }
     const int64_t first = row_number_ * gate_.experts;
     each_expert<per_lane>(gate_.experts, lane_, [&](int i, int expert) {
@@ -61,6 +60,11 @@ class WarpSlopes {
   }
 
  private:
+  __device__ void find_softmax() {
+    center_ = row_.largest() * factor_;
+    share_ = Acc{1} / row_.sum_exponentials(factor_, center_);
+  }
+
   // Lane `slot` holds the expert of that rank, its weight and the weight's gradient; the others an expert that is none.
   __device__ void read_chosen() {
     chosen_ = -1;
@@ -75,8 +79,8 @@ class WarpSlopes {
   }
 
   __device__ Acc renormalized_slope() const {
-    const Acc inner = warp_sum(weight_ * given_);
-    return weight_ * (given_ - (gate_.scale == 0 ? Acc{0} : inner / static_cast<Acc>(gate_.scale)));
+    const Acc inner = warp_sum(weight_ * given_), scale = static_cast<Acc>(gate_.scale);
+    return weight_ * (given_ - (scale == 0 ? Acc{0} : inner / scale));
   }
 
   __device__ Acc score_slope() const {
@@ -102,7 +106,9 @@ class WarpSlopes {
   __device__ Acc slope(Acc x, int expert) const {
     const Acc d = sums_ ? static_cast<const Acc*>(gate_.for_prob_sum)[expert] : Acc{0};
     Acc found = dense_ ? probability(x) * ((gate_.sigmoid ? Acc{0} : d) - inner_) : Acc{0};
-    if (sums_ && gate_.sigmoid) {
+    if (softmax_for_sigmoids_) {
+      found = found + probability(x) * (d - sigmoid_inner_);
+    } else if (sums_ && gate_.sigmoid) {
       const Acc score = exact_sigmoid(x * factor_);
       found = found + (d - sigmoid_inner_) / sigmoids_ * (score * (Acc{1} - score));
     }
@@ -113,7 +119,7 @@ class WarpSlopes {
   __device__ Acc inner_product() const {
     Acc sum = 0;
     each_expert<per_lane>(gate_.experts, lane_, [&](int i, int expert) {
-      const Acc x = row_.logit(i, expert), share = gate_.sigmoid ? exact_sigmoid(x * factor_) : probability(x);
+      const Acc x = row_.logit(i, expert), share = gate_.sigmoid && !softmax_for_sigmoids_ ? exact_sigmoid(x * factor_) : probability(x);
       sum = sum + share * static_cast<const Acc*>(gate_.for_prob_sum)[expert];
     });
     return warp_sum(sum);
@@ -131,6 +137,7 @@ class WarpSlopes {
   const bool sums_, dense_weights_, dense_;  // dense: whether every logit has a gradient by the softmax over all
   const WarpRow<Acc, per_lane> row_;
   Acc factor_ = 1, center_ = 0, share_ = 0, inner_ = 0, sigmoids_ = 1, sigmoid_inner_ = 0;
+  bool softmax_for_sigmoids_ = false;
   int chosen_ = -1;
   Acc weight_ = 0, given_ = 0;
 };
@@ -154,7 +161,10 @@ void run_slopes(const Tensor& where, const DeviceSlopes& gate) {
 Tensor topk_gate_backward_cuda(const Tensor& logits, const Tensor& ids, const Tensor& weight, OptionalTensor dweight,
                                OptionalTensor dprob_sum, OptionalTensor dlse, Text score, bool renormalize, double scale, double eps,
                                double temperature) {
-  check_on_device(logits);
+  for (const Tensor& one : {logits, ids, weight}) check_on_device(one);
+  for (const OptionalTensor& one : {dweight, dprob_sum, dlse}) {
+    if (one) check_on_device(*one);
+  }
   const GateSlopeTensors given(logits, ids, weight, dweight, dprob_sum, dlse);
   Tensor out = torch::stable::new_empty(logits, {given.shape.tokens, given.shape.experts}, logits.scalar_type());
   const bool sigmoid = is_sigmoid(score.value);

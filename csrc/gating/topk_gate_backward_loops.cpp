@@ -99,8 +99,9 @@ class GateSlopes {
   void renormalized_slopes(Acc* slopes) const {
     Acc inner = 0;
     for (int64_t slot = 0; slot < gate_.k; ++slot) inner = inner + weight(slot) * slope(slot);
-    // Where the scale is 0, so are the weights.
-    inner = gate_.scale == 0 ? Acc{0} : inner / static_cast<Acc>(gate_.scale);
+    // Where the scale is 0 in this arithmetic, so are the weights.
+    const Acc scale = static_cast<Acc>(gate_.scale);
+    inner = scale == 0 ? Acc{0} : inner / scale;
     for (int64_t slot = 0; slot < gate_.k; ++slot) slopes[slot] = weight(slot) * (slope(slot) - inner);
   }
 
@@ -133,10 +134,20 @@ class GateSlopes {
   void add_sigmoid_sums() {
     read_row();
     const Acc total = sum_sigmoids(x_, n_, factor_, scores_);
+    if (total < least_sigmoid_sum<Acc>) return add_softmax_sums();
     const Lanes<Acc> inner = every_lane(products(sums_, scores_) / total), share = every_lane(factor_ / total), one = every_lane(Acc{1});
     over_lanes(gate_.experts, [&](int64_t place, auto count) __attribute__((always_inline)) {
       const Lanes<Acc> score = load_whole(scores_ + place);
       const Lanes<Acc> added = (load_whole(sums_ + place) - inner) * share * (score * (one - score));
+      store_some(to_ + place, count, load_some(to_ + place, count, Acc{0}) + added);
+    });
+  }
+
+  void add_softmax_sums() {
+    const Acc share = Acc{1} / sum_exponentials(x_, n_, factor_, largest_of_row(x_, n_) * factor_, scores_);
+    const Lanes<Acc> inner = every_lane(products(sums_, scores_) * share), shares = every_lane(share * factor_);
+    over_lanes(gate_.experts, [&](int64_t place, auto count) __attribute__((always_inline)) {
+      const Lanes<Acc> added = load_whole(scores_ + place) * shares * (load_whole(sums_ + place) - inner);
       store_some(to_ + place, count, load_some(to_ + place, count, Acc{0}) + added);
     });
   }

@@ -64,18 +64,21 @@ class WarpGate {
   template <class Sums>
   __device__ void add_statistics(const Sums& add) {
     Acc total = sum_;
-    if (gate_.sigmoid) {
+    bool sigmoid = gate_.sigmoid;
+    if (sigmoid) {
       total = 0;
       each_expert<per_lane>(gate_.experts, lane_,
                             [&](int i, int expert) { total = total + exact_sigmoid(row_.logit(i, expert) * factor_); });
       total = warp_sum(total);
+      sigmoid = !(total < least_sigmoid_sum<Acc>);
+      if (!sigmoid) total = sum_;
     }
     const Acc share = Acc{1} / total;
     bool nan = false;
     each_expert<per_lane>(gate_.experts, lane_, [&](int i, int expert) {
       const Acc x = row_.logit(i, expert);
       nan = nan || x != x;
-      add(i, expert, (gate_.sigmoid ? exact_sigmoid(x * factor_) : exact_exp(x * factor_ - center_)) * share);
+      add(i, expert, (sigmoid ? exact_sigmoid(x * factor_) : exact_exp(x * factor_ - center_)) * share);
     });
     nan = __any_sync(whole_warp, nan) != 0;
     const bool infinite = center_ - center_ != 0 && !nan;
@@ -368,6 +371,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate_cuda(const Tensor& 
                                                                   bool renormalize, double scale, double eps, double temperature,
                                                                   bool long_ids, bool statistics) {
   check_on_device(logits);
+  if (bias) check_on_device(*bias);
   const GateShape shape(logits, k);
   const int64_t tokens = shape.tokens, experts = shape.experts;
   check_groups(experts, k, n_group, topk_group, group_score.value);

@@ -187,12 +187,13 @@ class GateRows {
   }
 
   void add_statistics(int64_t row, Acc* prob_sum) {
-    Acc total;
+    Acc total = 0;
     if (gate_.sigmoid) {
       find_sum(false);
       total = sum_sigmoids(x_, n_, factor_, scores_);
       has_scores_ = false;
-    } else {
+    }
+    if (!gate_.sigmoid || total < least_sigmoid_sum<Acc>) {
       find_sum(true);
       total = sum_;
     }

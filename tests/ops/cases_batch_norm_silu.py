@@ -70,6 +70,10 @@ def backward_cases() -> Iterator[Case]:
             continue
         for activation in (None, "relu"):
             yield Case(f"{activation}", (gradient, z, weight, bias, *found), {"activation": activation})
+        spoilt = z.clone()
+        spoilt[2, 1, 3] = torch.inf
+        options = {"running": True, "activation": None, "for_weight": False}
+        yield Case("an infinity, running", (gradient, spoilt, weight, bias, *found), options)
         for part in ("z", "weight", "bias"):
             yield Case(f"only {part}", (gradient, z, weight, bias, *found), {f"for_{one}": one == part for one in ("z", "weight", "bias")})
         yield Case("plain", (gradient, z, None, None, *found))

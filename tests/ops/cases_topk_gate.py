@@ -23,6 +23,14 @@ def _ties(*shape: int) -> Tensor:
     return values
 
 
+def low_rows(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+    """Two rows whose sigmoids are all 0, and partly."""
+    values = weights(*shape, dtype=dtype)
+    values[1] -= 900 if dtype == F64 else 98
+    values[2] -= 709 if dtype == F64 else 89
+    return values
+
+
 def gate_cases() -> Iterator[Case]:
     yield Case("OLMoE", (weights(7, 64, dtype=BF16), 8))
     yield Case("Qwen3", (weights(5, 128, dtype=F16), 8), {"renormalize": True, "statistics": True})
@@ -46,6 +54,8 @@ def gate_cases() -> Iterator[Case]:
     yield Case("groups of two, masked", (weights(3, 38), 7), {"n_group": 19, "topk_group": 5, "group_score": "top2", "group_mask": 0.0})
     yield Case("several pieces", (weights(70, 512, scale=3), 2), {"statistics": True})
     yield Case("three dimensions", (weights(2, 3, 16), 2), {"statistics": True})
+    for dtype in (F32, BF16, F64):
+        yield Case(f"low sigmoids, {dtype}", (low_rows(5, 40, dtype=dtype), 3), {"score": "sigmoid", "statistics": True})
     yield Case("no rows", (weights(0, 16), 2), {"statistics": True})
     yield Case("gradient", (weights(5, 33).requires_grad_(), 4), {"renormalize": True, "statistics": True})
 
@@ -72,7 +82,11 @@ def backward_cases() -> Iterator[Case]:
     yield _slopes(weights(3, 2050), 32, "wl", ids_dtype=torch.int64)
     yield _slopes(weights(1000, 3).t(), 10, "l", score="sigmoid")
     yield _slopes(weights(3, 1), 1, "wp", renormalize=True, scale=0.0)
+    yield _slopes(x, 4, renormalize=True, scale=1e-50)
     yield _slopes(with_specials(7, 40), 5, renormalize=True)
+    for dtype in (F32, BF16, F64):
+        yield _slopes(low_rows(5, 40, dtype=dtype), 3, "p", score="sigmoid", temperature=1.01)
+    yield _slopes(low_rows(5, 1100), 3, "wpl", score="sigmoid")
     yield _slopes(weights(0, 16), 2, "wpl")
 
 

@@ -180,3 +180,12 @@ Z, VECTOR = torch.zeros(4, 3, 5), torch.zeros(3, 5)
 def test_errors(backend: str, changed: dict[str, Any], error: type[Exception], message: str) -> None:
     with taskloom.backend(backend), pytest.raises(error, match=f"batch_norm_silu: {message}"):
         taskloom.batch_norm_silu(**{"z": Z, "training": True} | changed)
+
+
+def test_numbers_have_no_gradient() -> None:
+    z, mean, var = inputs()[0].detach(), *running()
+    for name in ("eps", "momentum"):
+        with pytest.raises(TypeError, match=f"batch_norm_silu: {name}: expected a number, got a tensor that requires grad"):
+            taskloom.batch_norm_silu(z, None, None, mean, var, training=True, **{name: torch.tensor(0.1, requires_grad=True)})
+    with pytest.raises(TypeError, match="batch_norm_silu: momentum: expected a number, got None"):
+        taskloom.batch_norm_silu(z, None, None, mean, var, training=True, momentum=None)  # type: ignore[arg-type]

@@ -147,3 +147,15 @@ def test_a_row_that_no_slot_names_would_have_no_gradient(backend: str) -> None:
     with taskloom.backend(backend), pytest.raises(ValueError, match=r"inverse: expected each row of y once, got \d+ again at entry 3"):
         expert_combine_backward(torch.ones(4, 5), Y, WEIGHT, twice)
     expert_combine_backward(torch.ones(4, 5), Y, WEIGHT, twice, for_y=False)
+
+
+def test_reference_under_vmap_and_compiled(fresh_compiler: None) -> None:
+    y, weight, inverse = leaves()
+    many = torch.stack([y, 2 * y]).detach()
+    found = torch.func.vmap(lambda one: taskloom.expert_combine(one, weight, inverse))(many)
+    torch.testing.assert_close(found, torch.stack([taskloom.expert_combine(one, weight, inverse) for one in many]))
+    places = torch.stack([inverse, inverse.flip(0)])
+    found = torch.func.vmap(lambda one: taskloom.expert_combine(y, weight, one))(places)
+    torch.testing.assert_close(found, torch.stack([taskloom.expert_combine(y, weight, one) for one in places]))
+    with taskloom.backend("reference"):
+        torch.testing.assert_close(compiled(taskloom.expert_combine)(y, weight, inverse), taskloom.expert_combine(y, weight, inverse))

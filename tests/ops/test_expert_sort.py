@@ -110,6 +110,7 @@ def test_compiled(fresh_compiler: None) -> None:
         ((torch.tensor(1), 4), ValueError, "ids: expected at least one dimension"),
         ((torch.zeros(3, 2).int(), 0), ValueError, "num_experts: expected at least 1, got 0"),
         ((torch.zeros(3, 2).int(), 2.5), TypeError, "num_experts: expected an integer, got float"),
+        ((torch.zeros(3, 2).int(), 2**31), ValueError, r"num_experts: expected fewer than 2\^31 - 1, got 2147483648"),
         ((torch.zeros(3, 2).int(), True), TypeError, "num_experts: expected an integer, got bool"),
     ],
 )
@@ -126,3 +127,19 @@ def test_errors_of_blocks() -> None:
         taskloom.expert_sort(ids, 4, block=2**30)
     with pytest.raises(ValueError, match=r"fewer than 2\^31 entries"):
         taskloom.expert_sort(torch.zeros(1).int().expand(2**31 + 1), 4)
+
+
+def test_reference_under_vmap_and_compiled(fresh_compiler: None) -> None:
+    batches = torch.stack([chosen(13, 5, 2, seed=seed) for seed in range(3)])
+    for block in (None, 4):
+        found = torch.func.vmap(
+            lambda ids, block=block: tuple(one for one in taskloom.expert_sort(ids, 5, block=block) if one is not None)
+        )(batches)
+        for row, ids in enumerate(batches):
+            expected = [one for one in taskloom.expert_sort(ids, 5, block=block) if one is not None]
+            assert all(torch.equal(ours[row], theirs) for ours, theirs in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match="expert_sort: ids: expected 0 to 3, the number of an expert, got 4"):
+        torch.func.vmap(lambda ids: taskloom.expert_sort(ids, 4).order)(batches)
+    with taskloom.backend("reference"):
+        run = compiled(lambda ids: taskloom.expert_sort(ids, 5, block=4).padded_order)
+        assert torch.equal(run(batches[0]), taskloom.expert_sort(batches[0], 5, block=4).padded_order)

@@ -152,3 +152,13 @@ def test_errors(backend: str, changed: dict[str, Any], error: type[Exception], m
             taskloom.manifold_loss(**GIVEN | changed)
         with pytest.raises(error, match=f"manifold_loss_backward: {message}"):
             manifold_loss_backward(torch.ones(4), **GIVEN | changed)
+
+
+def test_reference_under_vmap_and_compiled(fresh_compiler: None) -> None:
+    r, table, ids, weight = neighbours(6, 17, 5, 3)
+    many = torch.stack([ids, ids.flip(0)])
+    found = torch.func.vmap(lambda one: taskloom.manifold_loss(r, table, one, weight))(many)
+    torch.testing.assert_close(found, torch.stack([taskloom.manifold_loss(r, table, one, weight) for one in many]))
+    with taskloom.backend("reference"):
+        expected = taskloom.manifold_loss(r, table, ids, weight)
+        torch.testing.assert_close(compiled(taskloom.manifold_loss)(r, table, ids, weight), expected)

@@ -240,3 +240,33 @@ LOGITS, Z = torch.zeros(2, 3, 5), torch.zeros(2, 5, 4)
 def test_errors(backend: str, changed: dict[str, Any], error: type[Exception], message: str) -> None:
     with taskloom.backend(backend), pytest.raises(error, match=f"multi_gate_combine: {message}"):
         taskloom.multi_gate_combine(**{"logits": LOGITS, "z": Z} | changed)
+
+
+def test_reference_compiled_with_a_mask(fresh_compiler: None) -> None:
+    logits, z, _ = inputs()
+    with taskloom.backend("reference"):
+        expected = taskloom.multi_gate_combine(logits, z, MASK)
+        for ours, theirs in zip(compiled(taskloom.multi_gate_combine)(logits, z, MASK), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_infinite_logits(backend: str) -> None:
+    logits, z, own = (one.detach() for one in inputs())
+    with taskloom.backend(backend):
+        logits[0, 1, 2], logits[1, 0, 3], logits[2, 2] = -torch.inf, torch.inf, -torch.inf
+        out, probs = taskloom.multi_gate_combine(logits, z)
+        spoilt = probs.isnan().all(-1)
+        assert spoilt.nonzero().tolist() == [[1, 0], [2, 2]]
+        assert torch.equal(out.isnan().all(-1), spoilt)
+        assert torch.equal(out.isnan().any(-1), spoilt)
+        assert probs[0, 1, 2] == 0
+        out, probs = taskloom.multi_gate_combine(logits, z, activation="sigmoid")
+        assert out.isfinite().all()
+        assert (probs[0, 1, 2], probs[1, 0, 3]) == (0, 1)
+        own[0, 1, 3] = torch.inf  # the only expert of gate 1
+        own.requires_grad_()
+        out, _ = taskloom.multi_gate_combine(z.new_zeros(logits.shape), z, self_logits=own, self_mask=OWN)
+        (slopes,) = torch.autograd.grad(out.sum(), own)
+        assert slopes[0, 1, 3] == 0
+        assert slopes.isfinite().all()

@@ -165,3 +165,21 @@ def test_other_errors() -> None:
             taskloom.gate_probabilities(**{"logits": logits} | arguments)  # type: ignore[arg-type]
     with pytest.raises(IndexError):
         taskloom.gate_probabilities(logits, torch.tensor([4]))
+
+
+def test_what_is_no_statistic() -> None:
+    counts, sums = torch.ones(4).int(), torch.ones(4)
+    forgotten = "got None; topk_gate gives it with statistics=True"
+    for given, name in ((None, "lse"), ([sums, None], r"lse\[1\]")):
+        with pytest.raises(TypeError, match=f"router_z_loss: {name}: expected a tensor.*, {forgotten}"):
+            taskloom.router_z_loss(given)  # type: ignore[arg-type]
+    wrong: list[tuple[Any, Any, int, type[Exception], str]] = [
+        (None, sums, 4, TypeError, f"counts: expected a tensor or a list of them, {forgotten}"),
+        ([counts], ["a"], 4, TypeError, r"prob_sum\[0\]: expected a tensor, got str"),
+        (counts.bool(), sums, 4, TypeError, r"counts\[0\]: expected numbers, got torch.bool"),
+        ([counts, counts[1:]], [sums, sums[1:]], 4, ValueError, r"prob_sum\[1\]: expected 4 experts, as in the first layer, got 3"),
+        (counts, sums, -1, ValueError, "tokens: expected at least 0, got -1"),
+    ]
+    for count, one, tokens, error, message in wrong:
+        with pytest.raises(error, match=f"load_balance_loss: {message}"):
+            taskloom.load_balance_loss(count, one, tokens, 2)

@@ -180,9 +180,11 @@ X, Y, EXPERTS = torch.zeros(2, 4, 3), torch.zeros(2, 4), torch.zeros(5, 3)
         ({"y": Y[:, 1:]}, ValueError, r"y: expected shape \(2, 4\) as x's sequences and pairs, got \(2, 3\)"),
         ({"experts": EXPERTS[:, 1:]}, ValueError, r"experts: expected shape \[M, 3\] with at least one expert, got \(5, 2\)"),
         ({"experts": EXPERTS[:0]}, ValueError, r"experts: expected shape \[M, 3\] with at least one expert, got \(0, 3\)"),
-        ({"sigma": 0.0}, ValueError, "sigma: expected a number above 0, got 0.0"),
-        ({"sigma": -1.0}, ValueError, "sigma: expected a number above 0, got -1.0"),
-        ({"sigma": float("nan")}, ValueError, "sigma: expected a number above 0, got nan"),
+        ({"sigma": 0.0}, ValueError, r"sigma: expected 1e-15 to 1e\+15, got 0\.0"),
+        ({"sigma": -1.0}, ValueError, r"sigma: expected 1e-15 to 1e\+15, got -1\.0"),
+        ({"sigma": float("nan")}, ValueError, r"sigma: expected 1e-15 to 1e\+15, got nan"),
+        ({"sigma": 1e-25}, ValueError, r"sigma: expected 1e-15 to 1e\+15, got 1e-25"),
+        ({"sigma": "a"}, TypeError, "sigma: expected a number, got 'a'"),
     ],
 )
 def test_errors(backend: str, changed: dict[str, Any], error: type[Exception], message: str) -> None:

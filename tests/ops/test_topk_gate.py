@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases_topk_gate import low_rows
 from compiled import compiled
 from contract import assert_same_bits
 from samples import weights
@@ -178,6 +179,21 @@ def test_statistics_add_up() -> None:
     assert_same_bits(plain.weight, gate.weight)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_shares_of_sigmoids_that_cannot_be_told_from_0(backend: str, dtype: torch.dtype) -> None:
+    logits = low_rows(5, 40, dtype=dtype).requires_grad_()
+    with taskloom.backend(backend):
+        prob_sum = taskloom.topk_gate(logits, 3, score="sigmoid", statistics=True).prob_sum
+        assert prob_sum is not None
+        slopes = weights(40, seed=1, dtype=dtype)
+        (ours,) = torch.autograd.grad(prob_sum, logits, slopes)
+    expected = taskloom.gate_probabilities(logits, score="sigmoid").sum(0)
+    (theirs,) = torch.autograd.grad(expected, logits, slopes)
+    torch.testing.assert_close(prob_sum, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{}, {"score": "sigmoid"}, {"renormalize": True}])
 def test_groups_that_are_all_kept_change_nothing(options: dict[str, Any]) -> None:
     logits, bias = weights(9, 48), weights(48, seed=1, scale=0.1)
@@ -264,6 +280,16 @@ def test_gradients(score: Any, renormalize: bool, eps: float) -> None:
         assert torch.autograd.gradgradcheck(found, logits, fast_mode=True)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_scale_that_is_0_in_float32_leaves_no_gradient(backend: str) -> None:
+    logits = weights(5, 33).requires_grad_()
+    with taskloom.backend(backend):
+        weight = taskloom.topk_gate(logits, 4, renormalize=True, scale=1e-50).weight
+        (slopes,) = torch.autograd.grad(weight.sum(), logits)
+    assert not weight.any()
+    assert not slopes.any()
+
+
 def test_only_inputs_and_results_are_kept_for_backward() -> None:
     logits = weights(64, 128).requires_grad_()
     kept: list[tuple[int, ...]] = []
@@ -310,6 +336,11 @@ X = torch.zeros(3, 24)
         ({"k": 0}, ValueError, "k: expected 1 to 24 of 24 experts, got 0"),
         ({"k": 25}, ValueError, "k: expected 1 to 24 of 24 experts, got 25"),
         ({"logits": torch.zeros(2, 64), "k": 33}, ValueError, "k: expected 1 to 32 of 64 experts, got 33"),
+        ({"k": 2.0}, TypeError, "k: expected an integer, got float"),
+        ({"k": "2"}, TypeError, "k: expected an integer, got str"),
+        ({"k": True}, TypeError, "k: expected an integer, got bool"),
+        ({"n_group": 4.0}, TypeError, "n_group: expected an integer, got float"),
+        ({"scale": "a"}, TypeError, "scale: expected a number, got 'a'"),
         ({"score": "tanh"}, ValueError, "score: expected 'softmax' or 'sigmoid', got 'tanh'"),
         ({"bias": X[:, 0]}, ValueError, r"bias: expected shape \(24,\) as the experts of logits, got \(3,\)"),
         ({"bias": X[0].int()}, TypeError, "bias: expected float32"),
@@ -338,3 +369,23 @@ def test_backward_refuses_experts_that_are_not_there() -> None:
         ids[1, 2] = wrong
         with taskloom.backend("native"), pytest.raises(RuntimeError, match=f"ids: expected 0 to 23, got {wrong}"):
             topk_gate_backward(weights(3, 24), ids, gate.weight, gate.weight)
+
+
+@pytest.mark.parametrize("name", ["scale", "eps", "temperature", "group_mask"])
+def test_numbers_have_no_gradient(name: str) -> None:
+    number = torch.nn.Parameter(torch.tensor(0.5))
+    options: dict[str, Any] = {"n_group": 4, "topk_group": 2, name: number}
+    with pytest.raises(TypeError, match=f"topk_gate: {name}: expected a number, got a tensor that requires grad"):
+        taskloom.topk_gate(X, 4, **options)
+    with torch.no_grad():
+        assert_same_bits(taskloom.topk_gate(X, 4, **options).weight, taskloom.topk_gate(X, 4, **options | {name: 0.5}).weight)
+
+
+def test_backward_refuses_lists() -> None:
+    from taskloom.ops.gating import topk_gate_backward
+
+    gate = taskloom.topk_gate(X, 4)
+    for name in ("logits", "ids", "weight", "dweight"):
+        given: dict[str, Any] = {"logits": X, "ids": gate.ids, "weight": gate.weight, "dweight": gate.weight} | {name: [1.0]}
+        with pytest.raises(TypeError, match=f"topk_gate_backward: {name}: expected .*, got list"):
+            topk_gate_backward(**given)

@@ -300,8 +300,8 @@ def batch_norm_silu_backward_kernel(
         store_entries(dbias, column, sums, present & (part == 0))
     if FOR_Z:
         total = tl.zeros_like(sums) + rows
-        sums = tl.zeros_like(sums) if RUNNING else divided(sums, total, WIDE)
-        products = tl.zeros_like(sums) if RUNNING else divided(products, total, WIDE)
+        sums = divided(sums, total, WIDE)
+        products = divided(products, total, WIDE)
         first = part * part_rows
         last = tl.minimum(first + part_rows, rows)
         while first < last:
@@ -323,7 +323,8 @@ def batch_norm_silu_backward_kernel(
                 ACTIVATION,
                 WIDE,
             )
-            result = (factor * factors)[None, :] * ((slopes - sums[None, :]) - normal * products[None, :])
+            # Without the batch's statistics a row that is not finite has a gradient all the same.
+            result = (factor * factors)[None, :] * (slopes if RUNNING else (slopes - sums[None, :]) - normal * products[None, :])
             store_entries(dz, row[:, None] * columns + column[None, :], result, inside)
             first += ROWS
 

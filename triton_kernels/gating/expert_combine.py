@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from taskloom.ops.gating.expert_combine import check_rows_once
 from taskloom.reference.arithmetic import accumulation_dtype
 from taskloom.triton_kernels.gating.indices import check_indices, row_blocks
 from taskloom.triton_kernels.launch import flat, launch, raw
@@ -104,8 +105,11 @@ def expert_combine_backward(
 ) -> tuple[Tensor, Tensor]:
     """Launch the backward op."""
     check_indices("expert_combine_backward", "inverse", inverse, 0, y.shape[0], "a row of y")
+    if for_y:
+        check_rows_once("expert_combine_backward", y, inverse)
     lines, slots, width = weight.numel(), weight.shape[-1], y.shape[1]
-    dy = torch.empty(y.shape if for_y else (0,), dtype=y.dtype, device=y.device)
+    # Where a row is named twice on a GPU, another is not written.
+    dy = torch.zeros(y.shape if for_y else (0,), dtype=y.dtype, device=y.device)
     dweight = torch.empty(weight.shape if for_weight else (0,), dtype=weight.dtype, device=y.device)
     blocks = row_blocks(width)
     wide = accumulation_dtype(y, weight) == torch.float64

@@ -15,6 +15,9 @@ from taskloom.triton_kernels.launch import INTERPRETED, launch, raw
 from taskloom.triton_kernels.masked.entries import divided, load_entries, widened
 
 Gated = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+# Where the sum of a row's sigmoids is below it, some are too small to be told from 0: their shares are the softmax of the row.
+LEAST_SUM = tl.constexpr(2.0**-100)
+LEAST_SUM_WIDE = tl.constexpr(2.0**-960)
 # Programs that add up statistics of their own, at most.
 _MOST_SUMS = 512
 
@@ -171,9 +174,14 @@ def topk_gate_kernel(
             infinite = (center == float("inf")) | (center == float("-inf"))
             clean = tl.max((inside & (x != x)).to(tl.int32), axis=1) == 0
             tl.store(lse + token, tl.where(infinite & clean, center, center + _log(total, WIDE)), mask=present)
-            share = exact_sigmoid(z, WIDE) if SIGMOID else exponentials
-            share = tl.where(inside, share, 0.0)
+            share = exponentials
             share_sum = tl.where(present, tl.sum(share, axis=1), 1.0)
+            if SIGMOID:
+                share = tl.where(inside, exact_sigmoid(z, WIDE), 0.0)
+                sigmoid_sum = tl.sum(share, axis=1)
+                low = sigmoid_sum < (LEAST_SUM_WIDE if WIDE else LEAST_SUM)
+                share = tl.where(low[:, None], exponentials, share)
+                share_sum = tl.where(low, share_sum, sigmoid_sum)
             summed += tl.sum(divided(share, tl.broadcast_to(share_sum[:, None], share.shape), WIDE), axis=0)
         step += 1
     if STATISTICS:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from taskloom.triton_kernels.gating.exact import exact_sigmoid
-from taskloom.triton_kernels.gating.topk_gate import rows_of, tile
+from taskloom.triton_kernels.gating.topk_gate import LEAST_SUM, LEAST_SUM_WIDE, rows_of, tile
 from taskloom.triton_kernels.launch import launch, raw
 from taskloom.triton_kernels.masked.entries import divided, store_entries, widened
 
@@ -46,13 +46,13 @@ def topk_gate_backward_kernel(
     expert = tl.arange(0, BLOCK)
     inside = present[:, None] & (expert < experts)[None, :]
     softmax_of_chosen: tl.constexpr = (not SIGMOID) and RENORMALIZE and EPS == 0
-    dense: tl.constexpr = (FOR_WEIGHT and not SIGMOID and not softmax_of_chosen) or FOR_LSE or (FOR_SUM and not SIGMOID)
+    dense: tl.constexpr = (FOR_WEIGHT and not SIGMOID and not softmax_of_chosen) or FOR_LSE or FOR_SUM
     slopes = tl.zeros([ROWS, BLOCK], tl.float64 if WIDE else tl.float32)
     shares = slopes
     center = tl.zeros([ROWS], slopes.dtype)
     total = center + 1.0
     z = slopes
-    if dense or FOR_SUM:
+    if dense:
         z = widened(tl.load(logits + rows[:, None] + expert[None, :], mask=inside, other=0), WIDE) * FACTOR
     if FOR_SUM:
         sums = tl.load(dprob_sum + expert, mask=expert < experts, other=0)[None, :]
@@ -67,9 +67,11 @@ def topk_gate_backward_kernel(
             slopes += shares * tl.load(dlse + token, mask=present, other=0)[:, None]
     if FOR_SUM and SIGMOID:
         score = tl.where(inside, exact_sigmoid(z, WIDE), 0.0)
-        score_sum = tl.where(present, tl.sum(score, axis=1), 1.0)[:, None]
-        inner = tl.sum(score * sums, axis=1)[:, None] / score_sum
-        slopes += (sums - inner) / score_sum * (score * (1.0 - score))
+        score_sum = tl.sum(score, axis=1)[:, None]
+        low = score_sum < (LEAST_SUM_WIDE if WIDE else LEAST_SUM)
+        score_sum = tl.where(low, 1.0, score_sum)
+        inner = tl.sum(tl.where(low, shares, score) * sums, axis=1)[:, None] / score_sum
+        slopes += (sums - inner) / score_sum * tl.where(low, shares, score * (1.0 - score))
     if FOR_WEIGHT:
         slot = tl.arange(0, SLOTS)
         taken = present[:, None] & (slot < K)[None, :]
@@ -144,7 +146,8 @@ def topk_gate_backward(
         FOR_LSE=dlse is not None,
         SIGMOID=score == "sigmoid",
         RENORMALIZE=renormalize,
-        SCALE=scale,
+        # As it is in the kernel's arithmetic, where it may be 0.
+        SCALE=torch.tensor(scale, dtype=weight.dtype).item(),
         EPS=eps,
         FACTOR=1 / temperature,
         WIDE=weight.dtype == torch.float64,

@@ -117,6 +117,9 @@ def plain_number(op: str, name: str, value: float | Tensor) -> float:
         return value
     if isinstance(value, Tensor) and value.requires_grad and is_grad_enabled():
         raise TypeError(f"{op}: {name}: expected a number, got a tensor that requires grad; the op has no gradient for it")
+    given: object = value
+    if given is None or isinstance(given, str):
+        raise TypeError(f"{op}: {name}: expected a number, got {given!r}")
     return float(value)
 
 

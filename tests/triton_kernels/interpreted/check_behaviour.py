@@ -264,6 +264,9 @@ def test_indices_out_of_range() -> None:
         taskloom.expert_sort(torch.tensor([[0, 5]]), 5)
     with pytest.raises(ValueError, match="expert_combine: inverse: expected 0 to 1, a row of y, got 2 at entry 1"):
         taskloom.expert_combine(torch.ones(2, 3), torch.ones(1, 2), torch.tensor([[0, 2]]))
+    combined = taskloom.expert_combine(torch.ones(2, 3, requires_grad=True), torch.ones(1, 2), torch.tensor([[0, 0]]))
+    with pytest.raises(ValueError, match="expert_combine_backward: inverse: expected each row of y once, got 0 again at entry 1"):
+        combined.sum().backward()
     with pytest.raises(ValueError, match=r"manifold_loss: ids: expected -1 to 3, .*, got 4 at entry 0"):
         taskloom.manifold_loss(torch.ones(1, 3), torch.ones(4, 3), torch.tensor([[4]]), torch.ones(1, 1))
 

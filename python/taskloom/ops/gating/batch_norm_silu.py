@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from taskloom.ops._backends import kernel
-from taskloom.ops._checks import check_floating, check_shape
+from taskloom.ops._checks import check_floating, check_shape, plain_number
 from taskloom.ops._register import register
 from taskloom.reference import gating as reference
 from taskloom.reference.arithmetic import accumulation_dtype
@@ -99,6 +99,7 @@ def batch_norm_silu(
     op = "batch_norm_silu"
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     name = _check(op, z, activation, vectors)
+    momentum, eps = plain_number(op, "momentum", momentum), plain_number(op, "eps", eps)
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{op}: running_mean, running_var: expected both or none")
     if training:

@@ -30,7 +30,7 @@ def _check_rows(op: str, y: Tensor, inverse: Tensor) -> None:
     check_values(op, "inverse", inverse, 0, y.shape[0], "a row of y")
 
 
-def _check_rows_once(op: str, y: Tensor, inverse: Tensor) -> None:
+def check_rows_once(op: str, y: Tensor, inverse: Tensor) -> None:
     """Raise ValueError also where a row is named again; only on the CPU, for a GPU would have to be waited for."""
     _check_rows(op, y, inverse)
     rows = inverse.reshape(-1).long()
@@ -107,7 +107,8 @@ def expert_combine_backward(
     Raises
     ------
     TypeError, ValueError
-        As the op; and on the CPU a ValueError where dy is wanted and inverse names a row of y twice, so that another would have none.
+        As the op; and on the CPU a ValueError where dy is wanted and inverse names a row of y twice, so that another would have none;
+        on a GPU, where nobody waits to say so, a row that is not named gets 0.
 
     Notes
     -----
@@ -117,7 +118,7 @@ def expert_combine_backward(
     _check(op, y, weight, inverse)
     check_floating(op, "gradient", gradient)
     check_shape(op, "gradient", gradient, (*weight.shape[:-1], y.shape[1]), "the op's result")
-    check = partial(_check_rows_once if for_y else _check_rows, op, y, inverse)
+    check = partial(check_rows_once if for_y else _check_rows, op, y, inverse)
     run = kernel(op, gradient, y, weight, inverse)
     if run is None:
         check()

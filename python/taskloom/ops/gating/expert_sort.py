@@ -83,6 +83,8 @@ def expert_sort(ids: Tensor, num_experts: int, *, block: int | None = None) -> E
     if ids.dim() == 0:
         raise ValueError(f"{op}: ids: expected at least one dimension, got none")
     check_count(op, "num_experts", num_experts)
+    if num_experts >= MOST_ENTRIES:
+        raise ValueError(f"{op}: num_experts: expected fewer than 2^31 - 1, got {num_experts}")
     if block is not None:
         check_count(op, "block", block)
     entries = ids.numel()

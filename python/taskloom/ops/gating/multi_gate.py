@@ -47,8 +47,11 @@ def _check_gates(
 
 
 def check_masks(op: str, mask: Tensor | None, self_mask: Tensor | None) -> None:
-    """What kernels look at themselves, for the reference: every gate has an expert. A transform has no values to look at."""
-    if active_transform() is not None:
+    """What kernels look at themselves, for the reference: every gate has an expert.
+
+    Transforms and compiled code have no values to look at.
+    """
+    if torch.compiler.is_compiling() or active_transform() is not None:
         return
     for name, given in (("mask", mask), ("self_mask", self_mask)):
         if given is None:
@@ -114,8 +117,9 @@ def multi_gate_combine(
     Source: the multi-gate of HoME, arXiv 2408.05430, with its self gate; with masks it is also the gate of MMoE, CGC and PLE.
 
     Differentiable once with respect to logits, z and self_logits, by ``out`` and ``probs``; twice with ``taskloom.backend("reference")``.
-    Backward computes the weights again and keeps only the inputs. Logits that are not finite make NaN of the row of their gate, as in
-    torch.softmax; those of masked experts are not looked at. On the CPU the bits depend neither on the number of threads nor on the CPU
+    Backward computes the weights again and keeps only the inputs. NaN, and in a softmax +inf or a row of -inf alone, make NaN of the row
+    of their gate and of nothing else; -inf beside finite logits, and either infinity in a sigmoid, are weights of 0 or 1. Logits of masked
+    experts are not looked at. On the CPU the bits depend neither on the number of threads nor on the CPU
     level, and a row's not on the batch that it is in.
     """
     op = "multi_gate_combine"

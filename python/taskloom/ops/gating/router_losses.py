@@ -15,8 +15,17 @@ from taskloom.reference.arithmetic import accumulation_dtype
 Layers = Tensor | Sequence[Tensor]
 
 
-def _layers(given: Layers) -> list[Tensor]:
-    return [given] if isinstance(given, Tensor) else list(given)
+def _layers(op: str, name: str, given: object) -> list[Tensor]:
+    if isinstance(given, Tensor):
+        return [given]
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        got = "None; topk_gate gives it with statistics=True" if given is None else type(given).__name__
+        raise TypeError(f"{op}: {name}: expected a tensor or a list of them, got {got}")
+    for place, one in enumerate(given):
+        if not isinstance(one, Tensor):
+            got = "None; topk_gate gives it with statistics=True" if one is None else type(one).__name__
+            raise TypeError(f"{op}: {name}[{place}]: expected a tensor, got {got}")
+    return list(given)
 
 
 def _token_counts(op: str, tokens: int | Tensor | Sequence[int | Tensor], layers: int) -> list[int | Tensor]:
@@ -84,12 +93,16 @@ def load_balance_loss(
     ``load_balancing_loss_func``.
     """
     op = "load_balance_loss"
-    all_counts, sums = _layers(counts), _layers(prob_sum)
+    all_counts, sums = _layers(op, "counts", counts), _layers(op, "prob_sum", prob_sum)
     if not sums or len(all_counts) != len(sums):
         raise ValueError(f"{op}: counts, prob_sum: expected as many layers in both, at least one, got {len(all_counts)} and {len(sums)}")
     for place, (count, one) in enumerate(zip(all_counts, sums, strict=True)):
         check_floating(op, f"prob_sum[{place}]", one)
-        if one.dim() != 1 or count.shape != one.shape or one.shape != sums[0].shape:
+        if count.dtype == torch.bool:
+            raise TypeError(f"{op}: counts[{place}]: expected numbers, got torch.bool")
+        if one.dim() == 1 and count.shape == one.shape and one.shape != sums[0].shape:
+            raise ValueError(f"{op}: prob_sum[{place}]: expected {len(sums[0])} experts, as in the first layer, got {len(one)}")
+        if one.dim() != 1 or count.shape != one.shape:
             raise ValueError(f"{op}: counts, prob_sum: expected shape [E] everywhere, got {tuple(count.shape)} and {tuple(one.shape)}")
     check_count(op, "k", k)
     each = _token_counts(op, tokens, len(sums))
@@ -128,7 +141,7 @@ def router_z_loss(lse: Layers) -> Tensor:
     Source: ST-MoE, arXiv 2202.08906, equation 5.
     """
     op = "router_z_loss"
-    layers = _layers(lse)
+    layers = _layers(op, "lse", lse)
     if not layers:
         raise ValueError(f"{op}: lse: expected at least one layer, got none")
     for place, layer in enumerate(layers):

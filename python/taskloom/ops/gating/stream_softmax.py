@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -37,8 +36,8 @@ def _check(op: str, x: Tensor, y: Tensor, experts: Tensor, sigma: float) -> None
     check_shape(op, "y", y, x.shape[:2], "x's sequences and pairs")
     if experts.dim() != 2 or experts.shape[0] == 0 or experts.shape[1] != x.shape[2]:
         raise ValueError(f"{op}: experts: expected shape [M, {x.shape[2]}] with at least one expert, got {tuple(experts.shape)}")
-    if not (sigma > 0 and math.isfinite(sigma)):
-        raise ValueError(f"{op}: sigma: expected a number above 0, got {sigma}")
+    if not 1e-15 <= sigma <= 1e15:
+        raise ValueError(f"{op}: sigma: expected 1e-15 to 1e+15, got {sigma}")
 
 
 def stream_softmax_mix(x: Tensor, y: Tensor, experts: Tensor, sigma: float) -> SoftmaxMix:
@@ -56,7 +55,7 @@ def stream_softmax_mix(x: Tensor, y: Tensor, experts: Tensor, sigma: float) -> S
     experts
         ``[M, D]`` with at least one row: the weights of linear functions, of any of these dtypes.
     sigma
-        The noise's standard deviation, above 0.
+        The noise's standard deviation, 1e-15 to 1e+15.
 
     Returns
     -------
@@ -69,7 +68,7 @@ def stream_softmax_mix(x: Tensor, y: Tensor, experts: Tensor, sigma: float) -> S
     TypeError
         If a tensor has another dtype.
     ValueError
-        If shapes do not fit, there is no expert or sigma is not above 0.
+        If shapes do not fit, there is no expert or sigma is out of range.
 
     Notes
     -----

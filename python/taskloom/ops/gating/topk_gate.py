@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from taskloom.ops._backends import kernel
-from taskloom.ops._checks import FLOATING, check_floating, check_shape
+from taskloom.ops._checks import FLOATING, check_floating, check_shape, plain_number
 from taskloom.ops._register import register
+from taskloom.ops.gating._indices import check_count, check_indices
 from taskloom.reference import gating as reference
 from taskloom.reference.arithmetic import accumulation_dtype
 
@@ -31,7 +32,7 @@ class TopKGate(NamedTuple):
         ``[E]``, int32: how often each expert was chosen.
     prob_sum
         ``[E]`` in the dtype of weight: the sum over rows of each expert's probability, which is its softmax, or its share of the row's
-        sigmoids.
+        sigmoids, in the limit also where these are too small to be told from 0.
     lse
         ``[...]`` in the dtype of weight: the log-sum-exp of each row's logits.
     """
@@ -136,7 +137,7 @@ def topk_gate(
     Raises
     ------
     TypeError
-        If a tensor or ``ids_dtype`` is of another dtype.
+        If a tensor or ``ids_dtype`` is of another dtype, or a number is none or a tensor that requires grad.
     ValueError
         If k, groups, scores, eps or temperature are out of range or shapes do not fit.
 
@@ -151,7 +152,8 @@ def topk_gate(
     sums over rows are added up in an order that depends on their number alone.
 
     Differentiable once with respect to logits, through weight, prob_sum and lse, by a kernel that computes the scores again; twice with
-    ``taskloom.backend("reference")``. Logits without influence get a gradient of exactly 0.
+    ``taskloom.backend("reference")``. Logits without influence get a gradient of exactly 0. scale, eps, temperature and group_mask are
+    numbers without gradient, and constants of a compiled graph and of a Triton kernel: another value compiles once more.
     """
     op = "topk_gate"
     if not (isinstance(logits, Tensor) and logits.dtype in FLOATING):
@@ -159,9 +161,20 @@ def topk_gate(
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"{op}: logits: expected shape [..., E] with at least one expert, got {tuple(logits.shape)}")
     experts = logits.shape[-1]
+    if not (type(k) is type(n_group) is type(topk_group) is int):
+        for name, number in (("k", k), ("n_group", n_group), ("topk_group", topk_group)):
+            check_count(op, name, number)
     if not 1 <= k <= MOST_CHOSEN or k > experts:
         raise ValueError(f"{op}: k: expected 1 to {min(MOST_CHOSEN, experts)} of {experts} experts, got {k}")
     _check_score(op, score)
+    if type(scale) is not float:
+        scale = plain_number(op, "scale", scale)
+    if type(eps) is not float:
+        eps = plain_number(op, "eps", eps)
+    if type(temperature) is not float:
+        temperature = plain_number(op, "temperature", temperature)
+    if type(group_mask) is not float:
+        group_mask = plain_number(op, "group_mask", group_mask)
     given: tuple[Tensor, ...] = (logits,)
     if bias is not None:
         check_floating(op, "bias", bias)
@@ -240,16 +253,17 @@ def topk_gate_backward(
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"{op}: logits: expected shape [T, E] with at least one expert, got {tuple(logits.shape)}")
     tokens, experts = logits.shape
-    if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: ids: expected int32 or int64, got {ids.dtype}")
+    check_indices(op, "ids", ids)
     if ids.dim() != 2 or len(ids) != tokens or not 1 <= ids.shape[1] <= min(MOST_CHOSEN, experts):
         raise ValueError(f"{op}: ids: expected shape [{tokens}, k] with k of 1 to {min(MOST_CHOSEN, experts)}, got {tuple(ids.shape)}")
+    check_floating(op, "weight", weight)
     if weight.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: weight: expected float32 or float64, got {weight.dtype}")
     check_shape(op, "weight", weight, ids.shape, "ids")
     given = [logits, ids, weight]
     for name, slopes, shape in (("dweight", dweight, ids.shape), ("dprob_sum", dprob_sum, (experts,)), ("dlse", dlse, (tokens,))):
         if slopes is not None:
+            check_floating(op, name, slopes)
             if slopes.dtype != weight.dtype:
                 raise TypeError(f"{op}: {name}: expected {weight.dtype} as weight, got {slopes.dtype}")
             check_shape(op, name, slopes, shape, "what the op found")

@@ -19,7 +19,8 @@ def expert_sort(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tens
     sorted_ids, order = torch.sort(flat, stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(entries, device=ids.device)
-    counts = torch.bincount(flat, minlength=num_experts)
+    # Neither bincount nor searchsorted has a rule for vmap.
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=ids.device).scatter_add(0, flat.long(), torch.ones_like(order))
     zero = counts.new_zeros(1)
     offsets = torch.cat([zero, counts.cumsum(0)])
     found = (order, inverse.reshape(ids.shape), offsets)
@@ -27,10 +28,11 @@ def expert_sort(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tens
         return (*(one.int() for one in found), *(zero[:0].int() for _ in range(3)))  # type: ignore[return-value]
     padded_offsets = torch.cat([zero, ((counts + block - 1) // block * block).cumsum(0)])
     size = padded_size(entries, num_experts, block)
-    padded_order = torch.full((size,), entries, device=ids.device)
-    padded_order[torch.arange(entries, device=ids.device) + (padded_offsets - offsets)[sorted_ids]] = order
+    places = torch.arange(entries, device=ids.device) + (padded_offsets - offsets)[sorted_ids]
+    padded_order = torch.full((size,), entries, device=ids.device).scatter(0, places, order)
     first = torch.arange(0, size, block, device=ids.device)
-    owner = torch.searchsorted(padded_offsets[1:].contiguous(), first, right=True)
+    ends = padded_offsets[1:] // block
+    owner = torch.zeros(size // block + 1, dtype=torch.int64, device=ids.device).scatter_add(0, ends, torch.ones_like(ends)).cumsum(0)[:-1]
     block_expert = torch.where(first < padded_offsets[-1], owner, -1)
     order, inverse, offsets = (one.int() for one in found)
     return order, inverse, offsets, padded_order.int(), padded_offsets.int(), block_expert.int()

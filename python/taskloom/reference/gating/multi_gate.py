@@ -29,7 +29,8 @@ def _gates(logits: Tensor, mask: Tensor, activation: str) -> Tensor:
 def _self_gates(logits: Tensor, mask: Tensor) -> Tensor:
     """A softmax over a gate's own experts, or the sigmoid of its only one."""
     single = mask.sum(1, keepdim=True) == 1
-    return torch.where(single, _sigmoid(logits, mask), _softmax(logits, mask))
+    # The softmax of a single one, which need not be finite, would make NaN of its gradient.
+    return torch.where(single, _sigmoid(logits, mask), _softmax(torch.where(single, 0, logits), mask))
 
 
 def _slopes(probs: Tensor, slopes: Tensor, softmax: Tensor) -> Tensor:

@@ -64,6 +64,18 @@ def choose_experts(
     return torch.where(bad[:, None], first, _by_rank(values, kept)[:, :k]), bad
 
 
+def _shares(z: Tensor, score: str) -> Tensor:
+    """Each expert's probability."""
+    if score == "softmax":
+        return z.softmax(1)
+    scores = z.sigmoid()
+    total = scores.sum(1, keepdim=True)
+    # Some of these rows' sigmoids are too small to be told from 0: their shares are the softmax of the row, but for rounding.
+    low = total < (2.0**-100 if z.dtype == torch.float32 else 2.0**-960)
+    # The softmax of another row, which may not be finite, would make NaN of its gradient.
+    return torch.where(low, torch.where(low, z, 0).softmax(1), scores / torch.where(low, 1, total))
+
+
 def topk_gate(
     logits: Tensor,
     bias: Tensor | None,
@@ -96,8 +108,7 @@ def topk_gate(
         return weight, experts, logits.new_empty(0, dtype=torch.int32), none, none.clone()
     counts = torch.zeros(z.shape[1], dtype=torch.int32, device=z.device)
     counts = counts.scatter_add(0, ids.reshape(-1), torch.ones_like(ids, dtype=torch.int32).reshape(-1))
-    share = z.softmax(1) if score == "softmax" else z.sigmoid() / z.sigmoid().sum(1, keepdim=True)
-    return weight, experts, counts, share.sum(0), z.logsumexp(1)
+    return weight, experts, counts, _shares(z, score).sum(0), z.logsumexp(1)
 
 
 def _chosen_slopes(
@@ -105,7 +116,9 @@ def _chosen_slopes(
 ) -> Tensor:
     """The gradient of z from that of the weights."""
     if score == "softmax" and renormalize and eps == 0:
-        inner = (weight * dweight).sum(1, keepdim=True) / (scale if scale != 0 else 1)
+        # Where the scale is 0 in this arithmetic, so are the weights.
+        factor = torch.full((), scale, dtype=weight.dtype, device=weight.device)
+        inner = (weight * dweight).sum(1, keepdim=True) / torch.where(factor == 0, 1, factor)
         return torch.zeros_like(z).scatter(1, ids, weight * (dweight - inner))
     scores = z.softmax(1) if score == "softmax" else z.sigmoid()
     chosen = scores.gather(1, ids)
@@ -138,13 +151,12 @@ def topk_gate_backward(
     if dweight is not None:
         dz = dz + _chosen_slopes(z, ids.long(), weight, dweight, score, renormalize, scale, eps)
     if dprob_sum is not None:
-        if score == "softmax":
-            share = z.softmax(1)
-            dz = dz + share * (dprob_sum - (share * dprob_sum).sum(1, keepdim=True))
-        else:
-            scores = z.sigmoid()
-            total = scores.sum(1, keepdim=True)
-            dz = dz + (dprob_sum - (scores * dprob_sum).sum(1, keepdim=True) / total) / total * scores * (1 - scores)
+        share = _shares(z, score)
+        slopes = share * (dprob_sum - (share * dprob_sum).sum(1, keepdim=True))
+        if score == "sigmoid":
+            # 1 - score of them, which is 1 where they are low.
+            slopes = slopes * (1 - z.sigmoid())
+        dz = dz + slopes
     if dlse is not None:
         dz = dz + dlse[:, None] * z.softmax(1)
     return (dz * (1 / temperature)).to(logits.dtype)
