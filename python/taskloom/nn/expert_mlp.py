@@ -62,7 +62,8 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., dim]`` to the same."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(self.activation(gate) * up)  # type: ignore[no-any-return]
+        out: Tensor = self.down_proj(self.activation(gate) * up)
+        return out
 
 
 class ExpertMLP(nn.Module):
@@ -169,7 +170,8 @@ class ExpertMLP(nn.Module):
             If the block is of another class, has not these parts, or its experts have more: biases, transposed or interleaved matrices,
             noise on their input.
         """
-        experts, router = getattr(block, "experts", None), getattr(block, "gate", None)
+        experts: Any = getattr(block, "experts", None)
+        router = getattr(block, "gate", None)
         kind = type(block).__name__
         if kind not in BLOCKS:
             raise ValueError(f"ExpertMLP: block: expected one of {', '.join(BLOCKS)}, got {kind}")
@@ -186,7 +188,7 @@ class ExpertMLP(nn.Module):
             hidden,
             count,
             _chosen_per_token(kind, router, block),
-            activation=experts.act_fn,  # type: ignore[union-attr]
+            activation=experts.act_fn,
             router=router,
             shared=shared,
             shared_gate=getattr(block, "shared_expert_gate", None),

@@ -101,7 +101,8 @@ def gather_rows(x: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     """Rows ``rows`` of x ``[T, D]`` in expert order; ``inverse`` ``[T, k]`` says where each token's are."""
     if active_transform() is not None or requested_backend() == "reference":
         return x.index_select(0, rows)
-    gathered: Tensor = _GatheredRows.apply(x, rows, inverse)  # type: ignore[no-untyped-call]
+    function: Any = _GatheredRows
+    gathered: Tensor = function.apply(x, rows, inverse)
     return gathered
 
 
@@ -113,5 +114,6 @@ def expert_products(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         return _plain_products(x, weight, _runs(ends))
     if takes_grouped_product(x, weight):
         return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-    products: Tensor = _RunProducts.apply(x, weight, ends)  # type: ignore[no-untyped-call]
+    function: Any = _RunProducts
+    products: Tensor = function.apply(x, weight, ends)
     return products

@@ -111,8 +111,9 @@ def _fake(ids: Tensor, num_experts: int, block: int) -> Sorted:
         (num_experts + 1 if block else 0,),
         (size // block if block else 0,),
     )
-    found = tuple(torch.empty(shape, dtype=torch.int32, device=ids.device) for shape in shapes)
-    return found  # type: ignore[return-value]
+    made = (torch.empty(shape, dtype=torch.int32, device=ids.device) for shape in shapes)
+    order, inverse, offsets, padded_order, padded_offsets, block_expert = made
+    return order, inverse, offsets, padded_order, padded_offsets, block_expert
 
 
 register("expert_sort", fake=_fake, discrete=True)

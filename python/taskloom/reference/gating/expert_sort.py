@@ -23,9 +23,9 @@ def expert_sort(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tens
     counts = torch.zeros(num_experts, dtype=torch.int64, device=ids.device).scatter_add(0, flat.long(), torch.ones_like(order))
     zero = counts.new_zeros(1)
     offsets = torch.cat([zero, counts.cumsum(0)])
-    found = (order, inverse.reshape(ids.shape), offsets)
+    found = (order.int(), inverse.reshape(ids.shape).int(), offsets.int())
     if block == 0:
-        return (*(one.int() for one in found), *(zero[:0].int() for _ in range(3)))  # type: ignore[return-value]
+        return (*found, zero[:0].int(), zero[:0].int(), zero[:0].int())
     padded_offsets = torch.cat([zero, ((counts + block - 1) // block * block).cumsum(0)])
     size = padded_size(entries, num_experts, block)
     places = torch.arange(entries, device=ids.device) + (padded_offsets - offsets)[sorted_ids]
@@ -34,5 +34,4 @@ def expert_sort(ids: Tensor, num_experts: int, block: int) -> tuple[Tensor, Tens
     ends = padded_offsets[1:] // block
     owner = torch.zeros(size // block + 1, dtype=torch.int64, device=ids.device).scatter_add(0, ends, torch.ones_like(ends)).cumsum(0)[:-1]
     block_expert = torch.where(first < padded_offsets[-1], owner, -1)
-    order, inverse, offsets = (one.int() for one in found)
-    return order, inverse, offsets, padded_order.int(), padded_offsets.int(), block_expert.int()
+    return (*found, padded_order.int(), padded_offsets.int(), block_expert.int())
