@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from taskloom.methods.channels.dtr import Diffusion, RandomRouting, RoutedDiT, RoutedDiTBlock, convert_dit, dtr_starts, dtr_window
+from taskloom.methods.channels.dtr.routing import Formula
 from taskloom.methods.threads import one_thread
 
 C, HEADS, TASKS = 20, 4, 40
@@ -111,8 +112,8 @@ def _masked_forward(model: DiT, x: Tensor, t: Tensor, y: Tensor, masks: Tensor) 
     return x
 
 
-def _masks(beta: float = 0.6, formula: str = "code", channels: int = C) -> Tensor:
-    start, width = dtr_starts(TASKS, channels, beta, 4.0, formula)  # type: ignore[arg-type]
+def _masks(beta: float = 0.6, formula: Formula = "code", channels: int = C) -> Tensor:
+    start, width = dtr_starts(TASKS, channels, beta, 4.0, formula)
     place = torch.arange(channels)
     return (place >= start[:, None]) & (place < (start + width)[:, None])
 
@@ -141,8 +142,8 @@ def _gradients(call: Any, module: nn.Module, x: Tensor, c: Tensor) -> tuple[Tens
     return y.detach(), {**own, "x": x.grad, "c": c.grad}
 
 
-def _window(formula: str = "code", beta: float = 0.6) -> nn.Module:
-    return dtr_window(TASKS, C, beta, 4.0, formula)  # type: ignore[arg-type]
+def _window(formula: Formula = "code", beta: float = 0.6) -> nn.Module:
+    return dtr_window(TASKS, C, beta, 4.0, formula)
 
 
 @pytest.mark.parametrize("beta", [0.3, 0.6])
@@ -259,7 +260,8 @@ def _kept_bytes(call: Callable[[], Tensor]) -> int:
 @pytest.mark.parametrize("beta", [0.3, 0.6])
 def test_no_more_is_kept_for_the_backward_than_without_routing(beta: float) -> None:
     routed, block = _pair(_window(beta=beta), torch.float32)
-    block.attn, block.mlp = routed.attn, routed.mlp  # type: ignore[assignment]
+    for part in ("attn", "mlp"):
+        setattr(block, part, getattr(routed, part))
     x, c, t = _inputs(tokens=64, dtype=torch.float32)
     x.requires_grad_()
     assert _kept_bytes(lambda: routed(x, c, t)) < _kept_bytes(lambda: block(x, c))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from taskloom.methods.channels.dtr import RandomRouting, RoutedDiT, convert_dit, dtr_starts, dtr_window
+from taskloom.methods.channels.dtr.routing import Formula
 from taskloom.methods.threads import one_thread
 
 C, TASKS = 24, 40
@@ -34,8 +35,8 @@ def _inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]
     return x, torch.tensor([0, TASKS - 1, 33, 36]), torch.tensor([0, 3, 1, 2])
 
 
-def _masks(beta: float, formula: str = "code") -> Tensor:
-    start, width = dtr_starts(TASKS, C, beta, 4.0, formula)  # type: ignore[arg-type]
+def _masks(beta: float, formula: Formula = "code") -> Tensor:
+    start, width = dtr_starts(TASKS, C, beta, 4.0, formula)
     place = torch.arange(C)
     return ((place >= start[:, None]) & (place < (start + width)[:, None])).double()
 

@@ -27,6 +27,7 @@ from taskloom.methods.channels.dtr import (
     random_routing_mask,
     respaced_timesteps,
 )
+from taskloom.methods.channels.dtr.routing import FORMULAS
 from taskloom.methods.threads import one_thread
 
 
@@ -107,8 +108,8 @@ def test_widths_of_the_papers_formula() -> None:
 
 @pytest.mark.parametrize("size", [384, 768, 1024, 1152])
 def test_no_routing_at_beta_one(size: int) -> None:
-    for formula in ("code", "paper"):
-        start, width = dtr_starts(1000, size, 1.0, formula=formula)  # type: ignore[arg-type]
+    for formula in FORMULAS:
+        start, width = dtr_starts(1000, size, 1.0, formula=formula)
         assert not start.any()
         assert (width == size).all()
 

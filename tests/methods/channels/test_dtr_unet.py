@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from taskloom.methods.channels.dtr import RandomRouting, RoutedResBlock, convert_adm, dtr_starts, dtr_window
+from taskloom.methods.channels.dtr.routing import Formula
 from taskloom.methods.threads import one_thread
 
 TASKS, EMB, GROUPS = 40, 6, 4
@@ -99,8 +100,8 @@ class UNet(nn.Module):
         return self.last(torch.cat([h, skip], 1), emb, *mask(16))
 
 
-def _masks(channels: int, beta: float = 0.6, formula: str = "code") -> Tensor:
-    start, width = dtr_starts(TASKS, channels, beta, 4.0, formula)  # type: ignore[arg-type]
+def _masks(channels: int, beta: float = 0.6, formula: Formula = "code") -> Tensor:
+    start, width = dtr_starts(TASKS, channels, beta, 4.0, formula)
     place = torch.arange(channels)
     return ((place >= start[:, None]) & (place < (start + width)[:, None])).double()
 
@@ -125,8 +126,9 @@ def _gradients(call: Any, module: nn.Module, x: Tensor, emb: Tensor) -> tuple[Te
 @pytest.mark.parametrize("routing", ["code", "narrow", "paper", "random"])
 @pytest.mark.parametrize(("out", "scale_shift", "updown"), [(12, True, None), (12, False, "down"), (8, True, "up"), (8, False, None)])
 def test_block_is_the_masked_one(out: int, scale_shift: bool, updown: Any, routing: str) -> None:
-    random, beta, formula = routing == "random", 0.2 if routing == "narrow" else 0.6, "paper" if routing == "paper" else "code"
-    window: Any = RandomRouting(TASKS, 12, beta) if random else dtr_window(TASKS, 12, beta, 4.0, formula)  # type: ignore[arg-type]
+    random, beta = routing == "random", 0.2 if routing == "narrow" else 0.6
+    formula: Formula = "paper" if routing == "paper" else "code"
+    window: Any = RandomRouting(TASKS, 12, beta) if random else dtr_window(TASKS, 12, beta, 4.0, formula)
     masks = window.mask.double() if random else _masks(12, beta, formula)
     torch.manual_seed(0)
     block = ResBlock(12, out, scale_shift, updown).double()
