@@ -39,7 +39,8 @@ def chunk_contest(shape: tuple[int, int] = SHAPE, chunk: int = CHUNK) -> Contest
     """A candidate that is written, and taken back: the vector is then what it was."""
     base = weights(shape, 0).flatten()
     ids = torch.randperm(base.numel() // chunk, generator=torch.Generator().manual_seed(1))[: max(1, base.numel() // chunk // 10)]
-    chunks, undo = weights((ids.numel(), chunk), 2), torch.empty(ids.numel(), chunk)
+    # Zeros: the state is compared, and what memory happens to hold may be NaN, which equals nothing.
+    chunks, undo = weights((ids.numel(), chunk), 2), torch.zeros(ids.numel(), chunk)
 
     def ours() -> Tensor:
         chunk_update_(base, ids, chunks, undo=undo)
