@@ -42,6 +42,7 @@ def merge_cases() -> Iterator[Case]:
     yield Case("non-contiguous", (base.t(), [task.t() for task in tuned], 0.4), TIES)
     yield Case("offset", (base[1::2], [task[::2][:18] for task in tuned], 0.4), {**BREADCRUMBS, "scope": "row"})
     yield Case("empty", (torch.empty(3, 0), [torch.empty(3, 0)]), {**BREADCRUMBS, "scope": "row"})
+    yield Case("no rows", (torch.empty(0, 7), [torch.empty(0, 7)]), {**BREADCRUMBS, "scope": "row"})
     yield Case("scalar", (torch.tensor(1.0), [torch.tensor(3.0), torch.tensor(0.0)]), {**TIES, "density": 1.0})
     yield Case("ties of equal magnitude", (torch.zeros(1001), [torch.ones(1001), -torch.ones(1001)], [1.0, 0.5]), BREADCRUMBS)
     for select in (BREADCRUMBS, TIES, DELLA):
