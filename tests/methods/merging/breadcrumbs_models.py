@@ -17,6 +17,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "model.scale": (),
     "model.empty": (0, 4),
 }
+FLOAT_NAMES = list(SHAPES)
 STEPS = "model.steps"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from breadcrumbs_models import SHAPES, STEPS, State, assert_same_bits, by_formula, models, sorted_mask
+from breadcrumbs_models import FLOAT_NAMES, SHAPES, STEPS, State, assert_same_bits, by_formula, models, sorted_mask
 from torch import Tensor, nn
 
 import taskloom
@@ -18,7 +18,6 @@ from taskloom.methods.merging.breadcrumbs import breadcrumbs_, breadcrumbs_mask,
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYER = "model.layers.0.mlp.weight"
-FLOATS = list(SHAPES)
 
 too_short = pytest.mark.filterwarnings("ignore:.*nothing")
 
@@ -65,7 +64,7 @@ def test_invariant_2_keeping_everything_is_task_arithmetic() -> None:
     base, tuned = models()
     weights = [0.3, 0.5, -0.2]
     merged = merge_breadcrumbs(base, tuned, weight=weights, density=1.0, gamma=0.0)
-    for name in FLOATS:
+    for name in FLOAT_NAMES:
         everything = [torch.ones_like(base[name], dtype=torch.bool)] * 3
         assert merged[name].equal(by_formula(base[name], [one[name] for one in tuned], everything, weights))
 
@@ -97,7 +96,7 @@ def test_invariant_5_models_add_up() -> None:
     base, tuned = models(5)
     merged = merge_breadcrumbs(base, tuned, weight=0.3, gamma=0.05)
     singles = [merge_breadcrumbs(base, [one], weight=0.3, gamma=0.05) for one in tuned]
-    for name in FLOATS:
+    for name in FLOAT_NAMES:
         added = base[name] + sum(single[name] - base[name] for single in singles)
         torch.testing.assert_close(merged[name], added, rtol=0, atol=2e-6)
         exact = base[name].double() + sum(single[name].double() - base[name].double() for single in singles)
@@ -134,7 +133,7 @@ def test_invariant_6_threads_change_nothing() -> None:
 def test_invariant_6_a_gpu_gives_the_same_bits() -> None:
     base, tuned = models(3, torch.bfloat16, tied=True)
     for granularity in ("tensor", "row"):
-        for name in FLOATS:
+        for name in FLOAT_NAMES:
             delta = tuned[0][name].float() - base[name].float()
             own = breadcrumbs_mask(delta.cuda(), 0.3, 0.05, granularity=granularity)
             assert own.cpu().equal(breadcrumbs_mask(delta, 0.3, 0.05, granularity=granularity))
@@ -306,7 +305,7 @@ def test_settings_of_each_tensor_and_model() -> None:
         return 0.5 if model == 0 else 0.25
 
     merged = merge_breadcrumbs(base, tuned, weight=weight, density=density, gamma=[0.0, 0.05, 0.1])
-    for name in FLOATS:
+    for name in FLOAT_NAMES:
         alone = _merge(
             {name: base[name]},
             [{name: one[name]} for one in tuned],
