@@ -380,6 +380,8 @@ def test_dtypes_may_differ_and_the_bases_stays() -> None:
     assert_same_bits(merge_breadcrumbs(base, mixed), merge_breadcrumbs(base, tuned))
 
 
+# Bad input does not fit the types either.
+untyped: Callable[..., Any] = merge_breadcrumbs
 X = {"w": torch.arange(1.0, 9.0)}
 Y = {"w": torch.arange(1.0, 9.0).flip(0)}
 
@@ -387,36 +389,36 @@ Y = {"w": torch.arange(1.0, 9.0).flip(0)}
 @pytest.mark.parametrize(
     ("error", "match", "call"),
     [
-        (ValueError, r"density: expected a kept share in \(0, 1\], got 0", lambda: merge_breadcrumbs(X, [Y], density=0)),
-        (ValueError, r"density: expected a kept share in \(0, 1\], got 1.5", lambda: merge_breadcrumbs(X, [Y], density=1.5)),
-        (ValueError, r"density\[1\]: .*got -0.1", lambda: merge_breadcrumbs(X, [Y, Y], density=[0.5, -0.1])),
-        (ValueError, r"density\('w', 0\): .*got 2", lambda: merge_breadcrumbs(X, [Y], density=lambda name, model: 2.0)),
-        (ValueError, "density: expected a finite number, got nan", lambda: merge_breadcrumbs(X, [Y], density=math.nan)),
-        (ValueError, r"gamma: expected a removed share in \[0, 1\), got 1", lambda: merge_breadcrumbs(X, [Y], gamma=1)),
-        (ValueError, r"gamma: expected a removed share in \[0, 1\), got -0.5", lambda: merge_breadcrumbs(X, [Y], gamma=-0.5)),
-        (ValueError, "finetuned: expected at least one model, got none", lambda: merge_breadcrumbs(X, [])),
-        (ValueError, r"weight: .*one per model \(2\), got 3", lambda: merge_breadcrumbs(X, [Y, Y], weight=[1, 2, 3])),
-        (ValueError, r"density: .*one per model \(2\), got 1", lambda: merge_breadcrumbs(X, [Y, Y], density=[0.5])),
-        (ValueError, r"gamma: .*one per model \(1\), got 0", lambda: merge_breadcrumbs(X, [Y], gamma=[])),
-        (ValueError, "weight: expected a finite number, got inf", lambda: merge_breadcrumbs(X, [Y], weight=math.inf)),
-        (ValueError, "weight: of tensor 'w' up to model 1 sum to 4e", lambda: merge_breadcrumbs(X, [Y, Y], weight=2e38)),
-        (ValueError, "lambda_: expected at most 3.4", lambda: merge_breadcrumbs(X, [Y], lambda_=1e39)),
-        (TypeError, "weight: expected a number, got str", lambda: merge_breadcrumbs(X, [Y], weight="1")),
-        (TypeError, "weight: expected a number, got bool", lambda: merge_breadcrumbs(X, [Y], weight=True)),
-        (TypeError, r"weight\[0\]: expected a number, got NoneType", lambda: merge_breadcrumbs(X, [Y], weight=[None])),
-        (ValueError, "granularity: expected one of tensor, row, got 'layer'", lambda: merge_breadcrumbs(X, [Y], granularity="layer")),
-        (ValueError, "on_overflow: expected one of drop, density", lambda: merge_breadcrumbs(X, [Y], on_overflow="keep")),
-        (TypeError, "finetuned: expected a list of models, got dict", lambda: merge_breadcrumbs(X, Y)),
-        (TypeError, r"base: expected a state dict or a torch.nn.Module, got list", lambda: merge_breadcrumbs([X], [Y])),
-        (TypeError, r"finetuned\[0\]: expected a state dict", lambda: merge_breadcrumbs(X, [torch.ones(3)])),
-        (TypeError, r"finetuned\[0\]: expected tensors by name, got 'w' with int", lambda: merge_breadcrumbs(X, [{"w": 3}])),
+        (ValueError, r"density: expected a kept share in \(0, 1\], got 0", lambda: untyped(X, [Y], density=0)),
+        (ValueError, r"density: expected a kept share in \(0, 1\], got 1.5", lambda: untyped(X, [Y], density=1.5)),
+        (ValueError, r"density\[1\]: .*got -0.1", lambda: untyped(X, [Y, Y], density=[0.5, -0.1])),
+        (ValueError, r"density\('w', 0\): .*got 2", lambda: untyped(X, [Y], density=lambda name, model: 2.0)),
+        (ValueError, "density: expected a finite number, got nan", lambda: untyped(X, [Y], density=math.nan)),
+        (ValueError, r"gamma: expected a removed share in \[0, 1\), got 1", lambda: untyped(X, [Y], gamma=1)),
+        (ValueError, r"gamma: expected a removed share in \[0, 1\), got -0.5", lambda: untyped(X, [Y], gamma=-0.5)),
+        (ValueError, "finetuned: expected at least one model, got none", lambda: untyped(X, [])),
+        (ValueError, r"weight: .*one per model \(2\), got 3", lambda: untyped(X, [Y, Y], weight=[1, 2, 3])),
+        (ValueError, r"density: .*one per model \(2\), got 1", lambda: untyped(X, [Y, Y], density=[0.5])),
+        (ValueError, r"gamma: .*one per model \(1\), got 0", lambda: untyped(X, [Y], gamma=[])),
+        (ValueError, "weight: expected a finite number, got inf", lambda: untyped(X, [Y], weight=math.inf)),
+        (ValueError, "weight: of tensor 'w' up to model 1 sum to 4e", lambda: untyped(X, [Y, Y], weight=2e38)),
+        (ValueError, "lambda_: expected at most 3.4", lambda: untyped(X, [Y], lambda_=1e39)),
+        (TypeError, "weight: expected a number, got str", lambda: untyped(X, [Y], weight="1")),
+        (TypeError, "weight: expected a number, got bool", lambda: untyped(X, [Y], weight=True)),
+        (TypeError, r"weight\[0\]: expected a number, got NoneType", lambda: untyped(X, [Y], weight=[None])),
+        (ValueError, "granularity: expected one of tensor, row, got 'layer'", lambda: untyped(X, [Y], granularity="layer")),
+        (ValueError, "on_overflow: expected one of drop, density", lambda: untyped(X, [Y], on_overflow="keep")),
+        (TypeError, "finetuned: expected a list of models, got dict", lambda: untyped(X, Y)),
+        (TypeError, r"base: expected a state dict or a torch.nn.Module, got list", lambda: untyped([X], [Y])),
+        (TypeError, r"finetuned\[0\]: expected a state dict", lambda: untyped(X, [torch.ones(3)])),
+        (TypeError, r"finetuned\[0\]: expected tensors by name, got 'w' with int", lambda: untyped(X, [{"w": 3}])),
         (
             ValueError,
             r"finetuned\[1\]: tensor 'w': expected shape \(8,\) as in base, got \(2, 4\)",
-            lambda: merge_breadcrumbs(X, [Y, {"w": torch.ones(2, 4)}]),
+            lambda: untyped(X, [Y, {"w": torch.ones(2, 4)}]),
         ),
-        (TypeError, r"finetuned\[0\]: tensor 'w': expected a floating-point", lambda: merge_breadcrumbs(X, [{"w": torch.arange(8)}])),
-        (TypeError, r"tensor 'w': expected float32.*got torch.float8", lambda: merge_breadcrumbs({"w": X["w"].to(torch.float8_e5m2)}, [Y])),
+        (TypeError, r"finetuned\[0\]: tensor 'w': expected a floating-point", lambda: untyped(X, [{"w": torch.arange(8)}])),
+        (TypeError, r"tensor 'w': expected float32.*got torch.float8", lambda: untyped({"w": X["w"].to(torch.float8_e5m2)}, [Y])),
     ],
 )
 def test_bad_input_is_refused_by_name(error: type[Exception], match: str, call: Callable[[], Any]) -> None:
