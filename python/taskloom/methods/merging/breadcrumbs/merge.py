@@ -20,7 +20,7 @@ from taskloom.methods.merging.breadcrumbs.bands import (
     check_real,
     is_finite,
 )
-from taskloom.methods.merging.breadcrumbs.models import Model, check_fit, common_names, second_names, some, tensors_of
+from taskloom.methods.merging.breadcrumbs.models import Model, Tuned, common_names, second_names, some, tensors_of, tuned_models
 from taskloom.ops import sparse_merge
 from taskloom.ops._checks import FLOATING
 
@@ -101,11 +101,15 @@ def _settings(
     return found
 
 
-def _refuse_nonfinite(name: str, base: Tensor, tuned: Sequence[Tensor]) -> None:
-    for number, tensor in enumerate(tuned):
-        wide = torch.promote_types(torch.promote_types(tensor.dtype, base.dtype), torch.float32)
-        if not is_finite(tensor.to(wide) - base.to(wide)):
-            raise ValueError(f"{_OP}: finetuned[{number}]: tensor {name!r}: its difference from base holds NaN or infinity")
+def _wide(name: str, base: Tensor, models: Sequence[Tuned]) -> torch.dtype:
+    """What a tensor is merged in."""
+    return torch.float64 if torch.float64 in (base.dtype, *(model.dtype(name) for model in models)) else torch.float32
+
+
+def _refuse_nonfinite(name: str, base: Tensor, models: Sequence[Tuned]) -> None:
+    for model in models:
+        if not is_finite(model.delta(name, base, _wide(name, base, models))):
+            raise ValueError(f"{_OP}: {model.argument}: tensor {name!r}: its difference from base holds NaN or infinity")
 
 
 def merge_breadcrumbs(
@@ -125,7 +129,7 @@ def merge_breadcrumbs(
 ) -> dict[str, Tensor]:
     """Merge fine-tuned models: ``base + lambda_ * sum_t weight_t * mask_t * (finetuned_t - base)``, ``mask_t`` as of :func:`breadcrumbs_`.
 
-    Every tensor is merged in one pass that forms no delta, mask or order; the result is that of ``taskloom merge`` with the method
+    Every tensor is merged by one operation that stores no delta, mask or order; the result is that of ``taskloom merge`` with the method
     ``breadcrumbs`` (``breadcrumbs_ties`` with ``sign_consensus``) and the same settings, to the bit.
 
     Parameters
@@ -133,7 +137,9 @@ def merge_breadcrumbs(
     base
         State dict or module.
     finetuned
-        The fine-tuned models, state dicts or modules, one or more; their dtypes may differ from the base's.
+        The fine-tuned models, one or more: state dicts or modules, whose dtypes may differ from the base's, or task vectors
+        (:class:`taskloom.TaskVector`), of which one tensor at a time is read. Beside a task vector the other models' deltas are formed,
+        of one tensor at a time too.
     weight, density, gamma
         Factor of a delta, kept share in (0, 1] and removed share of the largest in [0, 1): one number, one per model, or a function of
         a tensor's name and a model's place that gives the number. Defaults 0.3, 0.15, 0.01. Weights are not divided by the number of
@@ -165,7 +171,7 @@ def merge_breadcrumbs(
         model where it is in the base).
     ValueError
         If there is no model, a number is out of range, lists have another length, shapes or devices differ, a delta holds NaN or
-        infinity, or a merged value does not fit its dtype. Inputs are never modified.
+        infinity, task vectors are of both regimes, or a merged value does not fit its dtype. Inputs are never modified.
 
     Warns
     -----
@@ -180,32 +186,34 @@ def merge_breadcrumbs(
     rule = BandRule(_OP, granularity, outliers_first, on_overflow)
     scale = check_real(_OP, "lambda_", lambda_)
     origin = tensors_of(_OP, "base", base)
-    if not isinstance(finetuned, (list, tuple)):
-        raise TypeError(f"{_OP}: finetuned: expected a list of models, got {type(finetuned).__name__}")
-    if not finetuned:
-        raise ValueError(f"{_OP}: finetuned: expected at least one model, got none")
-    models = [tensors_of(_OP, f"finetuned[{number}]", model) for number, model in enumerate(finetuned)]
-    names = [name for name in common_names(_OP, origin, models, strict) if origin[name].is_floating_point()]
+    models = tuned_models(_OP, finetuned)
+    names = common_names(_OP, origin, models, strict)
     for name in names:
-        tuned = [model[name] for model in models]
-        check_fit(_OP, name, origin[name], tuned)
-        if (bad := next((tensor.dtype for tensor in (origin[name], *tuned) if tensor.dtype not in FLOATING), None)) is not None:
-            raise TypeError(f"{_OP}: tensor {name!r}: expected float32, bfloat16, float16 or float64, got {bad}")
+        if origin[name].dtype not in FLOATING:
+            raise TypeError(f"{_OP}: base: tensor {name!r}: expected float32, bfloat16, float16 or float64, got {origin[name].dtype}")
+        for model in models:
+            model.check_fit(_OP, name, origin[name])
     tied = second_names(origin, models, names)
     settings = _settings(rule, origin, [name for name in names if name not in tied], len(models), weight, density, gamma)
     _check_range(origin, {name: own.weights for name, own in settings.items()}, scale)
     merged: dict[str, Tensor] = {}
     for name, tensor in origin.items():
         if name in settings:
-            tuned = [model[name] for model in models]
-            merged[name] = _merge(rule, name, tensor, tuned, settings[name], sign_consensus, normalize, scale)
+            merged[name] = _merge(rule, name, tensor, models, settings[name], sign_consensus, normalize, scale)
         else:
             merged[name] = merged[tied[name]] if name in tied else tensor.clone()
     return merged
 
 
 def _merge(
-    rule: BandRule, name: str, base: Tensor, tuned: list[Tensor], own: _Settings, sign_consensus: bool, normalize: bool, scale: float
+    rule: BandRule,
+    name: str,
+    base: Tensor,
+    models: Sequence[Tuned],
+    own: _Settings,
+    sign_consensus: bool,
+    normalize: bool,
+    scale: float,
 ) -> Tensor:
     """One merged tensor."""
     stages: dict[str, Any] = {"scale": scale, "elect": "sign_sum" if sign_consensus else "none"}
@@ -216,10 +224,20 @@ def _merge(
     elif normalize and abs(sum(own.weights)) >= _NO_WEIGHT:
         stages["combine"] = "weighted_mean"
     with torch.no_grad():
-        # The statistics cost no pass of their own, and say whether a delta is finite, also where it is not kept.
-        result, found = sparse_merge(base, tuned, own.weights, statistics=True, **stages)
-    if bool(found.nonfinite):
-        _refuse_nonfinite(name, base, tuned)
+        result, is_sound = _combined(name, base, models, own.weights, stages)
+    if not is_sound:
+        _refuse_nonfinite(name, base, models)
     if not is_finite(result):
         raise ValueError(f"{_OP}: tensor {name!r}: a merged value is too large for {result.dtype}")
     return result
+
+
+def _combined(name: str, base: Tensor, models: Sequence[Tuned], weights: list[float], stages: Mapping[str, Any]) -> tuple[Tensor, bool]:
+    """The merge, and whether every delta is finite, kept or not: the statistics say so, which cost no pass of their own."""
+    if not any(model.is_vector for model in models):
+        result, found = sparse_merge(base, [model.tensors[name] for model in models], weights, statistics=True, **stages)
+        return result, not found.nonfinite
+    wide = _wide(name, base, models)
+    deltas = [model.delta(name, base, wide) for model in models]
+    change, found = sparse_merge(None, deltas, weights, statistics=True, out_dtype=wide, **stages)
+    return change.add_(base).to(base.dtype), not found.nonfinite
