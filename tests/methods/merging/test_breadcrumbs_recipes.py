@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from breadcrumbs_models import State, assert_same_bits, models
+from breadcrumbs_models import State, assert_same_bits, by_formula, models, sorted_mask
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -194,3 +196,37 @@ def test_a_tensor_without_dimensions_has_no_row() -> None:
         merged = merge_state_dicts(base, tuned, "breadcrumbs", weight=1.0, density=density, granularity="row")
         changes = sum(one["model.scale"] - base["model.scale"] for one in tuned)
         torch.testing.assert_close(merged["model.scale"], base["model.scale"] + (changes if kept else 0))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_merge_is_the_sorted_formula(seed: int) -> None:
+    """Ties, zeros and subnormal deltas in all dtypes, segments of one and three entries, shares that do not fit."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    dtype = draw.choice([torch.bfloat16, torch.float16, torch.float32])
+    shape = draw.choice([(3,), (1,), (64,), (7, 5, 3, 3), (1, 9), (9, 1), (150, 130), (2, 20000)])
+    step = draw.choice([1.0, 1e-3, 0.0, 1e-40, 1e-7])
+    base = (torch.zeros if step < 1e-6 else torch.ones)(shape).to(dtype)
+    drawn = [(torch.randn(shape, generator=generator) * 4).round() / 8 for _ in range(3)]
+    tuned = [(base.float() + (step or 1) * torch.where(values.abs() > 0.3, values, step * values)).to(dtype) for values in drawn]
+    weights, densities, gammas = (
+        [draw.choice(choices) for _ in tuned]
+        for choices in ([0.3, 1.0, -0.5], [0.01, 0.15, 0.29, 0.34, 0.9, 1.0], [0.0, 0.006, 0.01, 0.2, 0.5])
+    )
+    row, first, overflow = draw.random() < 0.5, draw.random() < 0.7, draw.choice(["drop", "density"])
+    length = shape[-1] if row else math.prod(shape)
+    masks = []
+    for one, density, gamma in zip(tuned, densities, gammas, strict=True):
+        top, kept = int(gamma * length), int(density * length)
+        if not first:
+            begin, end = top, max(top, kept)
+        elif overflow == "density":
+            begin, end = min(top, length - kept), min(top, length - kept) + kept
+        else:
+            begin, end = top, min(length, top + kept)
+        masks.append(sorted_mask(one.float() - base.float(), begin, end, row))
+    settings: dict[str, Any] = {"weight": weights, "density": densities, "gamma": gammas, "granularity": "row" if row else "tensor"}
+    settings |= {"outliers_first": first, "on_overflow": overflow}
+    expected = by_formula(base, tuned, masks, weights)
+    named = [{"w": one} for one in tuned]
+    assert merge_state_dicts({"w": base}, named, "breadcrumbs", **settings)["w"].equal(expected)
+    assert _by_library({"w": base}, named, **settings)["w"].equal(expected)
