@@ -108,8 +108,8 @@ def named_tensors(model: object, argument: str) -> dict[str, Tensor]:
 
 def first_nonfinite(tensor: Tensor) -> tuple[int, float] | None:
     """Place and value of the first NaN or infinity of a tensor; None where all is finite."""
-    # A sum is cheaper than a mask, and is finite wherever nothing is wrong or overflows.
-    if math.isfinite(float(tensor.sum(dtype=torch.float64))):
+    # A sum is far cheaper than a mask, and is finite where every entry is, unless it overflows: float16's does easily, float64's hardly.
+    if math.isfinite(float(tensor.sum())) or math.isfinite(float(tensor.sum(dtype=torch.float64))):
         return None
     bad = torch.isfinite(tensor.reshape(-1)).logical_not_()
     if not bool(bad.any()):
