@@ -124,7 +124,17 @@ def _check_finite(key: str, names: Sequence[str], deltas: Sequence[Tensor]) -> N
         raise ValueError(f"task_vectors: {key}: expected finite values, {shown(bad)} {'has' if len(bad) == 1 else 'have'} NaN or infinity")
 
 
-def read_vectors(model: nn.Module, blocks: Blocks, task_vectors: Vectors) -> Pool:
+def _check_regime(key: str, vector: Mapping[str, Tensor], regime: str) -> None:
+    # A mapping that is no TaskVector does not say where its changes hold.
+    found = getattr(vector, "regime", regime)
+    if found != regime:
+        raise ValueError(
+            f"task_vectors: {key}: expected the regime {regime!r} with linearized={regime == 'linear'}, got {found!r}; "
+            f"as_regime({regime!r}) takes it as such"
+        )
+
+
+def read_vectors(model: nn.Module, blocks: Blocks, task_vectors: Vectors, regime: str) -> Pool:
     """The checked blocks of each vector, on the model's device and in the vector's own dtype.
 
     Raises
@@ -132,7 +142,7 @@ def read_vectors(model: nn.Module, blocks: Blocks, task_vectors: Vectors) -> Poo
     TypeError
         If a block is no floating-point tensor.
     ValueError
-        If there is no vector, one lacks a block, has another shape, or values that are not finite.
+        If there is no vector, one lacks a block, has another shape, values that are not finite, or is of another regime.
 
     Warns
     -----
@@ -144,6 +154,7 @@ def read_vectors(model: nn.Module, blocks: Blocks, task_vectors: Vectors) -> Poo
     own = [model.get_parameter(name) for name in blocks.names]
     deltas = []
     for key, vector in named.items():
+        _check_regime(key, vector, regime)
         present = set(vector)
         absent = [aliases[0] for aliases in blocks.aliases if not present.intersection(aliases)]
         if absent:

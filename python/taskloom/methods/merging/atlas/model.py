@@ -8,11 +8,15 @@ from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _NormBase
 
 from taskloom.methods.merging.atlas.blocks import Vectors, find_blocks, read_vectors
+from taskloom.methods.merging.atlas.compose import Composer
+from taskloom.methods.merging.atlas.linearize import taylor
 from taskloom.methods.merging.atlas.partition import Partition
-from taskloom.ops import block_scale_merge
+from taskloom.methods.merging.atlas.recompute import Place, Recomputing
+from taskloom.ops._backends import active_transform
 
 Granularity = Literal["block", "vector"]
 
@@ -37,6 +41,9 @@ class AtlasModel(nn.Module):
         Whether only parameters with two dimensions are blocks, and the others stay the base's. Default False.
     target_modules
         Whose parameters are blocks: names, or a pattern for the whole path, as in PEFT. Default None: all of them.
+    linearized
+        Whether the model is its first-order Taylor expansion at the base's weights, so that the result is linear in ``coef``; for task
+        vectors of the regime ``"linear"``. Default False.
 
     Attributes
     ----------
@@ -54,8 +61,8 @@ class AtlasModel(nn.Module):
     TypeError
         If a block is no floating-point tensor, or an argument of the wrong kind.
     ValueError
-        If there is no vector, a vector lacks a block, has another shape or values that are not finite, or ``partitions`` is not in
-        1..256 or larger than every block.
+        If there is no vector, a vector lacks a block, has another shape, values that are not finite or another regime, or ``partitions``
+        is not in 1..256 or larger than every block.
 
     Warns
     -----
@@ -81,6 +88,7 @@ class AtlasModel(nn.Module):
         partition_seed: int = 0,
         matrices_only: bool = False,
         target_modules: str | Sequence[str] | None = None,
+        linearized: bool = False,
     ) -> None:
         super().__init__()
         if granularity not in ("block", "vector"):
@@ -90,12 +98,16 @@ class AtlasModel(nn.Module):
         blocks = find_blocks(model, target_modules, matrices_only)
         parameters = [model.get_parameter(name) for name in blocks.names]
         self._groups = Partition(blocks.names, [one.shape for one in parameters], partitions, partition_seed, parameters[0].device)
-        self._pool = read_vectors(model, blocks, task_vectors)
+        self._pool = read_vectors(model, blocks, task_vectors, regime="linear" if linearized else "nonlinear")
+        self._compose_blocks = Composer(self._pool, self._groups)
         self._blocks = blocks
         self.granularity: Granularity = granularity
         self.matrices_only = matrices_only
+        self.linearized = linearized
         model.requires_grad_(False)
         self.model = model
+        self._recomputing = Recomputing([[_place(model, name) for name in aliases] for aliases in blocks.aliases])
+        self._statistics = _statistics(model)
         self.merged = False
         self._held: _Held | None = None
         double = any(one.dtype == torch.float64 for one in (*parameters, *(delta for task in self._pool.deltas for delta in task)))
@@ -138,8 +150,17 @@ class AtlasModel(nn.Module):
         """The model's forward pass with the composed weights; arguments and result are the model's."""
         if self.merged:
             return self.model(*args, **kwargs)
-        weights = self._named(self._composed())
-        return torch.func.functional_call(self.model, weights | self._kept_statistics(), args, kwargs, tie_weights=False)
+        weights = self._composed()
+        if self.linearized:
+            return taylor(self._run, self._recomputing.base(), weights, args, kwargs)
+        outputs = self._run(weights, args, kwargs)
+        if torch.is_grad_enabled() and not is_compiling() and active_transform() is None:
+            self._recomputing.watch(outputs, weights)
+        return outputs
+
+    def _run(self, weights: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's forward pass with other blocks."""
+        return torch.func.functional_call(self.model, self._named(weights) | self._kept_statistics(), args, kwargs, tie_weights=False)
 
     def materialize(self) -> dict[str, Tensor]:
         """The state dict of the model with the composed weights; what is no block shares memory with the base's.
@@ -148,7 +169,13 @@ class AtlasModel(nn.Module):
         -------
         dict
             By the names of ``model.state_dict()``, detached.
+
+        Raises
+        ------
+        RuntimeError
+            If the model is linearised: no weights give its results.
         """
+        self._refuse_linearized("materialize")
         state = cast(dict[str, Tensor], dict(self.model.state_dict()))
         if self.merged:
             return state
@@ -161,13 +188,14 @@ class AtlasModel(nn.Module):
         Raises
         ------
         RuntimeError
-            If it was done before.
+            If it was done before, or the model is linearised.
         """
+        self._refuse_linearized("merge_")
         if self.merged:
             raise RuntimeError("AtlasModel.merge_: the coefficients are merged already")
         with torch.no_grad():
-            for name, weight in zip(self._blocks.names, self._compose(), strict=True):
-                self.model.get_parameter(name).copy_(weight)
+            for parameter, weight in zip(self._recomputing.base(), self._compose(), strict=True):
+                parameter.copy_(weight)
         self.merged = True
         # A step on coefficients that no longer do anything would be an error; autograd says so.
         self.coef.requires_grad_(False)
@@ -202,16 +230,20 @@ class AtlasModel(nn.Module):
         norms: Tensor = torch.linalg.vector_norm(self.coef, ord=p, dim=0)
         return factor * norms.mean()
 
+    def _refuse_linearized(self, name: str) -> None:
+        if self.linearized:
+            raise RuntimeError(f"AtlasModel.{name}: a linearized model is no model with other weights")
+
     def _composed(self) -> Sequence[Tensor]:
         return self._compose() if self._held is None else self._held.weights(self.coef, self._compose)
 
     def _compose(self) -> list[Tensor]:
-        """The weights of the blocks."""
-        base = [self.model.get_parameter(name) for name in self._blocks.names]
+        """The weights of the blocks; of a linearised model, what is added to them."""
+        base = self._recomputing.base()
+        if self.linearized:
+            base = [torch.zeros_like(one) for one in base]
         coef = self.coef[:, None].expand(-1, len(base)) if self.granularity == "vector" else self.coef
-        merged = block_scale_merge(base, self._pool.deltas, coef, self._groups.parts)
-        assert isinstance(merged, list)
-        return merged
+        return self._compose_blocks(base, coef)
 
     def _named(self, weights: Sequence[Tensor]) -> dict[str, Tensor]:
         """The weights by every name that the model has for them."""
@@ -221,12 +253,11 @@ class AtlasModel(nn.Module):
         """Copies of the running statistics that a forward pass in training would change."""
         if not self.training:
             return {}
-        return {
-            f"{path}.{name}" if path else name: buffer.clone()
-            for path, module in self.model.named_modules(remove_duplicate=False)
-            if isinstance(module, _NormBase) and module.training
-            for name, buffer in module.named_buffers(recurse=False)
-        }
+        found: dict[str, Tensor] = {}
+        for path, module in self._statistics:
+            if module.training:
+                found |= {f"{path}.{name}" if path else name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)}
+        return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = self.coef.data
@@ -237,7 +268,18 @@ class AtlasModel(nn.Module):
             self.coef.data = before.to(self.coef.device)
         self._pool = self._pool.to(self.coef.device)
         self._groups = self._groups.to(self.coef.device)
+        self._compose_blocks = Composer(self._pool, self._groups)
         return self
+
+
+def _place(model: nn.Module, name: str) -> Place:
+    path, _, own = name.rpartition(".")
+    return model.get_submodule(path), own
+
+
+def _statistics(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers with running statistics, by path."""
+    return [(path, one) for path, one in model.named_modules(remove_duplicate=False) if isinstance(one, _NormBase)]
 
 
 class _Held:
