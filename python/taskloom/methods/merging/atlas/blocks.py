@@ -5,14 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from taskloom.methods.merging.atlas.lowrank import LowRankTaskVector
 from taskloom.nn.inject import matches
 from taskloom.ops._checks import FLOATING
 
+Vector = TypeVar("Vector")
 Vectors = Sequence[Mapping[str, Tensor]] | Mapping[str, Mapping[str, Tensor]]
 _SHOWN = 5
 
@@ -81,16 +83,16 @@ def find_blocks(model: nn.Module, target_modules: str | Sequence[str] | None, ma
     return Blocks(tuple(one[0] for one in names), tuple(names))
 
 
-def named_vectors(task_vectors: Vectors) -> dict[str, Mapping[str, Tensor]]:
-    """The vectors by id: a mapping's keys, or ``task-0``, ``task-1``, ..."""
-    if isinstance(task_vectors, Mapping) and not any(isinstance(one, Tensor) for one in task_vectors.values()):
+def by_id(task_vectors: Sequence[Vector] | Mapping[str, Vector]) -> dict[str, Vector]:
+    """The vectors by id: a mapping's keys, or ``task-0``, ``task-1``, ...; each is a mapping itself."""
+    if isinstance(task_vectors, Mapping):
         named = {str(key): vector for key, vector in task_vectors.items()}
-    elif isinstance(task_vectors, Mapping):
-        raise TypeError("task_vectors: expected a sequence of task vectors, or a mapping from an id to each, got one vector")
     else:
         named = {f"task-{place}": vector for place, vector in enumerate(task_vectors)}
     if not named:
         raise ValueError("task_vectors: expected at least one, got none")
+    if any(isinstance(one, (Tensor, tuple)) for one in named.values()):
+        raise TypeError("task_vectors: expected a sequence of task vectors, or a mapping from an id to each, got one vector")
     for key, vector in named.items():
         if not isinstance(vector, Mapping):
             raise TypeError(f"task_vectors: {key}: expected a TaskVector or a mapping of tensors, got {type(vector).__name__}")
@@ -149,7 +151,11 @@ def read_vectors(model: nn.Module, blocks: Blocks, task_vectors: Vectors, regime
     UserWarning
         If a vector has names that are no parameter of the model, such as buffers.
     """
-    named = named_vectors(task_vectors)
+    named = by_id(task_vectors)
+    given: Mapping[str, object] = named
+    for key, one in given.items():
+        if isinstance(one, LowRankTaskVector):
+            raise TypeError(f"task_vectors: {key}: LowRankAtlasModel takes LoRA factors; dense() makes matrices of them")
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     own = [model.get_parameter(name) for name in blocks.names]
     deltas = []

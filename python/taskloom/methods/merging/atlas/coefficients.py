@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ def check_granularity(granularity: str) -> None:
         raise ValueError(f"granularity: expected 'block' or 'vector', got {granularity!r}")
 
 
-class Coefficients(nn.Module):
+class Coefficients(nn.Module, ABC):
     """A model that is held frozen, and the coefficients of task vectors on its blocks; the base of the adapters.
 
     Its state dict is ``coef``, and under ``_extra_state`` what the coefficients belong to: ids of the vectors, names of the blocks and how
@@ -68,6 +69,18 @@ class Coefficients(nn.Module):
     def belongs_to(self) -> dict[str, Any]:
         """What the coefficients belong to, in plain values."""
         return {"granularity": self.granularity, "task_vectors": list(self._ids), "blocks": list(self._names)}
+
+    @abstractmethod
+    def fingerprints(self) -> list[float]:
+        """A number for each vector, which another one hardly has."""
+
+    @abstractmethod
+    def merge_(self) -> nn.Module:
+        """Write the composed weights into the base and return it."""
+
+    @abstractmethod
+    def materialize(self) -> dict[str, Tensor]:
+        """The state dict of the model with the composed weights."""
 
     def expanded(self) -> Tensor:
         """The coefficients of all blocks, ``[n, m]`` or ``[n, m, K]``."""

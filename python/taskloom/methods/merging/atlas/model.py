@@ -195,6 +195,14 @@ class AtlasModel(Coefficients):
         finally:
             self._held = None
 
+    def fingerprints(self) -> list[float]:
+        """The norm of each vector over the blocks."""
+        squares = [
+            torch.stack([torch.linalg.vector_norm(one, dtype=torch.float64) for one in task]).square().sum() for task in self._pool.deltas
+        ]
+        norms: list[float] = torch.stack(squares).sqrt().tolist()
+        return norms
+
     def _refuse_linearized(self, name: str) -> None:
         if self.linearized:
             raise RuntimeError(f"AtlasModel.{name}: a linearized model is no model with other weights")
