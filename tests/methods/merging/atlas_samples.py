@@ -54,4 +54,5 @@ def spread(coef: Tensor) -> None:
 def error(got: Tensor, expected: Tensor) -> float:
     """The relative error in the Frobenius norm."""
     reference = expected.detach().double()
-    return float(torch.linalg.vector_norm(got.detach().double() - reference) / torch.linalg.vector_norm(reference))
+    difference, size = (float(torch.linalg.vector_norm(one)) for one in (got.detach().double() - reference, reference))
+    return difference / size if size else difference
