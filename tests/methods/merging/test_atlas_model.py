@@ -260,20 +260,66 @@ def test_the_adapter_can_be_checkpointed_itself() -> None:
 
 def test_a_backward_pass_that_raised_leaves_no_other_weights_behind() -> None:
     torch.manual_seed(0)
-    model, x = _Checkpointed(False), rows()
+    model, x = _Checkpointed(False), rows().requires_grad_()
     adapter = AtlasModel(model, vectors(model))
     own = list(model.parameters())
-    y = adapter(x)["logits"][0]
 
     def stop(gradient: Tensor) -> None:
         raise KeyError("stop")
 
-    y.register_hook(stop)
+    x.register_hook(stop)
     spread(adapter.coef)
+    expected = adapter(x)["logits"][0]
     with pytest.raises(KeyError, match="stop"):
-        y.sum().backward()
-    adapter(x)
+        adapter(x)["logits"][0].sum().backward()
+    assert torch.equal(adapter(x)["logits"][0], expected)
     assert all(one is other for one, other in zip(own, model.parameters(), strict=True))
+
+
+def test_weights_can_be_installed_for_a_while() -> None:
+    model, x = encoder(), rows()
+    adapter = AtlasModel(model, vectors(model))
+    spread(adapter.coef)
+    expected, base = adapter(x), model(x)
+    with adapter.installed() as installed:
+        assert installed is model
+        assert torch.equal(model(x), expected)
+        assert not model(x).requires_grad
+        adapter(x).square().sum().backward()
+        assert torch.equal(model(x), expected)
+        with torch.no_grad():
+            adapter.coef.zero_()
+        assert torch.equal(adapter(x), base)
+        with adapter.installed():
+            assert torch.equal(model(x), base)
+    assert torch.equal(model(x), base)
+    assert all(isinstance(one, nn.Parameter) for one in model.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [None, False])
+def test_backward_passes_of_their_own_accumulate(reentrant: bool | None) -> None:
+    torch.manual_seed(0)
+    model, x = _Checkpointed(reentrant), rows()
+    adapter = AtlasModel(model, vectors(model))
+    spread(adapter.coef)
+    losses = [lambda: adapter(x)["logits"][0].square().sum(), lambda: adapter(x + 1)["logits"][0].sum()]
+    (losses[0]() + losses[1]()).backward()
+    expected, adapter.coef.grad = adapter.coef.grad, None
+    with adapter.compose(accumulate=True):
+        for loss in losses:
+            loss().backward()
+        assert adapter.coef.grad is None
+    assert expected is not None
+    assert adapter.coef.grad is not None
+    assert error(adapter.coef.grad, expected) <= 1e-6
+    with adapter.compose(accumulate=True):
+        losses[0]().backward()
+        with torch.no_grad():
+            adapter.coef.add_(0)
+        losses[1]().backward()
+    assert error(adapter.coef.grad, 2 * expected) <= 1e-6
+    with adapter.compose(accumulate=True), torch.no_grad():
+        adapter(x)
 
 
 def test_buffers_stay_the_bases() -> None:

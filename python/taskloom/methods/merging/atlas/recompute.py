@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, cast
 
 import torch
@@ -31,6 +32,19 @@ def tensors_of(outputs: Any) -> Iterator[Tensor]:
             yield from tensors_of(one)
 
 
+@dataclass(frozen=True)
+class _Installed:
+    """Weights in the modules: for a backward pass (its number), by what they come from; or by hand (None)."""
+
+    task: int | None
+    origin: Any
+    weights: Sequence[Tensor]
+
+    def left_over(self) -> bool:
+        """Whether the backward pass has ended without taking them out, because it raised."""
+        return self.task is not None and torch._C._current_graph_task_id() == -1
+
+
 class Recomputing:
     """Puts weights into modules when the backward pass of a forward pass begins, and takes them out when it has ended.
 
@@ -40,25 +54,28 @@ class Recomputing:
 
     def __init__(self, places: Sequence[Sequence[Place]]) -> None:
         self._places = places
-        self._originals: list[Tensor] | None = None
-        self._node: Any = None
+        self._originals: list[Tensor] = []
+        self._now: _Installed | None = None
 
     def base(self) -> list[Tensor]:
         """The base's own parameters, also while others are in their place."""
-        if self._originals is not None:
-            return self._originals
-        return [_parameters(module)[name] for ((module, name), *_) in self._places]
+        if self._now is None:
+            return [_parameters(module)[name] for ((module, name), *_) in self._places]
+        if self._now.left_over():
+            self._enter(None)
+        return self._originals if self._now is not None else self.base()
 
     def watch(self, outputs: Any, weights: Sequence[Tensor]) -> None:
         """See to it that a backward pass from any of a forward pass's outputs meets the weights of that pass."""
-        node = weights[0].grad_fn
-        if node is None:
+        if not weights[0].requires_grad:
             return
-        # A node of the composition keeps them for as long as its graph lives; of another one they have to be kept here.
+        node = weights[0].grad_fn
+        # A node of the composition keeps them for as long as its graph lives; others and leaves have to be kept here.
         kept = None if hasattr(node, "composer") else weights
+        origin = weights[0] if node is None else node
 
         def install(gradients: Sequence[Tensor]) -> None:
-            self._install(node, kept)
+            self._install(origin, kept)
 
         seen = set()
         for one in tensors_of(outputs):
@@ -66,21 +83,34 @@ class Recomputing:
                 seen.add(one.grad_fn)
                 one.grad_fn.register_prehook(install)
 
-    def restore(self) -> None:
-        """Put back the base's parameters; a backward pass that raised has not."""
-        if self._originals is not None:
-            self._put(self._originals)
-        self._originals = self._node = None
+    @contextmanager
+    def installed(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """Have weights in the modules inside the block."""
+        before = self._now
+        self._enter(_Installed(None, None, weights))
+        try:
+            yield
+        finally:
+            self._enter(before)
 
-    def _install(self, node: Any, kept: Sequence[Tensor] | None) -> None:
-        if self._node is node:
+    def _install(self, origin: Any, kept: Sequence[Tensor] | None) -> None:
+        before, task = self._now, torch._C._current_graph_task_id()
+        same_pass = before is not None and before.task == task
+        if same_pass and before is not None and before.origin is origin:
             return
-        weights = node.saved_tensors if kept is None else kept
-        if self._originals is None:
+        weights = origin.saved_tensors if kept is None else kept
+        if not same_pass:
+            # A backward pass inside another one, as a reentrant checkpoint has it, gives the outer one its weights back.
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._enter(before))
+        self._enter(_Installed(task, origin, weights))
+
+    def _enter(self, wanted: _Installed | None) -> None:
+        if self._now is None:
             self._originals = self.base()
-            torch.autograd.Variable._execution_engine.queue_callback(self.restore)
-        self._node = node
-        self._put(weights)
+        self._put(self._originals if wanted is None else wanted.weights)
+        self._now = wanted
+        if wanted is None:
+            self._originals = []
 
     def _put(self, weights: Sequence[Tensor]) -> None:
         for places, weight in zip(self._places, weights, strict=True):
