@@ -1,9 +1,9 @@
-"""AtlasModel as a module: shared compositions, checkpoints, buffers, ties, copies, compilation, precisions, states."""
+"""AtlasModel as a module: shared compositions, buffers, ties, copies, compilation, precisions, states."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import pickle
 from typing import Any
 
 import pytest
@@ -11,9 +11,7 @@ import torch
 from atlas_samples import encoder, error, rows, spread, tuned, vectors
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-import taskloom
 from taskloom.methods.merging.atlas import AtlasModel
 
 
@@ -43,123 +41,6 @@ def test_one_composition_serves_several_forward_passes(monkeypatch: pytest.Monke
         with torch.no_grad():
             adapter(x)
         assert adapter(x).requires_grad
-
-
-class _Checkpointed(nn.Module):
-    """A model parts of which run again in the backward pass."""
-
-    def __init__(self, reentrant: bool | None) -> None:
-        super().__init__()
-        self.first, self.second, self.third = nn.Linear(7, 7), nn.Linear(7, 7), nn.Linear(7, 7)
-        self.reentrant = reentrant
-
-    def _part(self, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if self.reentrant is None:
-            return part(x)
-        result: Tensor = checkpoint(part, x, use_reentrant=self.reentrant)
-        return result
-
-    def forward(self, x: Tensor) -> dict[str, Any]:
-        x = self._part(lambda x: self.second(torch.tanh(self.first(x))).tanh(), x)
-        return {"logits": [self._part(lambda x: self.third(x).tanh() * self.first(x), x)]}
-
-
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_checkpointed_parts_meet_the_composed_weights_again(backend: str) -> None:
-    torch.manual_seed(0)
-    model, x = _Checkpointed(None), rows()
-    gradients = []
-    for reentrant in (None, False):
-        model.reentrant = reentrant
-        adapter = AtlasModel(model, vectors(model))
-        spread(adapter.coef)
-        own = list(model.parameters())
-        with taskloom.backend(backend):
-            first, second = adapter(x)["logits"][0], adapter(x + 1)["logits"][0]
-            with torch.no_grad():
-                adapter.coef.add_(0.5)
-            (first.square().sum() + second.sum() + adapter(x)["logits"][0].sum()).backward()
-        gradients.append(adapter.coef.grad)
-        assert all(one is other for one, other in zip(own, model.parameters(), strict=True))
-    assert gradients[0] is not None
-    assert gradients[1] is not None
-    assert error(gradients[1], gradients[0]) <= 1e-6
-
-
-def test_the_adapter_can_be_checkpointed_itself() -> None:
-    model, x = encoder(), rows()
-    adapter = AtlasModel(model, vectors(model))
-    spread(adapter.coef)
-    adapter(x).square().sum().backward()
-    expected, adapter.coef.grad = adapter.coef.grad, None
-    checkpoint(adapter, x, use_reentrant=False).square().sum().backward()
-    assert expected is not None
-    assert adapter.coef.grad is not None
-    assert error(adapter.coef.grad, expected) <= 1e-6
-
-
-def test_a_backward_pass_that_raised_leaves_no_other_weights_behind() -> None:
-    torch.manual_seed(0)
-    model, x = _Checkpointed(False), rows().requires_grad_()
-    adapter = AtlasModel(model, vectors(model))
-    own = list(model.parameters())
-
-    def stop(gradient: Tensor) -> None:
-        raise KeyError("stop")
-
-    x.register_hook(stop)
-    spread(adapter.coef)
-    expected = adapter(x)["logits"][0]
-    with pytest.raises(KeyError, match="stop"):
-        adapter(x)["logits"][0].sum().backward()
-    assert torch.equal(adapter(x)["logits"][0], expected)
-    assert all(one is other for one, other in zip(own, model.parameters(), strict=True))
-
-
-def test_weights_can_be_installed_for_a_while() -> None:
-    model, x = encoder(), rows()
-    adapter = AtlasModel(model, vectors(model))
-    spread(adapter.coef)
-    expected, base = adapter(x), model(x)
-    with adapter.installed() as installed:
-        assert installed is model
-        assert torch.equal(model(x), expected)
-        assert not model(x).requires_grad
-        adapter(x).square().sum().backward()
-        assert torch.equal(model(x), expected)
-        with torch.no_grad():
-            adapter.coef.zero_()
-        assert torch.equal(adapter(x), base)
-        with adapter.installed():
-            assert torch.equal(model(x), base)
-    assert torch.equal(model(x), base)
-    assert all(isinstance(one, nn.Parameter) for one in model.parameters())
-
-
-@pytest.mark.parametrize("reentrant", [None, False])
-def test_backward_passes_of_their_own_accumulate(reentrant: bool | None) -> None:
-    torch.manual_seed(0)
-    model, x = _Checkpointed(reentrant), rows()
-    adapter = AtlasModel(model, vectors(model))
-    spread(adapter.coef)
-    losses = [lambda: adapter(x)["logits"][0].square().sum(), lambda: adapter(x + 1)["logits"][0].sum()]
-    (losses[0]() + losses[1]()).backward()
-    expected, adapter.coef.grad = adapter.coef.grad, None
-    with adapter.compose(accumulate=True):
-        for loss in losses:
-            loss().backward()
-        assert adapter.coef.grad is None
-    assert expected is not None
-    assert adapter.coef.grad is not None
-    assert error(adapter.coef.grad, expected) <= 1e-6
-    with adapter.compose(accumulate=True):
-        losses[0]().backward()
-        with torch.no_grad():
-            adapter.coef.add_(0)
-        losses[1]().backward()
-    assert error(adapter.coef.grad, 2 * expected) <= 1e-6
-    with adapter.compose(accumulate=True), torch.no_grad():
-        adapter(x)
 
 
 def test_buffers_stay_the_bases() -> None:
@@ -322,3 +203,82 @@ def test_distributed(tmp_path: Any) -> None:
     assert expected is not None
     assert adapter.coef.grad is not None
     assert torch.equal(adapter.coef.grad, expected)
+
+
+class _Scaled(nn.Module):
+    """A model with a parameter of no dimension, as CLIP has one, and an empty one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale, self.nothing = nn.Linear(7, 3), nn.Parameter(torch.tensor(0.3)), nn.Parameter(torch.empty(0, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.scale.exp() * self.layer(x)
+        return result
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_blocks_without_dimensions_or_entries(groups: int, poisoned_memory: None) -> None:
+    torch.manual_seed(0)
+    model, x = _Scaled(), rows()
+    task_vectors = [{name: torch.ones_like(one) for name, one in model.named_parameters()}]
+    adapter = AtlasModel(model, task_vectors, partitions=groups)
+    with torch.no_grad():
+        adapter.coef.fill_(0.5)
+    expected = (model.scale + 0.5).exp() * functional.linear(x, model.layer.weight + 0.5, model.layer.bias + 0.5)
+    assert error(adapter(x), expected) <= 1e-6
+    adapter(x).sum().backward()
+    assert adapter.coef.grad is not None
+    gradient = adapter.coef.grad.view(1, 4, groups).sum(2)
+    place = adapter.block_names.index
+    assert gradient[0, place("scale")].item() == pytest.approx(expected.sum().item(), rel=1e-5)
+    assert gradient[0, place("nothing")] == 0
+
+
+def test_function_transforms() -> None:
+    model, x = encoder(), rows()
+    adapter = AtlasModel(model, vectors(model), partitions=2)
+    spread(adapter.coef)
+
+    def loss(coef: Tensor) -> Tensor:
+        result: Tensor = torch.func.functional_call(adapter, {"coef": coef}, (x,)).square().sum()
+        return result
+
+    adapter(x).square().sum().backward()
+    assert adapter.coef.grad is not None
+    coef = adapter.coef.detach()
+    assert error(torch.func.grad(loss)(coef), adapter.coef.grad) <= 1e-5
+    assert error(torch.func.vmap(loss)(torch.stack([coef, 2 * coef])), torch.stack([loss(coef), loss(2 * coef)])) <= 1e-5
+
+
+def test_pickles() -> None:
+    model, x = encoder(), rows()
+    adapter = AtlasModel(model, vectors(model), partitions=2)
+    spread(adapter.coef)
+    again = pickle.loads(pickle.dumps(adapter))
+    assert torch.equal(again(x), adapter(x))
+    again(x).sum().backward()
+    assert adapter.coef.grad is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"partitions": 10}, {"granularity": "vector"}, {"linearized": True}])
+def test_on_a_gpu(settings: dict[str, Any]) -> None:
+    model, x = encoder(), rows()
+    adapter = AtlasModel(model, vectors(model, dtype=torch.float16), **settings)
+    spread(adapter.coef)
+    result = adapter(x)
+    result.square().sum().backward()
+    expected, adapter.coef.grad = adapter.coef.grad, None
+    moved = adapter.to("cuda")
+    assert all(one.device.type == "cuda" for task in moved._pool.deltas for one in task)
+    there = moved(x.cuda())
+    there.square().sum().backward()
+    assert expected is not None
+    assert moved.coef.grad is not None
+    assert error(there.cpu(), result) <= 1e-5
+    assert error(moved.coef.grad.cpu(), expected) <= 1e-4
+    # Made there, from vectors in the host's memory, it is the same.
+    again = AtlasModel(copy.deepcopy(model), vectors(encoder(), dtype=torch.float16), **settings)
+    again.load_state_dict(moved.state_dict())
+    assert error(again(x.cuda()), there) <= 1e-6

@@ -86,8 +86,9 @@ def select_blocks(block_grads: Tensor, budget: int, *, by: Ranking = "block", se
     budget
         v, the number of synthetic vectors, 1 to n.
     by
-        ``"block"`` (default): in each block the vectors with the largest ``|g|``. ``"vector"``: whole vectors with the largest mean of it.
-        ``"random"``: whole vectors drawn by ``seed``.
+        ``"block"`` (default): in each block the vectors with the largest ``|g|``. ``"vector"``: whole vectors with the largest mean of it
+        (other scores of whole vectors, such as similarities of their data, can stand in for g as equal columns). ``"random"``: whole
+        vectors drawn by ``seed``.
     seed
         Default 0.
 
