@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import taskloom
+from taskloom.merge.task_vector import TaskVector
 from taskloom.methods.merging.atlas import AtlasModel
 
 
@@ -145,3 +148,66 @@ def test_checkpointed_on_a_gpu() -> None:
         assert adapter.coef.grad is not None
         gradients.append(adapter.coef.grad)
     assert error(gradients[1], gradients[0]) <= 1e-5
+
+
+class _PassesOn(nn.Module):
+    """A model that returns its input too, in an object of a type that torch does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> SimpleNamespace:
+        result = SimpleNamespace(given=x, logits=checkpoint(lambda x: self.layer(x).tanh() * self.layer(x), x, use_reentrant=False))
+        result.itself = result
+        return result
+
+
+def test_outputs_of_any_type_and_inputs_among_them() -> None:
+    torch.manual_seed(0)
+    model, x = _PassesOn(), rows()
+    adapter = AtlasModel(model, vectors(model))
+    spread(adapter.coef)
+    source = torch.ones(7, requires_grad=True)
+    given = x * source
+    result = adapter(given)
+    result.logits.square().sum().backward(retain_graph=True)
+    weight, bias = (adapter.materialize()[name] for name in ("layer.weight", "layer.bias"))
+    own = torch.ones(7, requires_grad=True)
+    y = nn.functional.linear(x * own, weight, bias)
+    (y.tanh() * y).square().sum().backward()
+    assert source.grad is not None
+    assert own.grad is not None
+    assert error(source.grad, own.grad) <= 1e-5
+    fresh = adapter(given)
+    fresh.logits.sum().backward(inputs=[adapter.coef])
+    fresh.given.sum().backward()
+    assert error(source.grad, own.grad + x.sum(0)) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
+def test_a_language_model() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 50, "n_positions": 32}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    tokens = torch.randint(0, 50, (2, 9))
+    task_vector = TaskVector.from_deltas({name: 0.05 * torch.randn_like(one) for name, one in model.named_parameters()})
+    adapter = AtlasModel(model, [task_vector, -0.5 * task_vector])
+    with torch.no_grad():
+        adapter.coef.fill_(0.7)
+    gradients = []
+    for _ in range(2):
+        adapter.train()(input_ids=tokens, labels=tokens).loss.backward()
+        assert adapter.coef.grad is not None
+        gradients.append(adapter.coef.grad.clone())
+        adapter.coef.grad = None
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert error(gradients[1], gradients[0]) <= 1e-6
+    changed = copy.deepcopy(model).eval()
+    changed.load_state_dict(adapter.eval().materialize())
+    assert torch.equal(adapter(input_ids=tokens).logits, changed(tokens).logits)
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    with adapter.installed() as installed:
+        assert torch.equal(installed.generate(tokens[:1], **settings), changed.generate(tokens[:1], **settings))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, cast
@@ -15,21 +15,26 @@ Place = tuple[nn.Module, str]
 
 
 def tensors_of(outputs: Any) -> Iterator[Tensor]:
-    """The tensors in what a model returns, in mappings, sequences and dataclasses of any depth."""
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, Mapping):
-        for one in outputs.values():
-            yield from tensors_of(one)
-    elif isinstance(outputs, (list, tuple, set, frozenset)):
-        for one in outputs:
-            yield from tensors_of(one)
-    elif is_dataclass(outputs):
-        for field in fields(outputs):
-            yield from tensors_of(getattr(outputs, field.name))
-    elif hasattr(outputs, "__dict__") and not isinstance(outputs, (type, nn.Module)):
-        for one in vars(outputs).values():
-            yield from tensors_of(one)
+    """The tensors in what a model returns: in mappings, sequences and objects of any depth."""
+    found, seen = [outputs], set()
+    while found:
+        one = found.pop()
+        if isinstance(one, Tensor):
+            yield one
+        elif id(one) not in seen:
+            seen.add(id(one))
+            found.extend(_parts(one))
+
+
+def _parts(one: Any) -> Iterable[Any]:
+    if isinstance(one, Mapping):
+        return one.values()
+    if isinstance(one, (list, tuple, set, frozenset)):
+        return one
+    if isinstance(one, (type, nn.Module)):
+        return ()
+    slots = [getattr(one, field.name) for field in fields(one)] if is_dataclass(one) else []
+    return [*slots, *getattr(one, "__dict__", {}).values()]
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,25 @@ class Recomputing:
         same_pass = before is not None and before.task == task
         if same_pass and before is not None and before.origin is origin:
             return
-        weights = origin.saved_tensors if kept is None else kept
+        weights = self._weights(origin) if kept is None else kept
+        if weights is None:
+            return
         if not same_pass:
             # A backward pass inside another one, as a reentrant checkpoint has it, gives the outer one its weights back.
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._enter(before))
         self._enter(_Installed(task, origin, weights))
+
+    @staticmethod
+    def _weights(origin: Any) -> Sequence[Tensor] | None:
+        """What a composition's node keeps; None where its graph was freed, so that nothing of the forward pass can run again.
+
+        A model may return a tensor that it was given, through which a backward pass goes without it.
+        """
+        try:
+            weights: Sequence[Tensor] = origin.saved_tensors
+        except RuntimeError:
+            return None
+        return weights
 
     def _enter(self, wanted: _Installed | None) -> None:
         if self._now is None:
