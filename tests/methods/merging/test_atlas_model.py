@@ -176,6 +176,8 @@ def test_blocks_can_be_chosen() -> None:
     adapter = AtlasModel(model, some, target_modules=["3"])
     assert adapter.block_names == ("3.weight", "3.bias")
     assert AtlasModel(model, vectors(model), matrices_only=True).block_names == ("0.weight", "3.weight")
+    assert AtlasModel(model, vectors(model), target_modules="all-linear").block_names == ("0.weight", "0.bias", "3.weight", "3.bias")
+    assert AtlasModel(model, vectors(model), target_modules="1|3").block_names == ("1.weight", "1.bias", "3.weight", "3.bias")
     spread(adapter.coef)
     state = adapter.materialize()
     assert torch.equal(state["0.weight"], model[0].weight)

@@ -40,7 +40,7 @@ class AtlasModel(Coefficients):
     matrices_only
         Whether only parameters with two dimensions are blocks, and the others stay the base's. Default False.
     target_modules
-        Whose parameters are blocks: names, or a pattern for the whole path, as in PEFT. Default None: all of them.
+        Whose parameters are blocks: names, a pattern for the whole path, or ``"all-linear"``, as in PEFT. Default None: all of them.
     linearized
         Whether the model is its first-order Taylor expansion at the base's weights, so that the result is linear in ``coef``; for task
         vectors of the regime ``"linear"``. Default False.
