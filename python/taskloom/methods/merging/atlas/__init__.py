@@ -8,13 +8,14 @@ from __future__ import annotations
 from taskloom.methods.merging.atlas.config import AtlasConfig, load_atlas, save_atlas
 from taskloom.methods.merging.atlas.lowrank import LowRankTaskVector
 from taskloom.methods.merging.atlas.lowrank_model import LowRankAtlasModel
-from taskloom.methods.merging.atlas.mixing import block_gradients, mix_blocks, select_blocks
+from taskloom.methods.merging.atlas.mixing import BlockGradients, block_gradients, mix_blocks, select_blocks
 from taskloom.methods.merging.atlas.model import AtlasModel
 from taskloom.methods.merging.atlas.partition import draw_groups
 
 __all__ = [
     "AtlasConfig",
     "AtlasModel",
+    "BlockGradients",
     "LowRankAtlasModel",
     "LowRankTaskVector",
     "block_gradients",
