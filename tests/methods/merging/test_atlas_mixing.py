@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,9 @@ def test_the_order_of_a_vectors_names_does_not_matter(tmp_path: Path) -> None:
         for got, expected in zip(mix_blocks(others, grads, 2), mix_blocks(pool, grads, 2), strict=True):
             assert set(got) == set(expected)
             assert all(torch.equal(got[name], expected[name]) for name in expected)
+    for same in (copy.deepcopy(grads), pickle.loads(pickle.dumps(grads))):
+        assert same.block_names == grads.block_names == tuple(name for name, _ in model.named_parameters())
+        assert torch.equal(same, grads)
     plain = mix_blocks(pool, grads.clone(), 2, names=grads.block_names)
     assert all(torch.equal(plain[0][name], mix_blocks(pool, grads, 2)[0][name]) for name in plain[0])
 

@@ -29,6 +29,9 @@ class BlockGradients(Tensor):
         named.block_names = tuple(names)
         return named
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockGradients:
+        return self.of(self.clone(), self.block_names)
+
 
 @contextmanager
 def _requiring_grad(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
