@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from taskloom.merge.task_vector.checks import check_finite, check_overflow, first_nonfinite, is_delta, some
 from taskloom.merge.task_vector.combination import Terms, coefficients, each_piece
+from taskloom.merge.task_vector.difference import identity
 from taskloom.merge.task_vector.sources import Slot
 from taskloom.ops import block_scale_merge
 
@@ -54,9 +55,8 @@ def _add(target: Tensor, terms: Terms, name: str, slot: Slot, alpha: float) -> T
 
 def _place(tensor: Tensor) -> Hashable:
     """Equal for two names of one tensor; of its own for what shares no memory."""
-    if tensor.layout != torch.strided or not tensor.numel():
-        return object()
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device
+    has_memory = tensor.layout == torch.strided and tensor.numel() and not hasattr(tensor, "__tensor_flatten__")
+    return identity(tensor) if has_memory else object()
 
 
 def _changed(

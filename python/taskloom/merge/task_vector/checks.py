@@ -64,10 +64,13 @@ def is_delta(tensor: Tensor, where: str) -> bool:
     TypeError
         If it is of a dtype that is neither, such as complex or an 8-bit float.
     ValueError
-        If it has no values to look at: sparse, on the meta device, not initialised yet; or lies neither in CPU nor in CUDA memory.
+        If it has no values to look at (sharded, sparse, quantized, on the meta device, not initialised yet), or lies neither in CPU nor in
+        CUDA memory.
     """
     if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
         raise ValueError(f"{where}: is not initialised yet; run the lazy module once first")
+    if hasattr(tensor, "__tensor_flatten__"):
+        raise ValueError(f"{where}: expected a plain tensor, got a {type(tensor).__name__} (a sharded or quantized one)")
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(f"{where}: expected a dense tensor, got {'a quantized one' if tensor.is_quantized else tensor.layout}")
     if tensor.device.type not in ("cpu", "cuda"):

@@ -103,8 +103,10 @@ def combined_piece(terms: Terms, name: str, slot: Slot, parts: list[Tensor]) -> 
     where = f"TaskVector: {name!r}"
     if is_plain(terms, name, slot):
         return parts[0]
-    base = torch.zeros_like(parts[0], dtype=slot.dtype)
-    summed = block_scale_merge(base, parts, coefficients(list(terms.values()), parts, base, where))
+    # What comes from a file goes to where the others are.
+    here = parts if slot.device is None else [part.to(slot.device) for part in parts]
+    base = torch.zeros_like(here[0], dtype=slot.dtype)
+    summed = block_scale_merge(base, here, coefficients(list(terms.values()), here, base, where))
     assert isinstance(summed, Tensor)
     check_overflow(summed, where, "the combination")
     return summed
