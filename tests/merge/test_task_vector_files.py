@@ -224,6 +224,29 @@ def test_a_file_that_changes_under_the_reader(models: list[Path], monkeypatch: p
         one["wide"]
 
 
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_in_any_thread_ends_the_work(models: list[Path], monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    one, two = _pair(models)
+    preadv, calls = os.preadv, iter(range(10**6))
+
+    def failing(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if next(calls) == 9:
+            raise OSError(5, "Input/output error")
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(CheckpointError, match="cannot be read: Input/output error"):
+            (one + two).norm()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert next(calls) < 60
+
+
 def test_damaged_and_unfitting_checkpoints(models: list[Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file or folder"):
         TaskVector.from_checkpoints(models[0], tmp_path / "nothing.safetensors")

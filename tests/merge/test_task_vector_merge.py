@@ -133,6 +133,23 @@ def test_the_recipe_beside_the_weights_gives_the_same_again(folders: dict[str, P
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
 
 
+def test_options_are_those_of_a_merge(folders: dict[str, Path], tmp_path: Path) -> None:
+    one, two = _vectors(folders)
+    done: list[int] = []
+    one.apply_to_checkpoint(folders["base"], tmp_path / "out", threads=2, progress=done.append, write_card=False, copy_tokenizer=False)
+    assert done
+    assert not (tmp_path / "out" / "README.md").exists()
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    with pytest.raises(OutputError, match="is not empty"):
+        two.apply_to_checkpoint(folders["base"], tmp_path / "out")
+    with pytest.raises(MergeError, match="threads: expected 0"):
+        two.apply_to_checkpoint(folders["base"], tmp_path / "other", threads=-1)
+    merge_task_vectors([two], tmp_path / "out", overwrite=True, out_dtype="bfloat16", max_ram="2GB")
+    expected = two.apply_to(_load(folders["base"]))
+    for name, tensor in _load(tmp_path / "out").items():
+        assert torch.equal(tensor, expected[name].bfloat16() if name in two else expected[name])
+
+
 def test_a_saved_vector_goes_onto_another_base(folders: dict[str, Path], tmp_path: Path) -> None:
     one, two = _vectors(folders)
     (one + two).save(tmp_path / "sum.safetensors")
