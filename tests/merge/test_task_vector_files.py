@@ -270,6 +270,17 @@ def test_damaged_and_unfitting_checkpoints(models: list[Path], tmp_path: Path) -
         TaskVector.from_checkpoints(models[0], broken, dtype=torch.float16)["bias"]
 
 
+def test_tensors_of_8_bits_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    state = {"w": torch.ones(3), "ids": torch.arange(3), "packed": torch.ones(4).to(torch.float8_e4m3fn)}
+    save_file(state, tmp_path / "base.safetensors")
+    with pytest.warns(UserWarning, match=r"tensors of F8_E4M3 have no delta here: 'packed'") as caught:
+        tau = TaskVector.from_checkpoints(tmp_path / "base.safetensors", tmp_path / "base.safetensors")
+    assert tau.names == ("w",)
+    assert caught[0].filename == __file__
+    with pytest.raises(TypeError, match=r"'packed' of base: expected float32.*got torch\.float8_e4m3fn"):
+        TaskVector(state, state)
+
+
 def _with_metadata(path: Path, **changes: str | None) -> Path:
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
