@@ -22,6 +22,7 @@ from taskloom.merge import (
     merge_checkpoints,
     merge_state_dicts,
     merge_task_vectors,
+    verify_merge,
 )
 from taskloom.merge.stages import METHODS
 
@@ -128,6 +129,7 @@ def test_apply_to_checkpoint_is_apply_to_on_disk(folders: dict[str, Path], tmp_p
 def test_the_recipe_beside_the_weights_gives_the_same_again(folders: dict[str, Path], tmp_path: Path) -> None:
     one, two = _vectors(folders)
     (one - 0.5 * two).apply_to_checkpoint(folders["base"], tmp_path / "out", 0.5)
+    assert verify_merge(tmp_path / "out").ok
     merge_checkpoints(tmp_path / "out" / "taskloom_recipe.yml", tmp_path / "again")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
 
@@ -154,6 +156,7 @@ def test_a_saved_vector_goes_onto_another_base(folders: dict[str, Path], tmp_pat
     (one + two).save(tmp_path / "sum.safetensors")
     loaded = TaskVector.load(tmp_path / "sum.safetensors")
     (-loaded).apply_to_checkpoint(folders["b"], tmp_path / "out", 0.5)
+    assert verify_merge(tmp_path / "out").ok
     expected = (one + two).apply_to(_load(folders["b"]), -0.5)
     got = _load(tmp_path / "out")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in got.items())
