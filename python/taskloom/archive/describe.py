@@ -13,6 +13,7 @@ from taskloom.archive.pieces import CODES
 from taskloom.archive.states import State, TaskStates
 from taskloom.archive.tasks import VectorKind
 from taskloom.merge.report import taskloom_version
+from taskloom.merge.task_vector import TaskVector
 
 _BASE = "base"
 
@@ -31,6 +32,8 @@ def _recipe(info: ArchiveInfo) -> str:
 
 
 def _own_dtypes(states: TaskStates, state: State) -> dict[str, str]:
+    if isinstance(state, TaskVector):
+        return {}
     return {name: CODES[state[name].dtype] for name in states.names if state[name].dtype != states.base[name].dtype}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from taskloom.merge.align import is_recomputed, some
+from taskloom.merge.task_vector import TaskVector
 from taskloom.ops._checks import FLOATING
 
 State = Mapping[str, Tensor]
@@ -24,6 +25,8 @@ def state_of(argument: str, weights: Weights) -> dict[str, Tensor]:
     TypeError
         If it is neither, or holds something else than tensors.
     """
+    if isinstance(weights, TaskVector):
+        raise TypeError(f"{argument}: expected a state dict or an nn.Module, got a TaskVector")
     given = weights.state_dict() if isinstance(weights, nn.Module) else weights
     if not isinstance(given, Mapping):
         raise TypeError(f"{argument}: expected a state dict or an nn.Module, got {type(given).__name__}")
@@ -73,6 +76,10 @@ def thresholds_of(value: float | Mapping[str, float], tasks: Iterable[str]) -> l
     return found
 
 
+def _wider(tensors: Iterable[Tensor]) -> torch.dtype:
+    return torch.float64 if any(values.dtype == torch.float64 for values in tensors) else torch.float32
+
+
 @dataclass(frozen=True)
 class TaskStates:
     """A base and its fine-tunings.
@@ -82,7 +89,7 @@ class TaskStates:
     base
         All tensors of the base.
     tasks
-        The fine-tunings by task, each with at least the tensors in ``names``.
+        The fine-tunings by task, each with at least the tensors in ``names``; a task vector has its changes in their place.
     names
         Tensors that have masks, in the base's order: floating point, and not recomputed by the model.
     tied
@@ -99,14 +106,29 @@ class TaskStates:
         """The tensors that a trim over the whole model ranks, in the order in which equal magnitudes rank."""
         return sorted(name for name in self.names if name not in self.tied)
 
-    def pair(self, name: str) -> tuple[Tensor, list[Tensor]]:
-        """What a tensor's deltas are taken from, and the tasks' values of it."""
-        return self.base[name], [state[name] for state in self.tasks.values()]
-
     def dtype(self, name: str) -> torch.dtype:
-        """What a tensor's deltas are computed in: float64 where the base's or a task's tensor is, else float32."""
-        origin, tuned = self.pair(name)
-        return torch.float64 if any(values.dtype == torch.float64 for values in (origin, *tuned)) else torch.float32
+        """What a tensor's changes are computed in: float64 where the base's or a task's tensor is, else float32."""
+        return _wider([self.base[name], *(state[name] for state in self.tasks.values())])
+
+    def delta(self, task: str, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A task's change of a tensor, in fresh memory; ``dtype`` is what it is computed in."""
+        state, kind = self.tasks[task], dtype or self.dtype(name)
+        values = state[name]
+        if isinstance(state, TaskVector):
+            return values.to(kind, copy=True)
+        return values.to(kind) - self.base[name].to(kind)
+
+    def deltas(self, name: str) -> list[Tensor]:
+        """The tasks' changes of a tensor, in fresh memory."""
+        dtype = self.dtype(name)
+        return [self.delta(task, name, dtype) for task in self.tasks]
+
+    def pair(self, name: str) -> tuple[Tensor, list[Tensor]]:
+        """What a tensor's changes are taken from, and the tasks' values of it; zeros and changes where a task is a task vector."""
+        if any(isinstance(state, TaskVector) for state in self.tasks.values()):
+            deltas = self.deltas(name)
+            return torch.zeros_like(deltas[0]), deltas
+        return self.base[name], [state[name] for state in self.tasks.values()]
 
 
 def _check_like(where: str, name: str, values: Tensor, base: Tensor) -> None:
@@ -116,6 +138,14 @@ def _check_like(where: str, name: str, values: Tensor, base: Tensor) -> None:
         raise ValueError(f"{where}: tensor {name!r}: expected it on {base.device} as in the base, got {values.device}")
 
 
+def _check_values(where: str, name: str, values: Tensor, base: Tensor) -> None:
+    _check_like(where, name, values, base)
+    if values.dtype not in FLOATING:
+        raise TypeError(f"{where}: tensor {name!r}: expected floating point as in the base, got {values.dtype}")
+    if not is_finite(values):
+        raise ValueError(f"{where}: tensor {name!r} holds NaN or infinity")
+
+
 def _check_task(where: str, state: State, base: State, names: tuple[str, ...]) -> None:
     lacking = [name for name in names if name not in state]
     more = [name for name in state if name not in base and not is_recomputed(name)]
@@ -123,12 +153,7 @@ def _check_task(where: str, state: State, base: State, names: tuple[str, ...]) -
         parts = ([f"lacks {some(lacking)}"] if lacking else []) + ([f"has {some(more)} besides"] if more else [])
         raise KeyError(f"{where}: expected the base's tensors; it {' and '.join(parts)}")
     for name in names:
-        values = state[name]
-        _check_like(where, name, values, base[name])
-        if values.dtype not in FLOATING:
-            raise TypeError(f"{where}: tensor {name!r}: expected floating point as in the base, got {values.dtype}")
-        if not is_finite(values):
-            raise ValueError(f"{where}: tensor {name!r} holds NaN or infinity")
+        _check_values(where, name, state[name], base[name])
     for name, values in base.items():
         if values.dtype in FLOATING or name not in state:
             continue
@@ -145,12 +170,18 @@ def _memory(values: Tensor) -> object:
     return (values.untyped_storage().data_ptr(), values.storage_offset(), values.shape, values.stride(), values.dtype)
 
 
+def _is_tied(state: State, name: str, original: str) -> bool:
+    if isinstance(state, TaskVector):
+        return torch.equal(state[name], state[original])
+    return _memory(state[name]) == _memory(state[original])
+
+
 def _tied(base: State, tasks: Iterable[State], names: tuple[str, ...]) -> dict[str, str]:
     first: dict[object, str] = {}
     tied = {}
     for name in names:
         original = first.setdefault(_memory(base[name]), name)
-        if original != name and all(_memory(state[name]) == _memory(state[original]) for state in tasks) and base[name].numel():
+        if original != name and base[name].numel() and all(_is_tied(state, name, original) for state in tasks):
             tied[name] = original
     return tied
 
@@ -163,7 +194,8 @@ def read_states(base: Weights, finetuned: Mapping[str, Weights]) -> TaskStates:
     base
         State dict or module.
     finetuned
-        The same by task, with the base's names and shapes. Tensors that are not floating point must be the base's, or be missing.
+        State dicts, modules or :class:`taskloom.TaskVector` by task, with the base's names and shapes. Tensors that are not floating point
+        must be the base's, or be missing.
 
     Raises
     ------
@@ -177,7 +209,7 @@ def read_states(base: Weights, finetuned: Mapping[str, Weights]) -> TaskStates:
     """
     origin = state_of("base", base)
     if not isinstance(finetuned, Mapping):
-        raise TypeError(f"finetuned: expected a mapping from tasks to state dicts or modules, got {type(finetuned).__name__}")
+        raise TypeError(f"finetuned: expected a mapping from tasks to state dicts, modules or task vectors, got {type(finetuned).__name__}")
     if not finetuned:
         raise ValueError("finetuned: expected at least one task, got none")
     names = tuple(name for name, values in origin.items() if values.dtype in FLOATING and not is_recomputed(name))
@@ -188,6 +220,6 @@ def read_states(base: Weights, finetuned: Mapping[str, Weights]) -> TaskStates:
             raise ValueError(f"base: tensor {name!r} holds NaN or infinity")
     tasks: dict[str, State] = {}
     for task, weights in finetuned.items():
-        tasks[task] = state_of(f"task {task!r}", weights)
+        tasks[task] = weights if isinstance(weights, TaskVector) else state_of(f"task {task!r}", weights)
         _check_task(f"task {task!r}", tasks[task], origin, names)
     return TaskStates(origin, tasks, names, _tied(origin, tasks.values(), names))

@@ -17,7 +17,7 @@ from taskloom.archive.packed import PackedMask
 from taskloom.archive.restore import restore_values
 from taskloom.archive.states import TaskStates, Weights, is_finite, per_task, read_states, state_of, thresholds_of
 from taskloom.merge.align import some
-from taskloom.ops import MagnitudeThreshold
+from taskloom.merge.task_vector import TaskVector
 from taskloom.ops._checks import FLOATING
 
 VectorKind = Literal["sum", "ties"]
@@ -35,26 +35,14 @@ def whole_model_masks(states: TaskStates, share: float) -> dict[str, list[Tensor
     wide = {states.dtype(name) for name in names}
     if len(wide) > 1:
         raise ValueError("expected float64 in all tensors or in none where a trim ranks them together; method='sum' takes both")
-    (dtype,) = wide
-    origins = [states.pair(name)[0].to(dtype) if dtype == torch.float64 else states.pair(name)[0] for name in names]
     masks: dict[str, list[Tensor]] = {name: [] for name in names}
-    rank = band_ranks(sum(origin.numel() for origin in origins), share, at_least_one=True)[1]
-    for place in range(len(states.tasks)):
-        tuned = [states.pair(name)[1][place] for name in names]
-        cuts = taskloom.split_threshold(taskloom.magnitude_threshold(tuned, origins, rank=rank), tuned, origins)
-        for name, values, origin, cut in zip(names, tuned, origins, cuts, strict=True):
-            masks[name].append(_band(values, origin, cut))
+    rank = band_ranks(sum(states.base[name].numel() for name in names), share, at_least_one=True)[1]
+    for task in states.tasks:
+        deltas = [states.delta(task, name) for name in names]
+        cuts = taskloom.split_threshold(taskloom.magnitude_threshold(deltas, rank=rank), deltas)
+        for name, delta, cut in zip(names, deltas, cuts, strict=True):
+            masks[name].append(taskloom.magnitude_mask(delta, threshold=cut, packed=True))
     return masks
-
-
-def _band(values: Tensor, origin: Tensor, cut: MagnitudeThreshold) -> Tensor:
-    return taskloom.magnitude_mask(values, origin, threshold=cut, packed=True)
-
-
-def _deltas(states: TaskStates, name: str) -> list[Tensor]:
-    origin, tuned = states.pair(name)
-    dtype = states.dtype(name)
-    return [values.to(dtype) - origin.to(dtype) for values in tuned]
 
 
 def _ties_vector(states: TaskStates, trim: float, weights: list[float]) -> dict[str, Tensor]:
@@ -62,11 +50,11 @@ def _ties_vector(states: TaskStates, trim: float, weights: list[float]) -> dict[
     masks = whole_model_masks(states, trim)
     total = 0
     for name, own in masks.items():
-        votes = taskloom.sparse_merge(None, _deltas(states, name), weights, select="mask", masks=own)
+        votes = taskloom.sparse_merge(None, states.deltas(name), weights, select="mask", masks=own)
         total += int(torch.count_nonzero(votes > 0)) - int(torch.count_nonzero(votes < 0))
     vector = {}
     for name, own in masks.items():
-        deltas = _deltas(states, name)
+        deltas = states.deltas(name)
         if total < 0:
             # The election gives a zero vote to the positive entries; turned around, to the negative ones.
             deltas = [delta.neg_() for delta in deltas]
@@ -105,9 +93,8 @@ def masks_of(states: TaskStates, vector: Mapping[str, Tensor], task: str, thresh
     bits = {}
     for name in states.names:
         origin, tuned = states.base[name], states.tasks[task][name]
-        if weight != 1.0:
-            dtype = states.dtype(name)
-            tuned = (tuned.to(dtype) - origin.to(dtype)).mul_(weight)
+        if weight != 1.0 or isinstance(states.tasks[task], TaskVector):
+            tuned = states.delta(task, name).mul_(weight)
             origin = torch.zeros_like(tuned)
         bits[name] = taskloom.task_mask(origin, tuned, vector[name], threshold)
     return PackedMask(bits, {name: states.base[name].shape for name in states.names})
@@ -128,7 +115,7 @@ def multi_task_vector(
     base
         State dict or module.
     finetuned
-        State dicts or modules by task, with the base's names and shapes.
+        State dicts, modules or :class:`taskloom.TaskVector` by task, with the base's names and shapes.
     method
         ``"sum"``: the sum of the changes. ``"ties"``: of each task the largest ``trim`` of its changes over the whole model, of each entry
         those with the sign of their sum (where that is zero, the sign that is more frequent in the whole model), summed.
