@@ -26,7 +26,9 @@ def make_tuned(base: State, seed: int, dtype: torch.dtype | None = None, share: 
     for name, values in base.items():
         noise = 0.1 * torch.randn(values.shape, generator=generator) * (torch.rand(values.shape, generator=generator) < share)
         floating = values.is_floating_point()
-        tuned[name] = (values.to(torch.promote_types(values.dtype, torch.float32)) + noise).to(dtype or values.dtype) if floating else values.clone()
+        tuned[name] = (
+            (values.to(torch.promote_types(values.dtype, torch.float32)) + noise).to(dtype or values.dtype) if floating else values.clone()
+        )
     return tuned
 
 
@@ -60,7 +62,8 @@ def floats(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 def same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     """Whether two states have the same names, dtypes and bits."""
     return list(left) == list(right) and all(
-        left[name].dtype == right[name].dtype and torch.equal(left[name].reshape(-1).view(torch.uint8), right[name].reshape(-1).view(torch.uint8))
+        left[name].dtype == right[name].dtype
+        and torch.equal(left[name].reshape(-1).view(torch.uint8), right[name].reshape(-1).view(torch.uint8))
         for name in left
     )
 
