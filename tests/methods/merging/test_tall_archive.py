@@ -367,3 +367,18 @@ def test_damaged_files(tmp_path: Path) -> None:
         assert isinstance(caught.value, CheckpointError)
     with pytest.raises(CheckpointError, match="no-such-archive"):
         TallArchive.load(tmp_path / "no-such-archive")
+
+
+def test_task_vectors_that_stay_in_their_checkpoints(tmp_path: Path) -> None:
+    base, tuned = make_models(3)
+    _save_models(tmp_path, base, tuned)
+    vectors = {task: TaskVector.from_checkpoints(tmp_path / "base", tmp_path / task) for task in tuned}
+    for method in ("sum", "ties"):
+        kind: Any = method
+        streamed = TallArchive.build(base, vectors, method=kind)
+        whole = TallArchive.build(base, tuned, method=kind)
+        assert same(dict(streamed.vector), dict(whole.vector))
+        assert dict(streamed.masks) == dict(whole.masks)
+    still = TaskVector.from_deltas({name: torch.zeros_like(values) for name, values in base.items() if values.is_floating_point()})
+    with pytest.raises(KeyError, match="task 'task-1': expected the base's tensors; it lacks 'embed.weight'"):
+        TallArchive.build(base, {"task-0": still, "task-1": TaskVector.from_deltas({"norm": torch.zeros(9)})})
