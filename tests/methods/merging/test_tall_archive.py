@@ -380,5 +380,5 @@ def test_task_vectors_that_stay_in_their_checkpoints(tmp_path: Path) -> None:
         assert same(dict(streamed.vector), dict(whole.vector))
         assert dict(streamed.masks) == dict(whole.masks)
     still = TaskVector.from_deltas({name: torch.zeros_like(values) for name, values in base.items() if values.is_floating_point()})
-    with pytest.raises(KeyError, match="task 'task-1': expected the base's tensors; it lacks 'embed.weight'"):
+    with pytest.raises(KeyError, match=r"task 'task-1': expected the base's tensors; it lacks 'embed.weight'"):
         TallArchive.build(base, {"task-0": still, "task-1": TaskVector.from_deltas({"norm": torch.zeros(9)})})
