@@ -382,3 +382,23 @@ def test_task_vectors_that_stay_in_their_checkpoints(tmp_path: Path) -> None:
     still = TaskVector.from_deltas({name: torch.zeros_like(values) for name, values in base.items() if values.is_floating_point()})
     with pytest.raises(KeyError, match=r"task 'task-1': expected the base's tensors; it lacks 'embed.weight'"):
         TallArchive.build(base, {"task-0": still, "task-1": TaskVector.from_deltas({"norm": torch.zeros(9)})})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("method", ["sum", "ties"])
+def test_the_same_bits_on_a_gpu(method: Any) -> None:
+    base, tuned = toy_models(3)
+    expected = TallArchive.build(base, tuned, method=method)
+    there = {name: values.cuda() for name, values in base.items()}
+    built = TallArchive.build(
+        there, {task: {name: values.cuda() for name, values in state.items()} for task, state in tuned.items()}, method=method
+    )
+    module = Toy().cuda()
+    with pytest.raises(ValueError, match="move the archive with to"):
+        expected.apply_(module, "task-0")
+    for archive in (built, expected.to("cuda")):
+        assert same({name: values.cpu() for name, values in archive.vector.items()}, dict(expected.vector))
+        for task in ("task-0", "task-1", "task-0", "task-2"):
+            archive.apply_(module, task)
+            assert same({name: _state(module)[name].cpu() for name in base}, expected.state_dict(task))
