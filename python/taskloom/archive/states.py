@@ -76,10 +76,6 @@ def thresholds_of(value: float | Mapping[str, float], tasks: Iterable[str]) -> l
     return found
 
 
-def _wider(tensors: Iterable[Tensor]) -> torch.dtype:
-    return torch.float64 if any(values.dtype == torch.float64 for values in tensors) else torch.float32
-
-
 @dataclass(frozen=True)
 class TaskStates:
     """A base and its fine-tunings.
@@ -92,6 +88,8 @@ class TaskStates:
         The fine-tunings by task, each with at least the tensors in ``names``; a task vector has its changes in their place.
     names
         Tensors that have masks, in the base's order: floating point, and not recomputed by the model.
+    wide
+        Of these, those that are float64 in the base or in a task.
     tied
         Of these, those that are another one's memory in the base and in every task, and that one.
     """
@@ -99,6 +97,7 @@ class TaskStates:
     base: dict[str, Tensor]
     tasks: dict[str, State]
     names: tuple[str, ...]
+    wide: frozenset[str]
     tied: dict[str, str]
 
     @property
@@ -108,20 +107,18 @@ class TaskStates:
 
     def dtype(self, name: str) -> torch.dtype:
         """What a tensor's changes are computed in: float64 where the base's or a task's tensor is, else float32."""
-        return _wider([self.base[name], *(state[name] for state in self.tasks.values())])
+        return torch.float64 if name in self.wide else torch.float32
 
-    def delta(self, task: str, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A task's change of a tensor, in fresh memory; ``dtype`` is what it is computed in."""
-        state, kind = self.tasks[task], dtype or self.dtype(name)
-        values = state[name]
+    def delta(self, task: str, name: str) -> Tensor:
+        """A task's change of a tensor, in fresh memory."""
+        state, dtype = self.tasks[task], self.dtype(name)
         if isinstance(state, TaskVector):
-            return values.to(kind, copy=True)
-        return values.to(kind) - self.base[name].to(kind)
+            return state[name].to(dtype, copy=True)
+        return state[name].to(dtype) - self.base[name].to(dtype)
 
     def deltas(self, name: str) -> list[Tensor]:
         """The tasks' changes of a tensor, in fresh memory."""
-        dtype = self.dtype(name)
-        return [self.delta(task, name, dtype) for task in self.tasks]
+        return [self.delta(task, name) for task in self.tasks]
 
     def pair(self, name: str) -> tuple[Tensor, list[Tensor]]:
         """What a tensor's changes are taken from, and the tasks' values of it; zeros and changes where a task is a task vector."""
@@ -146,14 +143,19 @@ def _check_values(where: str, name: str, values: Tensor, base: Tensor) -> None:
         raise ValueError(f"{where}: tensor {name!r} holds NaN or infinity")
 
 
-def _check_task(where: str, state: State, base: State, names: tuple[str, ...]) -> None:
+def _check_task(where: str, state: State, base: State, names: tuple[str, ...]) -> set[str]:
+    """Refuse a task that does not fit the base; returns its float64 tensors. A task vector's tensors are computed when they are read."""
     lacking = [name for name in names if name not in state]
     more = [name for name in state if name not in base and not is_recomputed(name)]
     if lacking or more:
         parts = ([f"lacks {some(lacking)}"] if lacking else []) + ([f"has {some(more)} besides"] if more else [])
         raise KeyError(f"{where}: expected the base's tensors; it {' and '.join(parts)}")
+    wide = set()
     for name in names:
-        _check_values(where, name, state[name], base[name])
+        own = state[name]
+        _check_values(where, name, own, base[name])
+        if own.dtype == torch.float64:
+            wide.add(name)
     for name, values in base.items():
         if values.dtype in FLOATING or name not in state:
             continue
@@ -164,6 +166,7 @@ def _check_task(where: str, state: State, base: State, names: tuple[str, ...]) -
                 f"{where}: {values.dtype} tensor {name!r} differs from the base's; only floating-point tensors have masks, so it could "
                 "not be restored"
             )
+    return wide
 
 
 def _memory(values: Tensor) -> object:
@@ -218,8 +221,9 @@ def read_states(base: Weights, finetuned: Mapping[str, Weights]) -> TaskStates:
     for name in names:
         if not is_finite(origin[name]):
             raise ValueError(f"base: tensor {name!r} holds NaN or infinity")
+    wide = {name for name in names if origin[name].dtype == torch.float64}
     tasks: dict[str, State] = {}
     for task, weights in finetuned.items():
         tasks[task] = weights if isinstance(weights, TaskVector) else state_of(f"task {task!r}", weights)
-        _check_task(f"task {task!r}", tasks[task], origin, names)
-    return TaskStates(origin, tasks, names, _tied(origin, tasks.values(), names))
+        wide |= _check_task(f"task {task!r}", tasks[task], origin, names)
+    return TaskStates(origin, tasks, names, frozenset(wide), _tied(origin, tasks.values(), names))
