@@ -140,6 +140,18 @@ _add(
     )
 )
 
+_add(
+    Method(
+        name="tall_masks",
+        wing="merging",
+        title="TALL masks and consensus merging",
+        paper="Localizing Task Information for Improved Model Merging and Compression, ICML 2024, arXiv 2405.07813",
+        family="masked",
+        claim="Fine-tunings come back from one shared vector and a bit per parameter each; what fewer than two tasks need harms a merge.",
+        needs=(("sklearn", "scikit-learn"),),
+    )
+)
+
 
 def find_method(name: str) -> Method:
     """The method of a name.
