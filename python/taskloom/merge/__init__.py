@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from taskloom.merge.report import MergeReport
     from taskloom.merge.run import merge_checkpoints
     from taskloom.merge.state_dicts import merge_state_dicts
+    from taskloom.merge.task_vector import TaskVector
     from taskloom.merge.verify import verify_merge
 
 _MODULES = {
@@ -23,6 +24,7 @@ _MODULES = {
     "Recipe": "recipe",
     "RecipeError": "errors",
     "ReportError": "errors",
+    "TaskVector": "task_vector",
     "diff_checkpoints": "diff",
     "inspect_checkpoint": "inspection",
     "load_recipe": "recipe",
@@ -40,6 +42,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "ReportError",
+    "TaskVector",
     "diff_checkpoints",
     "inspect_checkpoint",
     "load_recipe",
