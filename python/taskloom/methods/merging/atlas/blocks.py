@@ -5,14 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from taskloom.methods.merging.atlas.lowrank import LowRankTaskVector
 from taskloom.nn.inject import matches
 from taskloom.ops._checks import FLOATING
 
+Vector = TypeVar("Vector")
 Vectors = Sequence[Mapping[str, Tensor]] | Mapping[str, Mapping[str, Tensor]]
 _SHOWN = 5
 
@@ -81,16 +83,16 @@ def find_blocks(model: nn.Module, target_modules: str | Sequence[str] | None, ma
     return Blocks(tuple(one[0] for one in names), tuple(names))
 
 
-def named_vectors(task_vectors: Vectors) -> dict[str, Mapping[str, Tensor]]:
-    """The vectors by id: a mapping's keys, or ``task-0``, ``task-1``, ..."""
-    if isinstance(task_vectors, Mapping) and not any(isinstance(one, Tensor) for one in task_vectors.values()):
+def by_id(task_vectors: Sequence[Vector] | Mapping[str, Vector]) -> dict[str, Vector]:
+    """The vectors by id: a mapping's keys, or ``task-0``, ``task-1``, ...; each is a mapping itself."""
+    if isinstance(task_vectors, Mapping):
         named = {str(key): vector for key, vector in task_vectors.items()}
-    elif isinstance(task_vectors, Mapping):
-        raise TypeError("task_vectors: expected a sequence of task vectors, or a mapping from an id to each, got one vector")
     else:
         named = {f"task-{place}": vector for place, vector in enumerate(task_vectors)}
     if not named:
         raise ValueError("task_vectors: expected at least one, got none")
+    if any(isinstance(one, (Tensor, tuple)) for one in named.values()):
+        raise TypeError("task_vectors: expected a sequence of task vectors, or a mapping from an id to each, got one vector")
     for key, vector in named.items():
         if not isinstance(vector, Mapping):
             raise TypeError(f"task_vectors: {key}: expected a TaskVector or a mapping of tensors, got {type(vector).__name__}")
@@ -124,7 +126,17 @@ def _check_finite(key: str, names: Sequence[str], deltas: Sequence[Tensor]) -> N
         raise ValueError(f"task_vectors: {key}: expected finite values, {shown(bad)} {'has' if len(bad) == 1 else 'have'} NaN or infinity")
 
 
-def read_vectors(model: nn.Module, blocks: Blocks, task_vectors: Vectors) -> Pool:
+def _check_regime(key: str, vector: Mapping[str, Tensor], regime: str) -> None:
+    # A mapping that is no TaskVector does not say where its changes hold.
+    found = getattr(vector, "regime", regime)
+    if found != regime:
+        raise ValueError(
+            f"task_vectors: {key}: expected the regime {regime!r} with linearized={regime == 'linear'}, got {found!r}; "
+            f"as_regime({regime!r}) takes it as such"
+        )
+
+
+def read_vectors(model: nn.Module, blocks: Blocks, task_vectors: Vectors, regime: str) -> Pool:
     """The checked blocks of each vector, on the model's device and in the vector's own dtype.
 
     Raises
@@ -132,18 +144,23 @@ def read_vectors(model: nn.Module, blocks: Blocks, task_vectors: Vectors) -> Poo
     TypeError
         If a block is no floating-point tensor.
     ValueError
-        If there is no vector, one lacks a block, has another shape, or values that are not finite.
+        If there is no vector, one lacks a block, has another shape, values that are not finite, or is of another regime.
 
     Warns
     -----
     UserWarning
         If a vector has names that are no parameter of the model, such as buffers.
     """
-    named = named_vectors(task_vectors)
+    named = by_id(task_vectors)
+    given: Mapping[str, object] = named
+    for key, one in given.items():
+        if isinstance(one, LowRankTaskVector):
+            raise TypeError(f"task_vectors: {key}: LowRankAtlasModel takes LoRA factors; dense() makes matrices of them")
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     own = [model.get_parameter(name) for name in blocks.names]
     deltas = []
     for key, vector in named.items():
+        _check_regime(key, vector, regime)
         present = set(vector)
         absent = [aliases[0] for aliases in blocks.aliases if not present.intersection(aliases)]
         if absent:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from taskloom.merge import TaskVector
 from taskloom.methods.merging import projected_digits
+from taskloom.methods.merging.atlas.coefficients import Coefficients, Granularity
 from taskloom.methods.merging.atlas.losses import Batch
-from taskloom.methods.merging.atlas.model import AtlasModel, Granularity
+from taskloom.methods.merging.atlas.model import AtlasModel
 from taskloom.methods.merging.projected_digits import ProjectedDigits, Split, SplitName, State
 
 WEIGHT_DECAY = 0.1
@@ -46,7 +47,7 @@ def compose(
 
 
 def train(
-    atlas: AtlasModel,
+    atlas: Coefficients,
     loss: Callable[[int], Tensor],
     *,
     steps: int,

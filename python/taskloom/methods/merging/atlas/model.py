@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _NormBase
 
 from taskloom.methods.merging.atlas.blocks import Vectors, find_blocks, read_vectors
+from taskloom.methods.merging.atlas.coefficients import Coefficients, Granularity, check_granularity
+from taskloom.methods.merging.atlas.compose import Composer
+from taskloom.methods.merging.atlas.linearize import taylor
 from taskloom.methods.merging.atlas.partition import Partition
-from taskloom.ops import block_scale_merge
+from taskloom.methods.merging.atlas.recompute import Place, Recomputing
+from taskloom.ops._backends import active_transform
 
-Granularity = Literal["block", "vector"]
 
-
-class AtlasModel(nn.Module):
+class AtlasModel(Coefficients):
     """aTLAS: a model with weights ``theta0[b] + sum_t coef[t, b] * tau_t[b]``, of which only ``coef`` is trained.
 
     Parameters
@@ -37,6 +40,9 @@ class AtlasModel(nn.Module):
         Whether only parameters with two dimensions are blocks, and the others stay the base's. Default False.
     target_modules
         Whose parameters are blocks: names, or a pattern for the whole path, as in PEFT. Default None: all of them.
+    linearized
+        Whether the model is its first-order Taylor expansion at the base's weights, so that the result is linear in ``coef``; for task
+        vectors of the regime ``"linear"``. Default False.
 
     Attributes
     ----------
@@ -54,8 +60,8 @@ class AtlasModel(nn.Module):
     TypeError
         If a block is no floating-point tensor, or an argument of the wrong kind.
     ValueError
-        If there is no vector, a vector lacks a block, has another shape or values that are not finite, or ``partitions`` is not in
-        1..256 or larger than every block.
+        If there is no vector, a vector lacks a block, has another shape, values that are not finite or another regime, or ``partitions``
+        is not in 1..256 or larger than every block.
 
     Warns
     -----
@@ -69,8 +75,6 @@ class AtlasModel(nn.Module):
     running statistics are not updated in training.
     """
 
-    coef: nn.Parameter
-
     def __init__(
         self,
         model: nn.Module,
@@ -81,37 +85,26 @@ class AtlasModel(nn.Module):
         partition_seed: int = 0,
         matrices_only: bool = False,
         target_modules: str | Sequence[str] | None = None,
+        linearized: bool = False,
     ) -> None:
-        super().__init__()
-        if granularity not in ("block", "vector"):
-            raise ValueError(f"granularity: expected 'block' or 'vector', got {granularity!r}")
+        check_granularity(granularity)
         if granularity == "vector" and partitions != 1:
             raise ValueError(f"partitions: expected 1 with granularity 'vector', got {partitions}")
         blocks = find_blocks(model, target_modules, matrices_only)
         parameters = [model.get_parameter(name) for name in blocks.names]
-        self._groups = Partition(blocks.names, [one.shape for one in parameters], partitions, partition_seed, parameters[0].device)
-        self._pool = read_vectors(model, blocks, task_vectors)
-        self._blocks = blocks
-        self.granularity: Granularity = granularity
+        groups = Partition(blocks.names, [one.shape for one in parameters], partitions, partition_seed, parameters[0].device)
+        pool = read_vectors(model, blocks, task_vectors, regime="linear" if linearized else "nonlinear")
+        double = any(one.dtype == torch.float64 for one in (*parameters, *(delta for task in pool.deltas for delta in task)))
+        like = torch.empty(0, dtype=torch.float64 if double else torch.float32, device=parameters[0].device)
+        super().__init__(model, pool.ids, blocks.names, granularity, partitions, like)
+        self._pool, self._groups = pool, groups
+        self._compose_blocks = Composer(pool, groups)
+        self._aliases = blocks.aliases
         self.matrices_only = matrices_only
-        model.requires_grad_(False)
-        self.model = model
-        self.merged = False
+        self.linearized = linearized
+        self._recomputing = Recomputing([[_place(model, name) for name in aliases] for aliases in blocks.aliases])
+        self._statistics = _statistics(model)
         self._held: _Held | None = None
-        double = any(one.dtype == torch.float64 for one in (*parameters, *(delta for task in self._pool.deltas for delta in task)))
-        n, m = len(self._pool.ids), len(blocks.names)
-        shape = (n,) if granularity == "vector" else (n, m) if partitions == 1 else (n, m, partitions)
-        self.coef = nn.Parameter(torch.zeros(shape, dtype=torch.float64 if double else torch.float32, device=parameters[0].device))
-
-    @property
-    def block_names(self) -> tuple[str, ...]:
-        """The parameters that are blocks, in the order of the second dimension of ``coef``."""
-        return self._blocks.names
-
-    @property
-    def vector_ids(self) -> tuple[str, ...]:
-        """The task vectors' ids, in the order of the first dimension of ``coef``."""
-        return self._pool.ids
 
     @property
     def partitions(self) -> int:
@@ -127,19 +120,28 @@ class AtlasModel(nn.Module):
     def partition(self) -> dict[str, Tensor] | None:
         """The group of each entry of each block, uint8, by the block's name; None for K = 1."""
         parts = self._groups.parts
-        return None if parts is None else dict(zip(self._blocks.names, parts, strict=True))
+        return None if parts is None else dict(zip(self.block_names, parts, strict=True))
 
-    def extra_repr(self) -> str:
-        """The sizes."""
-        groups = f", partitions={self.partitions}" if self.partitions > 1 else ""
-        return f"{len(self.vector_ids)} task vectors, {len(self.block_names)} blocks, {self.coef.numel()} coefficients{groups}"
+    def belongs_to(self) -> dict[str, Any]:
+        """What the coefficients belong to, in plain values."""
+        grouped = {"partitions": self.partitions, "partition_seed": self.partition_seed} if self.partitions > 1 else {"partitions": 1}
+        return super().belongs_to() | grouped | {"linearized": self.linearized}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass with the composed weights; arguments and result are the model's."""
         if self.merged:
             return self.model(*args, **kwargs)
-        weights = self._named(self._composed())
-        return torch.func.functional_call(self.model, weights | self._kept_statistics(), args, kwargs, tie_weights=False)
+        weights = self._composed()
+        if self.linearized:
+            return taylor(self._run, self._recomputing.base(), weights, args, kwargs)
+        outputs = self._run(weights, args, kwargs)
+        if torch.is_grad_enabled() and not is_compiling() and active_transform() is None:
+            self._recomputing.watch(outputs, weights)
+        return outputs
+
+    def _run(self, weights: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's forward pass with other blocks."""
+        return torch.func.functional_call(self.model, self._named(weights) | self._kept_statistics(), args, kwargs, tie_weights=False)
 
     def materialize(self) -> dict[str, Tensor]:
         """The state dict of the model with the composed weights; what is no block shares memory with the base's.
@@ -148,7 +150,13 @@ class AtlasModel(nn.Module):
         -------
         dict
             By the names of ``model.state_dict()``, detached.
+
+        Raises
+        ------
+        RuntimeError
+            If the model is linearised: no weights give its results.
         """
+        self._refuse_linearized("materialize")
         state = cast(dict[str, Tensor], dict(self.model.state_dict()))
         if self.merged:
             return state
@@ -161,16 +169,14 @@ class AtlasModel(nn.Module):
         Raises
         ------
         RuntimeError
-            If it was done before.
+            If it was done before, or the model is linearised.
         """
-        if self.merged:
-            raise RuntimeError("AtlasModel.merge_: the coefficients are merged already")
+        self._refuse_linearized("merge_")
+        self._check_not_merged("merge_")
         with torch.no_grad():
-            for name, weight in zip(self._blocks.names, self._compose(), strict=True):
-                self.model.get_parameter(name).copy_(weight)
-        self.merged = True
-        # A step on coefficients that no longer do anything would be an error; autograd says so.
-        self.coef.requires_grad_(False)
+            for parameter, weight in zip(self._recomputing.base(), self._compose(), strict=True):
+                parameter.copy_(weight)
+        self._begin_merge()
         return self.model
 
     @contextmanager
@@ -189,55 +195,58 @@ class AtlasModel(nn.Module):
         finally:
             self._held = None
 
-    def penalty(self, p: Literal[1, 2] = 1, factor: float = 0.5) -> Tensor:
-        """Regularise the coefficients: ``factor`` times the mean over blocks (and groups) of the p-norm over the vectors.
+    def fingerprints(self) -> list[float]:
+        """The norm of each vector over the blocks."""
+        squares = [
+            torch.stack([torch.linalg.vector_norm(one, dtype=torch.float64) for one in task]).square().sum() for task in self._pool.deltas
+        ]
+        norms: list[float] = torch.stack(squares).sqrt().tolist()
+        return norms
 
-        Raises
-        ------
-        ValueError
-            If p is neither 1 nor 2.
-        """
-        if p not in (1, 2):
-            raise ValueError(f"p: expected 1 or 2, got {p!r}")
-        norms: Tensor = torch.linalg.vector_norm(self.coef, ord=p, dim=0)
-        return factor * norms.mean()
+    def _refuse_linearized(self, name: str) -> None:
+        if self.linearized:
+            raise RuntimeError(f"AtlasModel.{name}: a linearized model is no model with other weights")
 
     def _composed(self) -> Sequence[Tensor]:
         return self._compose() if self._held is None else self._held.weights(self.coef, self._compose)
 
     def _compose(self) -> list[Tensor]:
-        """The weights of the blocks."""
-        base = [self.model.get_parameter(name) for name in self._blocks.names]
-        coef = self.coef[:, None].expand(-1, len(base)) if self.granularity == "vector" else self.coef
-        merged = block_scale_merge(base, self._pool.deltas, coef, self._groups.parts)
-        assert isinstance(merged, list)
-        return merged
+        """The weights of the blocks; of a linearised model, what is added to them."""
+        base = self._recomputing.base()
+        if self.linearized:
+            base = [torch.zeros_like(one) for one in base]
+        return self._compose_blocks(base, self.expanded())
 
     def _named(self, weights: Sequence[Tensor]) -> dict[str, Tensor]:
         """The weights by every name that the model has for them."""
-        return {name: one for aliases, one in zip(self._blocks.aliases, weights, strict=True) for name in aliases}
+        return {name: one for aliases, one in zip(self._aliases, weights, strict=True) for name in aliases}
 
     def _kept_statistics(self) -> dict[str, Tensor]:
         """Copies of the running statistics that a forward pass in training would change."""
         if not self.training:
             return {}
-        return {
-            f"{path}.{name}" if path else name: buffer.clone()
-            for path, module in self.model.named_modules(remove_duplicate=False)
-            if isinstance(module, _NormBase) and module.training
-            for name, buffer in module.named_buffers(recurse=False)
-        }
+        found: dict[str, Tensor] = {}
+        for path, module in self._statistics:
+            if module.training:
+                found |= {f"{path}.{name}" if path else name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)}
+        return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = self.coef.data
-        module: Any = super()
-        module._apply(fn, recurse)
-        # The op takes coefficients in float32 or float64, and the vectors keep their dtypes: half() and the like mean the model.
-        if self.coef.dtype not in (torch.float32, torch.float64):
-            self.coef.data = before.to(self.coef.device)
+        super()._apply(fn, recurse)
         self._pool = self._pool.to(self.coef.device)
         self._groups = self._groups.to(self.coef.device)
+        self._compose_blocks = Composer(self._pool, self._groups)
         return self
+
+
+def _place(model: nn.Module, name: str) -> Place:
+    path, _, own = name.rpartition(".")
+    return model.get_submodule(path), own
+
+
+def _statistics(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers with running statistics, by path."""
+    return [(path, one) for path, one in model.named_modules(remove_duplicate=False) if isinstance(one, _NormBase)]
 
 
 class _Held:
