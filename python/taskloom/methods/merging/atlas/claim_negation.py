@@ -10,8 +10,8 @@ from torch import Tensor
 from taskloom.merge import TaskVector
 from taskloom.methods.claim import Claim, Inequality, Trial, Values
 from taskloom.methods.merging.atlas.claim_training import build_digits, compose, draw, mean_accuracy, task_name, task_vectors, train
-from taskloom.methods.merging.atlas.losses import negation_loss
 from taskloom.methods.merging.atlas.coefficients import Granularity
+from taskloom.methods.merging.atlas.losses import negation_loss
 from taskloom.methods.merging.atlas.selection import Negation
 from taskloom.methods.merging.projected_digits import ProjectedDigits, SplitName, State
 from taskloom.methods.threads import one_thread
