@@ -6,8 +6,8 @@ import operator
 from collections.abc import Mapping
 from functools import reduce
 
-from taskloom.methods.claim import Trial, Values
-from taskloom.methods.merging.atlas.claim_addition import learn_addition, search_addition
+from taskloom.methods.claim import Claim, Inequality, Trial, Values
+from taskloom.methods.merging.atlas.claim_addition import ADDITION_CONFIG, ADDITION_QUICK, learn_addition, search_addition
 from taskloom.methods.merging.atlas.claim_training import build_digits, mean_accuracy, task_name
 from taskloom.methods.merging.atlas.coefficients import Granularity
 from taskloom.methods.merging.atlas.lowrank import LowRankTaskVector

@@ -30,12 +30,12 @@ def normalised_accuracy(accuracies: Sequence[float] | Mapping[str, float], finet
     ValueError
         If the tasks are not the same, there is none, or a fine-tuned accuracy is not above 0.
     """
-    if isinstance(accuracies, Mapping) != isinstance(finetuned, Mapping):
-        raise TypeError("normalised_accuracy: finetuned: expected a mapping or a sequence as accuracies is")
     if isinstance(accuracies, Mapping) and isinstance(finetuned, Mapping):
         if set(accuracies) != set(finetuned):
             raise ValueError(f"normalised_accuracy: finetuned: expected the tasks {', '.join(accuracies)}, got {', '.join(finetuned)}")
         pairs = [(accuracies[task], finetuned[task]) for task in accuracies]
+    elif isinstance(accuracies, Mapping) or isinstance(finetuned, Mapping):
+        raise TypeError("normalised_accuracy: finetuned: expected a mapping or a sequence as accuracies is")
     else:
         if len(accuracies) != len(finetuned):
             raise ValueError(f"normalised_accuracy: finetuned: expected {len(accuracies)} accuracies, got {len(finetuned)}")
