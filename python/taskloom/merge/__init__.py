@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from taskloom.merge.run import merge_checkpoints
     from taskloom.merge.state_dicts import merge_state_dicts
     from taskloom.merge.task_vector import TaskVector
+    from taskloom.merge.task_vector.checkpoints import merge_task_vectors
     from taskloom.merge.verify import verify_merge
 
 _MODULES = {
@@ -31,6 +32,7 @@ _MODULES = {
     "load_report": "read_report",
     "merge_checkpoints": "run",
     "merge_state_dicts": "state_dicts",
+    "merge_task_vectors": "task_vector.checkpoints",
     "verify_merge": "verify",
 }
 
@@ -49,6 +51,7 @@ __all__ = [
     "load_report",
     "merge_checkpoints",
     "merge_state_dicts",
+    "merge_task_vectors",
     "verify_merge",
 ]
 

@@ -58,7 +58,7 @@ def add_terms(left: Terms, right: Terms, factor: float = 1.0) -> dict[Source, fl
 def coefficients(factors: Sequence[float], parts: Sequence[Tensor], base: Tensor, where: str) -> Tensor:
     """The coefficients of a sum as its op takes them: float64 where any tensor is, else float32."""
     wide = any(part.dtype == torch.float64 for part in (*parts, base))
-    coef = torch.tensor(factors, dtype=torch.float64 if wide else torch.float32)
+    coef = torch.tensor(factors, dtype=torch.float64 if wide else torch.float32, device="cpu")
     if not math.isfinite(float(coef.sum(dtype=torch.float64))):
         raise ValueError(f"{where}: the coefficients {list(factors)} overflow float32")
     return coef.to(base.device)
@@ -109,17 +109,19 @@ def combined_piece(terms: Terms, name: str, slot: Slot, parts: list[Tensor]) -> 
 
 def compute(terms: Terms, name: str, slot: Slot) -> Tensor:
     """One tensor of a combination; the source's own memory where there is nothing to compute."""
-    if not terms:
-        return torch.zeros(slot.shape, dtype=slot.dtype, device=slot.device)
+    place = slot.device or torch.device("cpu")
+    if not terms or not slot.numel:
+        return torch.zeros(slot.shape, dtype=slot.dtype, device=place)
+    in_memory = not any(source.streams for source in terms)
+    found: list[Tensor] = [] if in_memory else [torch.empty(slot.numel, dtype=slot.dtype, device=place)]
+
+    def put(begin: int, count: int, parts: list[Tensor]) -> None:
+        values = combined_piece(terms, name, slot, parts)
+        if in_memory:
+            found.append(values)
+        else:
+            found[0][begin : begin + count] = values
+
     with torch.no_grad():
-        if not any(source.streams for source in terms):
-            whole: list[Tensor] = []
-            each_piece(terms, name, slot.numel, lambda _begin, _count, parts: whole.append(combined_piece(terms, name, slot, parts)))
-            return whole[0].view(slot.shape) if whole else torch.zeros(slot.shape, dtype=slot.dtype, device=slot.device)
-        out = torch.empty(slot.numel, dtype=slot.dtype, device=slot.device)
-
-        def put(begin: int, count: int, parts: list[Tensor]) -> None:
-            out[begin : begin + count] = combined_piece(terms, name, slot, parts)
-
         each_piece(terms, name, slot.numel, put)
-        return out.view(slot.shape)
+    return found[0].view(slot.shape)

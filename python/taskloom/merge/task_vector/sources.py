@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
@@ -53,6 +53,10 @@ class Source(ABC):
     def opened(self, name: str) -> AbstractContextManager[Values]:
         """The values of one tensor."""
 
+    def place(self, name: str) -> Hashable:
+        """Equal for names of one tensor."""
+        return name
+
 
 class _Whole:
     def __init__(self, tensor: Tensor) -> None:
@@ -73,6 +77,9 @@ class MemorySource(Source):
 
     def opened(self, name: str) -> AbstractContextManager[Values]:
         return nullcontext(_Whole(self.tensors[name]))
+
+    def place(self, name: str) -> Hashable:
+        return id(self.tensors[name])
 
 
 def cut(numel: int, length: int) -> Iterator[tuple[int, int]]:

@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterator, Mapping
-from typing import TypeVar, overload
+from collections.abc import Mapping
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
-from taskloom.merge.task_vector.apply import change_module, changed_state_dict
+from taskloom.merge.task_vector.algebra import Combination
+from taskloom.merge.task_vector.apply import change_module
 from taskloom.merge.task_vector.checks import (
-    Regime,
     check_dtype,
     check_finite,
     check_number,
     check_overflow,
     check_regime,
     is_delta,
-    is_number,
     named_tensors,
 )
-from taskloom.merge.task_vector.combination import Terms, add_terms, check_alike, compute, is_plain, joined
+from taskloom.merge.task_vector.combination import is_plain
 from taskloom.merge.task_vector.difference import difference
-from taskloom.merge.task_vector.products import dot
-from taskloom.merge.task_vector.sources import MemorySource, Slot, Source
+from taskloom.merge.task_vector.files import load, save
+from taskloom.merge.task_vector.reading import open_difference
+from taskloom.merge.task_vector.sources import MemorySource
+
+if TYPE_CHECKING:
+    from taskloom.merge.report import MergeReport
+    from taskloom.merge.task_vector.checkpoints import MergeOptions
 
 StateDict = Mapping[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class TaskVector(Mapping[str, Tensor]):
+def _refuse_vector(model: object, argument: str) -> None:
+    """A vector is a mapping from names to tensors as well, but its tensors are no weights."""
+    if isinstance(model, Combination):
+        raise TypeError(f"TaskVector: {argument}: expected a model's weights, got a task vector; add vectors with +")
+
+
+class TaskVector(Combination):
     """A task vector ``finetuned - base`` over the floating-point tensors of a model, by name.
 
     A read-only mapping from names to tensors. Sums and multiples are lazy: a vector is a linear combination of sources (models in
@@ -69,13 +80,6 @@ class TaskVector(Mapping[str, Tensor]):
     counts under both in ``numel``, ``dot`` and ``norm``.
     """
 
-    # numpy's numbers leave the multiplication to us.
-    __array_ufunc__ = None
-
-    _terms: Terms
-    _slots: Mapping[str, Slot]
-    _regime: Regime
-
     def __init__(
         self,
         base: StateDict | nn.Module,
@@ -88,25 +92,11 @@ class TaskVector(Mapping[str, Tensor]):
         if dtype is not None:
             check_dtype(dtype)
         checked = check_regime(regime)
+        for argument, model in (("base", base), ("finetuned", finetuned)):
+            _refuse_vector(model, argument)
         with torch.no_grad():
             deltas = difference(base, finetuned, dtype, strict)
         self._become(MemorySource(deltas), checked)
-
-    def _become(self, source: Source, regime: Regime) -> None:
-        if not source.slots:
-            raise ValueError("TaskVector: expected at least one floating-point tensor, got none")
-        self._terms, self._slots, self._regime = {source: 1.0}, source.slots, regime
-
-    @classmethod
-    def _from_source(cls, source: Source, regime: Regime) -> TaskVector:
-        vector = cls.__new__(cls)
-        vector._become(source, regime)
-        return vector
-
-    def _with(self, terms: Terms, slots: Mapping[str, Slot] | None = None, regime: Regime | None = None) -> TaskVector:
-        vector = type(self).__new__(type(self))
-        vector._terms, vector._slots, vector._regime = terms, slots or self._slots, regime or self._regime
-        return vector
 
     @classmethod
     def from_models(
@@ -120,6 +110,45 @@ class TaskVector(Mapping[str, Tensor]):
     ) -> TaskVector:
         """The same as the class, with deltas stored in float16 by default; a delta above its largest number (65504) is an error."""
         return cls(base, finetuned, dtype=dtype, regime=regime, strict=strict)
+
+    @classmethod
+    def from_checkpoints(
+        cls, base: str | PathLike[str], tuned: str | PathLike[str], *, dtype: torch.dtype | None = None, regime: str = "nonlinear"
+    ) -> TaskVector:
+        """The difference of two safetensors checkpoints, of which only the headers are read now.
+
+        A tensor is read, in pieces, when it is asked for, and forgotten again: :meth:`dot`, :meth:`norm`, :meth:`save` and
+        ``for name, delta in vector.items()`` take memory of some pieces, or of one tensor, whatever the size of the models.
+
+        Parameters
+        ----------
+        base, tuned
+            As a recipe names models: a folder, a ``.safetensors`` file, or a hub id.
+        dtype, regime
+            As of the class; deltas are rounded to ``dtype`` as they are read.
+
+        Raises
+        ------
+        CheckpointError
+            If a checkpoint cannot be found, is damaged, or does not fit the other. When a tensor is read: if a file is no longer the one
+            that was opened, or a value is not finite.
+        """
+        if dtype is not None:
+            check_dtype(dtype)
+        checked = check_regime(regime)
+        return cls._from_source(open_difference(fspath(base), fspath(tuned), dtype), checked)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> TaskVector:
+        """A vector that :meth:`save` wrote. Its tensors are read when they are asked for, as those of :meth:`from_checkpoints`.
+
+        Raises
+        ------
+        CheckpointError
+            If the file cannot be read, is damaged, or is no saved task vector. When a tensor is read: if it is no longer the file that
+            was opened, or a value is not finite.
+        """
+        return cls._from_source(*load(Path(path)))
 
     @classmethod
     def from_deltas(cls, deltas: StateDict, *, regime: str = "nonlinear") -> TaskVector:
@@ -149,136 +178,6 @@ class TaskVector(Mapping[str, Tensor]):
                 check_finite(delta, where)
                 copies[name] = torch.empty(delta.shape, dtype=delta.dtype, device=delta.device).copy_(delta)
         return cls._from_source(MemorySource(copies), checked)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of its tensors, in the base's order."""
-        return tuple(self._slots)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor, without computing any."""
-        return {name: slot.shape for name, slot in self._slots.items()}
-
-    @property
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """The dtype of every tensor, without computing any."""
-        return {name: slot.dtype for name, slot in self._slots.items()}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of its tensors; where they differ, the one that holds them all."""
-        found, *others = {slot.dtype for slot in self._slots.values()}
-        for other in others:
-            found = torch.promote_types(found, other)
-        return found
-
-    @property
-    def regime(self) -> Regime:
-        """``"linear"`` or ``"nonlinear"``."""
-        return self._regime
-
-    @property
-    def numel(self) -> int:
-        """Entries of all tensors."""
-        return sum(slot.numel for slot in self._slots.values())
-
-    def __len__(self) -> int:
-        return len(self._slots)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._slots)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._slots
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._slots:
-            raise KeyError(f"TaskVector: has no tensor {name!r}")
-        return compute(self._terms, name, self._slots[name])
-
-    # By what it is, not by its values: a comparison would read all of them, and vectors are keys of a mapping to weights.
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __repr__(self) -> str:
-        terms = f", {len(self._terms)} terms" if len(self._terms) != 1 else ""
-        return f"TaskVector({len(self)} tensors, {self.numel} entries, {self.dtype}, {self._regime}{terms})"
-
-    def as_regime(self, regime: str) -> TaskVector:
-        """The same deltas, said to be of another regime: post-hoc linearisation, or a linear vector on the ordinary model."""
-        return self._with(self._terms, regime=check_regime(regime))
-
-    def _plus(self, other: TaskVector, factor: float, doing: str) -> TaskVector:
-        if other._regime != self._regime:
-            raise ValueError(
-                f"TaskVector: {doing}: the first vector is {self._regime}, the second {other._regime}; convert one with as_regime()"
-            )
-        check_alike(self._slots, other._slots, doing)
-        slots = {name: joined(slot, other._slots[name]) for name, slot in self._slots.items()}
-        return self._with(add_terms(self._terms, other._terms, factor), slots)
-
-    def _scaled(self, factor: float) -> TaskVector:
-        terms = {source: check_number(coefficient * factor, "coefficient") for source, coefficient in self._terms.items()}
-        return self._with({source: coefficient for source, coefficient in terms.items() if coefficient != 0})
-
-    def __add__(self, other: object) -> TaskVector:
-        return self._plus(other, 1.0, "sum") if isinstance(other, TaskVector) else NotImplemented
-
-    def __radd__(self, other: object) -> TaskVector:
-        # What sum() begins with.
-        return self if is_number(other) and other == 0 else NotImplemented
-
-    def __sub__(self, other: object) -> TaskVector:
-        return self._plus(other, -1.0, "difference") if isinstance(other, TaskVector) else NotImplemented
-
-    def __neg__(self) -> TaskVector:
-        return self._scaled(-1.0)
-
-    def __pos__(self) -> TaskVector:
-        return self
-
-    def __mul__(self, factor: object) -> TaskVector:
-        return self._scaled(check_number(factor, "factor")) if is_number(factor) else NotImplemented
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: object) -> TaskVector:
-        return self._scaled(1.0 / check_number(divisor, "divisor")) if is_number(divisor) else NotImplemented
-
-    def dot(self, other: TaskVector) -> float:
-        """The inner product with another vector over the same tensors.
-
-        Returns
-        -------
-        float
-            Of the values that the tensors have, accumulated in float64, in memory of a piece; it does not depend on the number of
-            threads, nor on whether the values are in memory or in a file.
-
-        Raises
-        ------
-        KeyError, ValueError
-            If names, or shapes, devices or regimes differ.
-        """
-        if not isinstance(other, TaskVector):
-            raise TypeError(f"TaskVector: dot: expected a TaskVector, got {type(other).__name__}")
-        if other._regime != self._regime:
-            raise ValueError(f"TaskVector: dot: the first vector is {self._regime}, the second {other._regime}")
-        return dot(self._terms, self._slots, other._terms, other._slots)
-
-    def norm(self) -> float:
-        """The Euclidean norm, as :meth:`dot`."""
-        return math.sqrt(dot(self._terms, self._slots, self._terms, self._slots))
-
-    def cosine(self, other: TaskVector) -> float:
-        """The cosine of the angle to another vector, as :meth:`dot`; ValueError where either is zero."""
-        product, norms = self.dot(other), (self.norm(), other.norm())
-        if 0 in norms:
-            raise ValueError(f"TaskVector: cosine: the {'first' if norms[0] == 0 else 'second'} vector is zero, which has no direction")
-        return max(-1.0, min(1.0, product / norms[0] / norms[1]))
 
     @overload
     def apply_to(self, target: Module, alpha: float = 1.0) -> Module: ...
@@ -316,8 +215,9 @@ class TaskVector(Mapping[str, Tensor]):
             changed = copy.deepcopy(target)
             change_module(changed, self._terms, self._slots, factor)
             return changed
+        _refuse_vector(target, "apply_to: target")
         tensors = named_tensors(target, "TaskVector: apply_to: target")
-        return changed_state_dict(tensors, self._terms, self._slots, factor)
+        return self.applied(tensors, factor)
 
     def apply_to_(self, module: Module, alpha: float = 1.0) -> Module:
         """As :meth:`apply_to`, in place on a module, which is also returned; on an error the module is unchanged.
@@ -330,13 +230,67 @@ class TaskVector(Mapping[str, Tensor]):
         change_module(module, self._terms, self._slots, factor)
         return module
 
+    def apply_to_checkpoint(
+        self,
+        base: str | PathLike[str],
+        out: str | PathLike[str],
+        alpha: float = 1.0,
+        *,
+        out_dtype: str | None = None,
+        shard_size: str | int = "5GB",
+        **options: Unpack[MergeOptions],
+    ) -> MergeReport:
+        """Write the checkpoint ``base + alpha * vector`` in one streaming pass of the merge's executor.
+
+        Parameters
+        ----------
+        base
+            A checkpoint, as for :meth:`from_checkpoints`: the vector's own base where the vector is a combination of checkpoints'
+            differences (a merge by ``task_arithmetic``), any base that has the vector's tensors where it is a multiple of one saved file
+            (a merge by ``linear``). :meth:`save` makes such a file of any vector.
+        out
+            Folder to write: weights, the base's other files, a recipe that gives the same again, and a report.
+        alpha
+            Default 1; a negative one forgets the task.
+        out_dtype
+            As a recipe's: ``"bfloat16"`` and so on. Default None: each tensor's dtype in the base.
+        shard_size, **options
+            As :func:`taskloom.merge.merge_checkpoints`.
+
+        Raises
+        ------
+        ValueError
+            If the vector is neither of the two.
+        MergeError
+            As :func:`taskloom.merge.merge_checkpoints`; CheckpointError also where a file changed since the vector was opened.
+        """
+        # In memory a vector needs nothing of what reads recipes.
+        from taskloom.merge.task_vector.checkpoints import apply_to_checkpoint
+
+        return apply_to_checkpoint(self, base, out, alpha, out_dtype=out_dtype, shard_size=shard_size, **options)
+
     def materialize(self) -> TaskVector:
         """The same vector with every tensor computed and in memory; itself where that is so already."""
-        if not any(source.streams for source in self._terms) and all(
-            is_plain(self._terms, name, slot) for name, slot in self._slots.items()
-        ):
+        if self.in_memory and all(is_plain(self._terms, name, slot) for name, slot in self._slots.items()):
             return self
-        return self._from_source(MemorySource({name: self[name] for name in self._slots}), self._regime)
+        return self._from_source(MemorySource(self.tensors()), self._regime)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the vector to a safetensors file, a piece at a time; its dtypes and its regime are kept.
+
+        Parameters
+        ----------
+        path
+            Ends in ``.safetensors``. A file that is there is replaced once the new one is complete.
+
+        Raises
+        ------
+        ValueError
+            If the path ends otherwise.
+        OutputError
+            If it cannot be written.
+        """
+        save(Path(path), self._terms, self._slots, self._regime)
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> TaskVector:
         """The vector in memory, in another dtype, on another device, or both.
@@ -354,8 +308,11 @@ class TaskVector(Mapping[str, Tensor]):
         if place is not None and place.type not in ("cpu", "cuda"):
             raise ValueError(f"TaskVector: device: expected cpu or a cuda device, got {place}")
         moved: dict[str, Tensor] = {}
-        for name in self._slots:
-            moved[name] = self[name].to(device=place, dtype=dtype)
-            if dtype is not None:
-                check_overflow(moved[name], f"TaskVector: {name!r}", "the delta")
+        known: dict[int, Tensor] = {}
+        tensors = self.tensors()
+        for name, tensor in tensors.items():
+            if id(tensor) not in known:
+                known[id(tensor)] = tensor.to(device=place, dtype=dtype)
+                check_overflow(known[id(tensor)], f"TaskVector: {name!r}", "the delta")
+            moved[name] = known[id(tensor)]
         return self._from_source(MemorySource(moved), self._regime)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from taskloom.merge.task_vector import TaskVector
+from taskloom.methods.merging.atlas.blocks import shown
 from taskloom.methods.merging.atlas.coefficients import Coefficients, Granularity, check_same
 from taskloom.methods.merging.atlas.lowrank import LowRankTaskVector
 from taskloom.methods.merging.atlas.lowrank_model import LowRankAtlasModel
@@ -162,6 +163,10 @@ def load_atlas(
     if config.get("peft_type") != _KIND:
         raise TypeError(f"{source}: expected an adapter of the type {_KIND}, got {config.get('peft_type')}")
     coef = load_file(source / "adapter_model.safetensors")["coef"]
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    absent = [name for name in config["blocks"] if name not in parameters]
+    if absent:
+        raise ValueError(f"{source}: {type(model).__name__} lacks {shown(absent)}, to which coefficients belong")
     adapter = _described(config, _chosen(config["task_vectors"], task_vectors)).apply(model)
     check_same(adapter.belongs_to(), config, str(source))
     if adapter.coef.shape != coef.shape:

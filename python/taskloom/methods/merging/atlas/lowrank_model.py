@@ -215,7 +215,8 @@ class LowRankAtlasModel(Coefficients):
         return self.model
 
     def fingerprints(self) -> list[float]:
-        """A number for each vector, which another one hardly has."""
+        """A number for each vector, from the norms of its factors; RuntimeError where these are gone."""
+        self._check_not_merged("fingerprints")
         squares = sum((adapted.scale * _norms(adapted.A) * _norms(adapted.B)).square() for _, adapted in self._adapted())
         return cast(Tensor, squares).sqrt().tolist()
 
