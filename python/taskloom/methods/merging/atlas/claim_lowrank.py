@@ -53,7 +53,7 @@ def _measure(trial: Trial) -> Values:
 LOW_RANK = Claim(
     name="LoRA vectors",
     statement="Low-rank task vectors with a coefficient for each vector and matrix merge better too, unless their rank is very small",
-    metric="mean test accuracy of 8 tasks, higher is better",
+    metric="test accuracy, 8 tasks, higher is better",
     measure=_measure,
     baselines=("base", *(f"{arm}, rank {rank}" for rank in (4, 16) for arm in ("searched scalar", "learned isotropic"))),
     inequalities=(

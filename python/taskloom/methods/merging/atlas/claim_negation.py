@@ -83,7 +83,7 @@ def _measure(trial: Trial) -> Values:
 NEGATION = Claim(
     name="Task negation",
     statement="A coefficient for each block of a task's own vector unlearns more of it, with the other tasks kept",
-    metric="test accuracy: of the target (0, 3, 6), lower is better; of the control (the seven others)",
+    metric="test accuracy: target lower, control higher is better",
     measure=_measure,
     baselines=tuple(f"{part}, {arm}" for part in ("target", "control") for arm in ("base", "searched coefficient", "learned coefficient")),
     inequalities=(
@@ -106,7 +106,7 @@ NEGATION = Claim(
     },
     quick={"finetune_steps": 10, "tasks": [0], "steps": 4, "every": 2, "coefficients": 3},
     note=(
-        "The base is pre-trained for 20 steps instead of 4: after 4 it knows a task so little that either way unlearns it wholly. "
+        "The targets are tasks 0, 3 and 6, the control is the mean of the seven others. The base is pre-trained for 20 steps instead of 4: after 4 it knows a task so little that either way unlearns it wholly. "
         "The coefficient is searched up to 3: up to 1, as is usual, it unlearns less."
     ),
 )
