@@ -230,3 +230,20 @@ def test_bad_input() -> None:
     assert isinstance(fit.dense(), TaskVector)
     assert torch.equal(fit.dense()["0.weight"], B @ A)
     assert all(type(one).forward is not nn.Linear.forward or not hasattr(one, "atlas") for one in model.modules())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    model, x = encoder(), rows()
+    adapter = LowRankAtlasModel(model, _pool(model))
+    spread(adapter.coef)
+    result = adapter(x)
+    result.square().sum().backward()
+    expected, adapter.coef.grad = adapter.coef.grad, None
+    there = adapter.to("cuda")(x.cuda())
+    there.square().sum().backward()
+    assert expected is not None
+    assert adapter.coef.grad is not None
+    assert error(there.cpu(), result) <= 1e-5
+    assert error(adapter.coef.grad.cpu(), expected) <= 1e-4
+    assert error(adapter.merge_()(x.cuda()).cpu(), result) <= 1e-5

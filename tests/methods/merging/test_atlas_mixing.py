@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,13 +63,33 @@ def test_mixed_vectors_are_made_of_the_pools_blocks() -> None:
     assert len(mixed) == 2
     for s, vector in enumerate(mixed):
         assert isinstance(vector, TaskVector)
-        for b, name in enumerate(pool[0].names):
+        for b, name in enumerate(grads.block_names):
             assert torch.equal(vector[name], pool[chosen[s][b]][name])
     # The whole pool again, in each block in another order: the same models can be composed.
     every = AtlasModel(model, mix_blocks(pool, grads, 4))
     _loss(every).backward()
     assert every.coef.grad is not None
     assert error(every.coef.grad.abs().sort(0).values, grads.abs().sort(0).values) <= 1e-5
+
+
+def test_the_order_of_a_vectors_names_does_not_matter(tmp_path: Path) -> None:
+    model = encoder()
+    pool = [TaskVector(model, tuned(model, seed)) for seed in range(1, 5)]
+    for place, vector in enumerate(pool):
+        vector.save(tmp_path / f"{place}.safetensors")
+    stored = [TaskVector.load(tmp_path / f"{place}.safetensors") for place in range(4)]
+    shuffled = [{name: vector[name] for name in sorted(vector)} for vector in pool]
+    grads = block_gradients(model, pool, _loss)
+    for others in (stored, shuffled):
+        assert torch.equal(block_gradients(model, others, _loss), grads)
+        for got, expected in zip(mix_blocks(others, grads, 2), mix_blocks(pool, grads, 2), strict=True):
+            assert set(got) == set(expected)
+            assert all(torch.equal(got[name], expected[name]) for name in expected)
+    for same in (copy.deepcopy(grads), pickle.loads(pickle.dumps(grads))):
+        assert same.block_names == grads.block_names == tuple(name for name, _ in model.named_parameters())
+        assert torch.equal(same, grads)
+    plain = mix_blocks(pool, grads.clone(), 2, names=grads.block_names)
+    assert all(torch.equal(plain[0][name], mix_blocks(pool, grads, 2)[0][name]) for name in plain[0])
 
 
 def test_the_regime_is_kept() -> None:
@@ -80,14 +103,16 @@ def test_the_regime_is_kept() -> None:
 
 def test_bad_input() -> None:
     model = encoder()
-    pool, grads = vectors(model), torch.ones(3, 6)
+    pool, grads, names = vectors(model), torch.ones(3, 6), [name for name, _ in model.named_parameters()]
     cases: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
         (grads, 0, {}, ValueError, "budget: expected 1 to 3, the number of task vectors, got 0"),
         (grads, 4, {}, ValueError, "budget: expected 1 to 3, the number of task vectors, got 4"),
         (grads, 1.0, {}, TypeError, "budget: expected an integer, got float"),
         (grads / 0, 1, {}, ValueError, "block_grads: expected finite values"),
         (grads[0], 1, {}, ValueError, r"block_grads: expected shape \[n, m\], got \(6,\)"),
-        (grads[:, :5], 1, {}, ValueError, r"expected shape \[3, 6\], a row for each task vector"),
+        (grads[:, :5], 1, {"names": names}, ValueError, r"expected shape \[3, 6\], a row for each task vector"),
+        (grads, 1, {}, ValueError, "names: expected the blocks' names, which a plain tensor of gradients does not tell"),
+        (block_gradients(model, pool, _loss), 1, {"names": names[::-1]}, ValueError, r"expected those of block_grads, '0\.weight'"),
         (grads, 1, {"by": "norm"}, ValueError, "by: expected 'block', 'vector' or 'random', got 'norm'"),
         (grads[:, :1], 1, {"names": ["9.weight"]}, ValueError, r"task-0: lacks '9\.weight'"),
     ]

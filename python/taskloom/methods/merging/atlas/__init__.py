@@ -10,7 +10,7 @@ from taskloom.methods.merging.atlas.few_shot import choose_shots, pool_without, 
 from taskloom.methods.merging.atlas.losses import multi_task_loss, negation_loss, ufm_loss
 from taskloom.methods.merging.atlas.lowrank import LowRankTaskVector
 from taskloom.methods.merging.atlas.lowrank_model import LowRankAtlasModel
-from taskloom.methods.merging.atlas.mixing import block_gradients, mix_blocks, select_blocks
+from taskloom.methods.merging.atlas.mixing import BlockGradients, block_gradients, mix_blocks, select_blocks
 from taskloom.methods.merging.atlas.model import AtlasModel
 from taskloom.methods.merging.atlas.partition import draw_groups
 from taskloom.methods.merging.atlas.selection import BestCoefficients, Negation, normalised_accuracy
@@ -20,6 +20,7 @@ __all__ = [
     "AtlasConfig",
     "AtlasModel",
     "BestCoefficients",
+    "BlockGradients",
     "LowRankAtlasModel",
     "LowRankTaskVector",
     "Negation",

@@ -51,6 +51,14 @@ def shown(names: Iterable[str]) -> str:
     return ", ".join(map(repr, listed[:_SHOWN])) + more
 
 
+def meant_modules(model: nn.Module, target_modules: str | Sequence[str]) -> set[str]:
+    """The paths of the modules that PEFT's ``target_modules`` mean."""
+    modules = model.named_modules(remove_duplicate=False)
+    if target_modules == "all-linear":
+        return {path for path, module in modules if isinstance(module, nn.Linear)}
+    return {path for path, _ in modules if matches(target_modules, path)}
+
+
 def find_blocks(model: nn.Module, target_modules: str | Sequence[str] | None, matrices_only: bool) -> Blocks:
     """The parameters of a model that are blocks, in its order.
 
@@ -64,11 +72,12 @@ def find_blocks(model: nn.Module, target_modules: str | Sequence[str] | None, ma
     found: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         found.setdefault(parameter, []).append(name)
+    meant = set() if target_modules is None else meant_modules(model, target_modules)
     names = []
     for parameter, aliases in found.items():
         if matrices_only and parameter.dim() != 2:
             continue
-        if target_modules is not None and not any(matches(target_modules, name.rpartition(".")[0]) for name in aliases):
+        if target_modules is not None and not any(name.rpartition(".")[0] in meant for name in aliases):
             continue
         if parameter.dtype not in FLOATING:
             raise TypeError(f"model: parameter {aliases[0]!r}: expected a floating-point block, got {parameter.dtype}")

@@ -25,14 +25,12 @@ def _measure(trial: Trial) -> Values:
     def whole_loss(encoder: nn.Module) -> Tensor:
         return loss(encoder, batches)
 
-    encoder = load_encoder(digits.base)
-    grads = block_gradients(encoder, vectors, whole_loss)
-    names = [name for name, _ in encoder.named_parameters()]
+    grads = block_gradients(load_encoder(digits.base), vectors, whole_loss)
     values = {"base": mean_accuracy(digits, digits.base, range(len(digits.tasks)))}
     arms = [(budget, arm) for budget in trial.config["budgets"] for arm in _RANKINGS]
     for place, (budget, arm) in enumerate(arms):
         trial.progress((1 + place) / (1 + len(arms)))
-        mixed = mix_blocks(vectors, grads, budget, by=_RANKINGS[arm], seed=trial.seed, names=names)
+        mixed = mix_blocks(vectors, grads, budget, by=_RANKINGS[arm], seed=trial.seed)
         pool = {f"mixed-{number}": vector for number, vector in enumerate(mixed)}
         state = learn_addition(digits, compose(digits, pool), trial)
         values[f"{arm}, budget {budget}"] = mean_accuracy(digits, state, range(len(digits.tasks)))

@@ -106,7 +106,7 @@ NEGATION = Claim(
     },
     quick={"finetune_steps": 10, "tasks": [0], "steps": 4, "every": 2, "coefficients": 3},
     note=(
-        "The targets are tasks 0, 3 and 6, the control is the mean of the seven others. The base is pre-trained for 20 steps instead of 4: after 4 it knows a task so little that either way unlearns it wholly. "
-        "The coefficient is searched up to 3: up to 1, as is usual, it unlearns less."
+        "Targets are tasks 0, 3 and 6, controls the mean of the seven others. The base is pre-trained for 20 steps instead of 4: after 4 "
+        "it knows a task so little that either way unlearns it wholly. The coefficient is searched up to 3, beyond the usual 1."
     ),
 )

@@ -36,7 +36,8 @@ class Composer:
         if is_compiling() or active_transform() is not None or any(block.requires_grad for block in base):
             return self._general(base, full)
         with torch.no_grad():
-            run = kernel("block_scale_merge", *base, *self.flat, full, *self.parts)
+            # The vectors and groups are on one device: one of them stands for all, as hundreds of blocks make thousands of tensors.
+            run = kernel("block_scale_merge", *base, self.flat[0], full)
         if run is None:
             return self._general(base, full)
         if torch.is_grad_enabled() and full.requires_grad:
@@ -57,7 +58,7 @@ class Composer:
         if torch.is_grad_enabled() and any(one.requires_grad for one in listed):
             return block_scale_merge_backward(listed, self.deltas, self.parts, self.groups)
         with torch.no_grad():
-            run = kernel("block_scale_merge_backward", *listed, *self.flat, *self.parts)
+            run = kernel("block_scale_merge_backward", *listed, self.flat[0])
             if run is None:
                 return block_scale_merge_backward(listed, self.deltas, self.parts, self.groups)
             products: Tensor = run(listed, self.flat, self.parts, self.groups)

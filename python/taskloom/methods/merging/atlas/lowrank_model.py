@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from taskloom.methods.merging.atlas.blocks import by_id, shown
+from taskloom.methods.merging.atlas.blocks import by_id, meant_modules, shown
 from taskloom.methods.merging.atlas.coefficients import Coefficients, Granularity, check_granularity
 from taskloom.methods.merging.atlas.lowrank import Factors, LowRankTaskVector
 from taskloom.nn.base_layers import check_base_layer
 from taskloom.nn.change_class import change_class, restore_class
-from taskloom.nn.inject import matches
 from taskloom.ops import lowrank_apply, lowrank_merge, lowrank_merge_
 
 
@@ -73,10 +72,11 @@ def _layers(model: nn.Module, named: Mapping[str, LowRankTaskVector], target_mod
         raise ValueError(
             f"task_vectors: {first}: {shown(unknown)} {'is' if len(unknown) == 1 else 'are'} no weight of {type(model).__name__}"
         )
+    meant = set() if target_modules is None else meant_modules(model, target_modules)
     found: dict[str, nn.Linear] = {}
     for path, module in modules.items():
         name = f"{path}.weight" if path else "weight"
-        if name not in vector or not (target_modules is None or matches(target_modules, path)):
+        if name not in vector or (target_modules is not None and path not in meant):
             continue
         if hasattr(module, "atlas"):
             raise ValueError(f"model: {path!r} belongs to another LowRankAtlasModel; unload() takes it out")
@@ -120,7 +120,7 @@ class LowRankAtlasModel(Coefficients):
     granularity
         ``"block"`` (default): a coefficient for each vector and weight. ``"vector"``: one for each vector.
     target_modules
-        Which of the adapted layers have blocks: names, or a pattern for the whole path, as in PEFT. Default None: all of them.
+        Which of the adapted layers have blocks: names, a pattern for the whole path, or ``"all-linear"``, as in PEFT. Default None: all.
 
     Attributes
     ----------

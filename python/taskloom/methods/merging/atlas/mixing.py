@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,23 @@ from taskloom.methods.merging.atlas.blocks import Vectors, by_id, find_blocks, r
 from taskloom.ops.masked import block_scale_merge_backward
 
 Ranking = Literal["block", "vector", "random"]
+
+
+class BlockGradients(Tensor):
+    """A matrix ``[n, m]`` that knows the names of its columns' blocks; what is computed from it is a plain tensor, which does not."""
+
+    block_names: tuple[str, ...]
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def of(values: Tensor, names: Sequence[str]) -> BlockGradients:
+        """The same values, with names."""
+        named = values.as_subclass(BlockGradients)
+        named.block_names = tuple(names)
+        return named
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockGradients:
+        return self.of(self.clone(), self.block_names)
 
 
 @contextmanager
@@ -35,7 +52,7 @@ def block_gradients(
     *,
     matrices_only: bool = False,
     target_modules: str | Sequence[str] | None = None,
-) -> Tensor:
+) -> BlockGradients:
     """The gradient of a loss with respect to the coefficients at 0: ``g[t, b] = <dL/dtheta[b], tau_t[b]>``.
 
     Parameters
@@ -51,8 +68,9 @@ def block_gradients(
 
     Returns
     -------
-    Tensor
-        float64 ``[n, m]``, one backward pass through the model whatever n is; m blocks in the order of the model's parameters.
+    BlockGradients
+        A tensor, float64 ``[n, m]``, with the ``block_names`` of its m columns, in the order of the model's parameters. One backward pass
+        through the model, whatever n is.
 
     Raises
     ------
@@ -73,7 +91,7 @@ def block_gradients(
     for key, vector in named.items():
         pool = read_vectors(model, blocks, {key: vector}, getattr(vector, "regime", "nonlinear"))
         rows.append(block_scale_merge_backward(gradients, pool.deltas)[0, :, 0])
-    return torch.stack(rows)
+    return BlockGradients.of(torch.stack(rows), blocks.names)
 
 
 def select_blocks(block_grads: Tensor, budget: int, *, by: Ranking = "block", seed: int = 0) -> Tensor:
@@ -86,8 +104,9 @@ def select_blocks(block_grads: Tensor, budget: int, *, by: Ranking = "block", se
     budget
         v, the number of synthetic vectors, 1 to n.
     by
-        ``"block"`` (default): in each block the vectors with the largest ``|g|``. ``"vector"``: whole vectors with the largest mean of it.
-        ``"random"``: whole vectors drawn by ``seed``.
+        ``"block"`` (default): in each block the vectors with the largest ``|g|``. ``"vector"``: whole vectors with the largest mean of it
+        (other scores of whole vectors, such as similarities of their data, can stand in for g as equal columns). ``"random"``: whole
+        vectors drawn by ``seed``.
     seed
         Default 0.
 
@@ -132,6 +151,16 @@ def _common_regime(named: Mapping[str, Mapping[str, Tensor]]) -> str:
     return regime
 
 
+def _column_names(block_grads: Tensor, names: Sequence[str] | None) -> tuple[str, ...]:
+    told = block_grads.block_names if isinstance(block_grads, BlockGradients) else None
+    if names is None and told is None:
+        # The order of a vector's names says nothing: a file's is alphabetical, and a model's is not.
+        raise ValueError("names: expected the blocks' names, which a plain tensor of gradients does not tell")
+    if names is not None and told is not None and tuple(names) != told:
+        raise ValueError(f"names: expected those of block_grads, {shown(told)}, got {shown(names)}")
+    return tuple(names) if names is not None else told or ()
+
+
 def mix_blocks(
     task_vectors: Vectors,
     block_grads: Tensor,
@@ -152,7 +181,7 @@ def mix_blocks(
     budget, by, seed
         As of :func:`select_blocks`.
     names
-        The m blocks' names. Default None: those of the vectors, in their order, which is the model's for vectors made from its state dict.
+        The m blocks' names, for gradients that are a plain tensor. Default None: those that :func:`block_gradients` told.
 
     Returns
     -------
@@ -162,7 +191,7 @@ def mix_blocks(
     Raises
     ------
     TypeError, ValueError
-        As of :func:`select_blocks`; or n or m differ from the vectors', or a vector lacks a block.
+        As of :func:`select_blocks`; or n differs from the vectors', m or the names from the gradients', or a vector lacks a block.
 
     Notes
     -----
@@ -170,8 +199,7 @@ def mix_blocks(
     """
     named = by_id(task_vectors)
     chosen = select_blocks(block_grads, budget, by=by, seed=seed)
-    first = next(iter(named))
-    listed = list(named[first] if names is None else names)
+    listed = _column_names(block_grads, names)
     if block_grads.shape != (len(named), len(listed)):
         expected = f"[{len(named)}, {len(listed)}], a row for each task vector and a column for each block"
         raise ValueError(f"block_grads: expected shape {expected}, got {tuple(block_grads.shape)}")
@@ -179,8 +207,6 @@ def mix_blocks(
         absent = [name for name in listed if name not in vector]
         if absent:
             raise ValueError(f"task_vectors: {key}: lacks {shown(absent)}")
-        if names is None and len(vector) != len(listed):
-            raise ValueError(f"task_vectors: {key}: expected the tensors of {first}, it has {len(vector)} instead of {len(listed)}")
     vectors, regime = list(named.values()), _common_regime(named)
     return [
         TaskVector.from_deltas({name: vectors[task][name] for name, task in zip(listed, row, strict=True)}, regime=regime)

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from taskloom.methods.merging.atlas.blocks import Vectors, find_blocks, read_vectors
 from taskloom.methods.merging.atlas.coefficients import Coefficients, Granularity, check_granularity
 from taskloom.methods.merging.atlas.compose import Composer
+from taskloom.methods.merging.atlas.held import HeldWeights
 from taskloom.methods.merging.atlas.linearize import taylor
 from taskloom.methods.merging.atlas.partition import Partition
 from taskloom.methods.merging.atlas.recompute import Place, Recomputing
@@ -39,7 +40,7 @@ class AtlasModel(Coefficients):
     matrices_only
         Whether only parameters with two dimensions are blocks, and the others stay the base's. Default False.
     target_modules
-        Whose parameters are blocks: names, or a pattern for the whole path, as in PEFT. Default None: all of them.
+        Whose parameters are blocks: names, a pattern for the whole path, or ``"all-linear"``, as in PEFT. Default None: all of them.
     linearized
         Whether the model is its first-order Taylor expansion at the base's weights, so that the result is linear in ``coef``; for task
         vectors of the regime ``"linear"``. Default False.
@@ -104,7 +105,7 @@ class AtlasModel(Coefficients):
         self.linearized = linearized
         self._recomputing = Recomputing([[_place(model, name) for name in aliases] for aliases in blocks.aliases])
         self._statistics = _statistics(model)
-        self._held: _Held | None = None
+        self._held: HeldWeights | None = None
 
     @property
     def partitions(self) -> int:
@@ -180,20 +181,47 @@ class AtlasModel(Coefficients):
         return self.model
 
     @contextmanager
-    def compose(self) -> Iterator[Self]:
+    def compose(self, *, accumulate: bool = False) -> Iterator[Self]:
         """Compose the weights once for all forward passes in the block, instead of once for each.
 
-        A change of ``coef`` inside, by an optimizer's step, is seen: the weights are composed anew for the next forward pass. All forward
-        passes of one composition share its graph, so their losses take one ``backward`` together (their sum, as in task addition).
+        A change of ``coef`` inside, by an optimizer's step, is seen: the weights are composed anew for the next forward pass.
+
+        Parameters
+        ----------
+        accumulate
+            Default False: the forward passes share the composition's graph, so their losses take one ``backward`` together (their sum, as
+            in task addition). True: each may have a ``backward`` of its own, which frees its activations; the weights' gradients are summed
+            in memory of one more model, and ``coef.grad`` is there when the block ends.
         """
         if self._held is not None:
             yield self
             return
-        self._held = _Held()
+        held = self._held = HeldWeights(self._compose, accumulate)
         try:
             yield self
+            held.flush()
         finally:
             self._held = None
+
+    @contextmanager
+    def installed(self) -> Iterator[nn.Module]:
+        """Put the composed weights into the model for as long as the block lasts, for what is no forward pass, such as ``generate``.
+
+        They take no part in autograd; the parameters themselves are back in their places afterwards.
+
+        Raises
+        ------
+        RuntimeError
+            If the model is linearised.
+        """
+        self._refuse_linearized("installed")
+        if self.merged:
+            yield self.model
+            return
+        with torch.no_grad():
+            weights = self._compose()
+        with self._recomputing.installed(weights):
+            yield self.model
 
     def fingerprints(self) -> list[float]:
         """The norm of each vector over the blocks."""
@@ -208,7 +236,7 @@ class AtlasModel(Coefficients):
             raise RuntimeError(f"AtlasModel.{name}: a linearized model is no model with other weights")
 
     def _composed(self) -> Sequence[Tensor]:
-        return self._compose() if self._held is None else self._held.weights(self.coef, self._compose)
+        return self._compose() if self._held is None else self._held.weights(self.coef)
 
     def _compose(self) -> list[Tensor]:
         """The weights of the blocks; of a linearised model, what is added to them."""
@@ -223,8 +251,6 @@ class AtlasModel(Coefficients):
 
     def _kept_statistics(self) -> dict[str, Tensor]:
         """Copies of the running statistics that a forward pass in training would change."""
-        if not self.training:
-            return {}
         found: dict[str, Tensor] = {}
         for path, module in self._statistics:
             if module.training:
@@ -247,19 +273,3 @@ def _place(model: nn.Module, name: str) -> Place:
 def _statistics(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The layers with running statistics, by path."""
     return [(path, one) for path, one in model.named_modules(remove_duplicate=False) if isinstance(one, _NormBase)]
-
-
-class _Held:
-    """The weights of one composition, for as long as coefficients and what autograd needs are the same."""
-
-    def __init__(self) -> None:
-        self._weights: Sequence[Tensor] | None = None
-        self._of: tuple[int, int] | None = None
-        self._with_grad = False
-
-    def weights(self, coef: nn.Parameter, compose: Callable[[], list[Tensor]]) -> Sequence[Tensor]:
-        now = (id(coef), coef._version)
-        grad = torch.is_grad_enabled()
-        if self._weights is None or now != self._of or (grad and not self._with_grad):
-            self._weights, self._of, self._with_grad = compose(), now, grad
-        return self._weights
