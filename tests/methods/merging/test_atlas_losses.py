@@ -74,7 +74,20 @@ def test_batches_that_do_not_fit_the_heads(batches: dict[str, tuple[Tensor, Tens
         multi_task_loss({"a": nn.Identity(), "b": nn.Identity()})(nn.Identity(), batches)
 
 
-def test_no_heads() -> None:
+def test_heads_may_be_a_module_dict() -> None:
+    heads = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(3, 4)})
+    batches = {"a": (_random(5, 3), _labels(5, 2)), "b": (_random(2, 3), _labels(2, 4))}
+    expected = sum(functional.cross_entropy(heads[task](inputs), labels) for task, (inputs, labels) in batches.items())
+    torch.testing.assert_close(multi_task_loss(heads)(nn.Identity(), batches), expected)
+
+
+def test_heads_that_are_none() -> None:
+    unnamed: Any = [nn.Identity()]
+    with pytest.raises(TypeError, match="heads: expected a mapping from a task to its head, got list"):
+        multi_task_loss(unnamed)
+    broken: Any = {"a": nn.LSTM(3, 2)}
+    with pytest.raises(TypeError, match="heads: expected a head that returns a tensor, got tuple"):
+        multi_task_loss(broken)(nn.Identity(), {"a": (_random(5, 3), _labels(5, 2))})
     with pytest.raises(ValueError, match="heads: expected at least one, got none"):
         multi_task_loss({})
 

@@ -24,13 +24,14 @@ def _apply_frozen(head: Head, features: Tensor) -> Tensor:
     return logits
 
 
-def multi_task_loss(heads: Mapping[str, Head]) -> Callable[[Encoder, Mapping[str, Batch]], Tensor]:
+def multi_task_loss(heads: Mapping[str, Head] | nn.ModuleDict) -> Callable[[Encoder, Mapping[str, Batch]], Tensor]:
     """The loss of task addition: the sum over the tasks of the cross-entropy of each task's own head on its own batch.
 
     Parameters
     ----------
     heads
-        A frozen head per task, from features to logits: a module, whose parameters get no gradient, or a function.
+        A frozen head per task, from features to logits: a module, whose parameters get no gradient, or a function. A mapping or an
+        ``nn.ModuleDict``.
 
     Returns
     -------
@@ -40,6 +41,8 @@ def multi_task_loss(heads: Mapping[str, Head]) -> Callable[[Encoder, Mapping[str
 
     Raises
     ------
+    TypeError
+        If ``heads`` is no mapping, or a head returns something else than a tensor.
     ValueError
         If there is no head, the batches' tasks are not the heads', a batch is empty, or its labels are not one per input.
 
@@ -47,9 +50,11 @@ def multi_task_loss(heads: Mapping[str, Head]) -> Callable[[Encoder, Mapping[str
     -----
     Source: Zhang et al. 2024, arXiv 2407.02880, task addition.
     """
-    if not heads:
+    if not isinstance(heads, (Mapping, nn.ModuleDict)):
+        raise TypeError(f"multi_task_loss: heads: expected a mapping from a task to its head, got {type(heads).__name__}")
+    own: dict[str, Head] = dict(heads.items())
+    if not own:
         raise ValueError("multi_task_loss: heads: expected at least one, got none")
-    own = dict(heads)
 
     def loss(encoder: Encoder, batches: Mapping[str, Batch]) -> Tensor:
         if set(batches) != set(own):

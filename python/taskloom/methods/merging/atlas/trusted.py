@@ -67,9 +67,12 @@ def select_trusted(probs: Tensor, max_per_class: int = 100) -> TrustedSamples:
         )
     confidence, pseudo = probs.max(1)
     order = confidence.argsort(descending=True, stable=True)
+    # The same order, class by class.
+    order = order[pseudo[order].argsort(stable=True)]
+    sizes = pseudo.bincount(minlength=probs.shape[1])
+    place = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[pseudo[order]]
     trusted = torch.zeros_like(pseudo, dtype=torch.bool)
-    for label in range(probs.shape[1]):
-        trusted[order[pseudo[order] == label][:count]] = True
+    trusted[order[place < count]] = True
     return TrustedSamples(pseudo, trusted)
 
 
