@@ -78,7 +78,7 @@ _add(
         title="Anisotropic scaling of task vectors (aTLAS)",
         paper="Knowledge Composition using Task Vectors with Learned Anisotropic Scaling, NeurIPS 2024, arXiv 2407.02880",
         family="masked",
-        claim="One learned coefficient for each task vector and parameter block composes vectors better than one for each vector or for all.",
+        claim="A learned coefficient for each task vector and parameter block composes vectors better than one for each vector.",
         needs=(("sklearn", "scikit-learn"),),
     )
 )
