@@ -73,6 +73,18 @@ def _add(method: Method) -> None:
 
 _add(
     Method(
+        name="atlas",
+        wing="merging",
+        title="Anisotropic scaling of task vectors (aTLAS)",
+        paper="Knowledge Composition using Task Vectors with Learned Anisotropic Scaling, NeurIPS 2024, arXiv 2407.02880",
+        family="masked",
+        claim="A learned coefficient for each task vector and parameter block composes vectors better than one for each vector.",
+        needs=(("sklearn", "scikit-learn"),),
+    )
+)
+
+_add(
+    Method(
         name="controllable_mtl",
         wing="channels",
         title="Controllable multi-task networks (ECMT)",
