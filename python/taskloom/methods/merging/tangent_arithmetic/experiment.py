@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, reduce
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,11 @@ class Arm:
 
     encoder: nn.Module
     vectors: dict[int, TaskVector]
+
+    @property
+    def total(self) -> TaskVector:
+        """The sum of all vectors."""
+        return reduce(operator.add, self.vectors.values())
 
 
 @dataclass(frozen=True)
@@ -96,5 +102,3 @@ def kernel_points(seed: int, tasks: int, points: int) -> tuple[Tensor, list[int]
     """So many test inputs of each of the first two tasks, and their tasks."""
     made = projected_digits.make_tasks(projected_digits.load_splits(seed), tasks, seed)
     return torch.cat([task.splits["test"].inputs[:points] for task in made[:2]]), [0] * points + [1] * points
-
-

@@ -50,6 +50,9 @@ class LinearizedModel(nn.Module):
     appendix B. That the trainable tensor is tau and not p is this library's; :meth:`decay_whole_weights` gives weight decay its
     meaning back.
 
+    At ``p = p0`` the output is ``f(x; p0)`` bit for bit, f's weights not requiring a gradient (where they do, torch rounds some products
+    otherwise), under the same attention backend and autocast.
+
     A tangent has the dtype of its weight: in a bfloat16 model tau is rounded to bfloat16 where it is used, to its own size and not to
     that of the weights.
     """

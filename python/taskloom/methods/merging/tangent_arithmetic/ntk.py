@@ -58,8 +58,7 @@ def _outputs(model: nn.Module, inputs: Tensor, argument: str) -> int:
     if not isinstance(inputs, Tensor) or inputs.ndim < 1 or not len(inputs):
         got = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
         raise ValueError(f"ntk_matrix: {argument}: expected a tensor of one or more points, got {got}")
-    with torch.no_grad():
-        outputs = model(inputs[:1])
+    outputs = model(inputs[:1])
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         kind = outputs.dtype if isinstance(outputs, Tensor) else type(outputs).__name__
         raise TypeError(f"ntk_matrix: model: expected floating-point outputs, got {kind}")
@@ -109,7 +108,7 @@ def ntk_matrix(model: nn.Module, x1: Tensor, x2: Tensor | None = None, reduce: R
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not parameters:
         raise ValueError("ntk_matrix: model: expected at least one parameter that requires a gradient, got none")
-    with _eval_mode(model):
+    with torch.no_grad(), _eval_mode(model):
         count = _outputs(model, x1, "x1")
         if x2 is not None:
             _outputs(model, x2, "x2")
