@@ -146,6 +146,56 @@ def test_a_function_of_ones_own_without_a_derivative_is_named(function: type[tor
         LinearizedModel(nn.Sequential(Scaler(function)))(torch.randn(4, 3))
 
 
+@pytest.fixture
+def cube() -> Iterator[Callable[[Tensor], Tensor]]:
+    """An operation with a gradient but without a forward-mode derivative, of which torch says nothing."""
+
+    def keep(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def gradient(ctx: Any, grad: Tensor) -> Tensor:
+        product: Tensor = 3 * ctx.saved_tensors[0] ** 2 * grad
+        return product
+
+    with torch.library._scoped_library("taskloom_tangent_test", "DEF") as library:
+        library.define("cube(Tensor x) -> Tensor")
+        library.impl("cube", lambda x: x**3, "CPU")
+        torch.library.register_autograd("taskloom_tangent_test::cube", gradient, setup_context=keep, lib=library)
+        yield lambda x: torch.ops.taskloom_tangent_test.cube(x)
+
+
+class Residual(nn.Module):
+    """A linear layer and a function of it."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], keep: bool) -> None:
+        super().__init__()
+        self.linear, self.function, self.keep = nn.Linear(3, 3), function, keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return self.function(y) + y if self.keep else self.function(y)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_silent_zero_is_found(keep: bool, cube: Callable[[Tensor], Tensor]) -> None:
+    linear, x = LinearizedModel(Residual(cube, keep)), torch.randn(6, 3)
+    linear(x)
+    with pytest.raises(RuntimeError, match=r"check_derivatives: forward mode has .* where reverse mode has"):
+        linear.check_derivatives(x)
+    LinearizedModel(Residual(lambda y: y**3, keep)).check_derivatives(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_right_derivatives_pass(dtype: torch.dtype) -> None:
+    linear = LinearizedModel(_small().to(dtype))
+    with torch.no_grad():
+        linear.check_derivatives(torch.randn(6, 4, dtype=dtype))
+    with pytest.raises(RuntimeError, match="no output depends on a parameter"):
+        LinearizedModel(Residual(torch.Tensor.detach, False).to(dtype)).check_derivatives(torch.randn(6, 3, dtype=dtype))
+    with sdpa_kernel(SDPBackend.MATH):
+        LinearizedModel(_bert()).check_derivatives(**_sentences())
+
+
 def test_a_recurrent_layer_without_a_derivative_is_named() -> None:
     with pytest.raises(RuntimeError, match=r"mkldnn_rnn_layer has no forward-mode derivative; replace it"):
         LinearizedModel(nn.LSTM(3, 2))(torch.randn(4, 1, 3))

@@ -8,6 +8,9 @@ from itertools import combinations
 from statistics import fmean
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from taskloom.methods.claim import Claim, Inequality, Trial, Values
 from taskloom.methods.merging.projected_digits import SplitName
 from taskloom.methods.merging.tangent_arithmetic.disentanglement import disentanglement_error
@@ -52,8 +55,8 @@ def _measure_addition(trial: Trial) -> Values:
             alpha, _ = search_alpha(on_validation, _grid(trial.config["alphas"]), models.single_task(arm, "val"))
         on_test = models.accuracies(arm, total, tasks, "test")
         values[f"single task, {arm}"] = fmean(own)
-        values[f"sum at the chosen alpha, {arm}"] = fmean(on_test(alpha))
-        values[f"sum at the chosen alpha, {arm}, normalised"] = fmean(got / unit for got, unit in zip(on_test(alpha), own, strict=True))
+        values[f"sum, {arm}"] = fmean(on_test(alpha))
+        values[f"sum, normalised, {arm}"] = fmean(got / unit for got, unit in zip(on_test(alpha), own, strict=True))
         values[f"sum at alpha 1, {arm}"] = fmean(on_test(1.0))
         values[f"chosen alpha, {arm}"] = alpha
         trial.progress((place + 1) / len(ARMS))
@@ -76,7 +79,7 @@ def _measure_interference(trial: Trial) -> Values:
                 disentanglement_error(models.edited(arm, pair), [vectors[task] for task in pair], [inputs[task] for task in pair], alpha)
                 for pair in pairs
             ]
-            values[f"pairs at ({alpha:g}, {alpha:g}), {arm}"] = fmean(map(float, errors)) / 2
+            values[f"pairs at ({alpha:g}, {alpha:g}), {arm}"] = fmean(map(float, errors))
         trial.progress((place + 1) / 2)
     return values
 
@@ -117,19 +120,28 @@ def _measure_negation(trial: Trial) -> Values:
         fine, coarse = zip(*(_negated(models, arm, target, grids, config["control"]) for target in tasks), strict=True)
         values[f"target, {arm}"] = fmean(one.target for one in fine)
         values[f"control, {arm}"] = fmean(one.control for one in fine)
-        values[f"target, half the tasks, coarse alphas, {arm}"] = fmean(one.target for one in coarse[::2])
+        values[f"target, coarse, {arm}"] = fmean(one.target for one in coarse[::2])
         trial.progress((place + 1) / len(ARMS))
     return values
+
+
+def _localisation(kernel: Tensor, points: int, top: int) -> float:
+    """Mean |2s - 1| of the largest eigenvectors over all pairs of tasks, each pair with its own part of the kernel."""
+    found = []
+    for pair in combinations(range(len(kernel) // points), 2):
+        rows = torch.cat([torch.arange(points * task, points * (task + 1)) for task in pair])
+        shares = local_energy(kernel[rows][:, rows], [0] * points + [1] * points).shares[:top, 0]
+        found.append(float((2 * shares - 1).abs().mean()))
+    return fmean(found)
 
 
 @one_thread()
 def _measure_localisation(trial: Trial) -> Values:
     config, values = trial.config, dict[str, float]()
-    points, groups = kernel_points(trial.seed, config["tasks"], config["points"])
-    for place, (name, steps) in enumerate((("random weights", 0), ("pre-trained weights", config["pretrain_steps"]))):
+    inputs = kernel_points(trial.seed, config["tasks"], config["points"])
+    for place, (name, steps) in enumerate((("random", 0), ("pre-trained", config["pretrain_steps"]))):
         network = kernel_network(trial.seed, config["tasks"], config["width"], steps, config["projections"])
-        shares = local_energy(ntk_matrix(network, points), groups).shares[: config["top"], 0]
-        values[f"mean |2s - 1|, {name}"] = float((2 * shares - 1).abs().mean())
+        values[name] = _localisation(ntk_matrix(network, inputs), config["points"], config["top"])
         trial.progress((place + 1) / 2)
     return values
 
@@ -149,21 +161,23 @@ CLAIMS = (
     Claim(
         name="C1",
         statement="A sum of linear task vectors keeps more of every task than a sum of ordinary ones",
-        metric="mean test accuracy of 8 tasks, higher is better; and the alpha chosen on validation data",
+        metric="mean test accuracy (higher is better), alpha",
         measure=_measure_addition,
-        baselines=tuple(f"{what}, {ORDINARY}" for what in ("single task", "sum at the chosen alpha", "sum at alpha 1", "chosen alpha")),
+        baselines=tuple(f"{what}, {ORDINARY}" for what in ("single task", "sum", "sum, normalised", "sum at alpha 1", "chosen alpha")),
         inequalities=(
-            Inequality("at the chosen alpha: linear >= ordinary + 0.02", lambda values: _gain(values, "sum at the chosen alpha", 0.02)),
-            Inequality("at alpha 1: linear >= ordinary + 0.15", lambda values: _gain(values, "sum at alpha 1", 0.15)),
+            Inequality("sum: linear >= ordinary + 0.02", lambda values: _gain(values, "sum", 0.02)),
+            Inequality("sum at alpha 1: linear >= ordinary + 0.15", lambda values: _gain(values, "sum at alpha 1", 0.15)),
         ),
         config={**_SIZE, "alphas": 21},
         quick={**_QUICK, "alphas": 5},
-        note="",
+        note="Eight tasks, a small encoder; the sum is taken at the alpha chosen on validation data. A normalised accuracy is divided by"
+        " the single-task one of the same kind, which flatters post-hoc linearisation, whose single tasks are the worst. In the "
+        "paper the sum of post-hoc linearisation is far below the ordinary one.",
     ),
     Claim(
         name="C2",
         statement="Linear task vectors change fewer predictions of each other's tasks",
-        metric="weight disentanglement error: share of test predictions that the other vectors change, lower is better",
+        metric="share of changed test predictions (lower is better)",
         measure=_measure_interference,
         baselines=(
             *(f"all tasks at alpha {alpha:g}, {ORDINARY}" for alpha in _ALPHAS),
@@ -176,45 +190,36 @@ CLAIMS = (
         ),
         config=_SIZE,
         quick=_QUICK,
-        note="",
+        note="The weight disentanglement error: of all tasks divided by their number, of pairs the sum over both, a mean over all pairs."
+        " At (1, 1) pairs of linear vectors are no better than ordinary ones.",
     ),
     Claim(
         name="C3",
-        statement="The negation of a linear task vector forgets its task as far as that of an ordinary one, at a kept control",
-        metric="mean test accuracy of the task to be forgotten, lower is better, and of the other tasks (control), which may lose 5%",
+        statement="Negated linear task vectors make the model forget more of their tasks, at a kept control",
+        metric="mean test accuracy of the target (lower is better), control",
         measure=_measure_negation,
-        baselines=(
-            "target, base",
-            f"target, {ORDINARY}",
-            f"control, {ORDINARY}",
-            f"target, half the tasks, coarse alphas, {ORDINARY}",
-        ),
+        baselines=("target, base", f"target, {ORDINARY}", f"control, {ORDINARY}", f"target, coarse, {ORDINARY}"),
         inequalities=(
             Inequality("target: linear <= ordinary", lambda values: _less(values, "target", 0.0)),
-            Inequality(
-                "target, half the tasks, coarse alphas: linear <= ordinary",
-                lambda values: _less(values, "target, half the tasks, coarse alphas", 0.0),
-            ),
+            Inequality("target, coarse: linear <= ordinary", lambda values: _less(values, "target, coarse", 0.0), "the mean"),
         ),
         config={**_SIZE, "pretrain_steps": 8, "alphas": 101, "coarse alphas": 21, "control": 0.95},
         quick={**_QUICK, "alphas": 5, "coarse alphas": 3},
-        note="",
+        note="Each task is forgotten in turn; the control is the mean of the others, which keeps 95% of the base's on validation data. "
+        "Coarse: every other task and 21 alphas in place of 101; steps as wide leave a linear vector, which needs a smaller alpha, "
+        "further from its control's bound, and on single seeds it may then forget less than an ordinary one. Post-hoc linearisation"
+        " forgets most here, which it does not in the paper.",
     ),
     Claim(
         name="C4",
-        statement="The tangent kernel's eigenvectors keep to one task a little more after pre-training than at random weights",
-        metric="mean |2s - 1| of the 20 largest eigenvectors, s the share of one of two tasks, 1 is fully local",
+        statement="The tangent kernel's eigenvectors keep to one of two tasks more after pre-training than at random weights",
+        metric="mean |2s - 1| of the 20 largest eigenvectors (1 is local)",
         measure=_measure_localisation,
-        baselines=("mean |2s - 1|, random weights",),
-        inequalities=(
-            Inequality(
-                "pre-trained > random",
-                lambda values: values["mean |2s - 1|, pre-trained weights"] > values["mean |2s - 1|, random weights"],
-                "the mean",
-            ),
-        ),
+        baselines=("random",),
+        inequalities=(Inequality("pre-trained > random", lambda values: values["pre-trained"] > values["random"], "the mean"),),
         config={"tasks": 8, "width": 64, "points": 60, "projections": 8, "pretrain_steps": 60, "top": 20},
         quick={"tasks": 2, "points": 8, "pretrain_steps": 3, "top": 5},
-        note="",
+        note="s is an eigenvector's share of energy on one task's points; a mean over all pairs of tasks. The paper's networks are far "
+        "larger and pre-trained on far more; at this size the two differ by less than pairs of tasks do among each other.",
     ),
 )

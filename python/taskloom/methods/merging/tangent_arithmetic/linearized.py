@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from taskloom.merge import TaskVector
+from taskloom.methods.merging.tangent_arithmetic.derivative_check import check_derivatives
 from taskloom.methods.merging.tangent_arithmetic.forward_mode import Expansion, expand
 from taskloom.methods.merging.tangent_arithmetic.frozen import Differences, check_same, frozen_copy, tau_dtype, tied_names
 from taskloom.methods.merging.tangent_arithmetic.weight_decay import decay_whole_weights
@@ -97,13 +98,17 @@ class LinearizedModel(nn.Module):
     def _expand(self, taus: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Expansion:
         bases = self._bases()
         along = {name: taus[name].to(base.dtype) for name, base in bases.items()}
+        return expand(self._function(args, kwargs), bases, along)
+
+    def _function(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Mapping[str, Tensor]], Any]:
+        """The base's outputs as a function of its parameters."""
 
         def outputs(point: Mapping[str, Tensor]) -> Any:
             # Every name is given: what was one tensor may have become several, as buffers do where a module is moved.
             every = {alias: point[name] for name, aliases in self._names.items() for alias in aliases}
             return functional_call(self.base, every, args, kwargs, tie_weights=False)
 
-        return expand(outputs, bases, along)
+        return outputs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns, linearised: floating-point tensors, alone or in tuples, dicts or other pytrees.
@@ -136,6 +141,19 @@ class LinearizedModel(nn.Module):
         """
         expansion = self._expand(self._checked(vector, "expand_along"), args, kwargs)
         return expansion.structure(expansion.values), expansion.structure(expansion.changes)
+
+    def check_derivatives(self, *args: Any, **kwargs: Any) -> None:
+        """Compare the model's forward-mode derivative on these inputs with its reverse-mode one, for once before training.
+
+        An operation registered with ``torch.library`` that has a gradient but no forward-mode derivative gives zero for it and says
+        nothing: the linearised model would lack its part. This takes a forward and a backward pass of the model and shows it.
+
+        Raises
+        ------
+        RuntimeError
+            If the two differ by more than rounding, or no output depends on a parameter.
+        """
+        check_derivatives(self._function(args, kwargs), self._bases())
 
     def task_vector(self) -> TaskVector:
         """A copy of tau, of regime ``"linear"``; tied parameters are in it under all their names, as in a state dict."""
