@@ -422,7 +422,7 @@ def test_linear_training_fits_what_the_expansion_can(poisoned_memory: None) -> N
         loss = functional.mse_loss(linear(x), target)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses == sorted(losses, reverse=True)
     assert all(torch.equal(buffer, base[name]) for name, buffer in linear.base.named_buffers())
     state = {**dict(linear.base.named_buffers()), **linear.task_vector().apply_to(dict(linear.base.named_buffers()))}
