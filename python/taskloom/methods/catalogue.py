@@ -165,6 +165,19 @@ _add(
 )
 
 
+_add(
+    Method(
+        name="tangent_arithmetic",
+        wing="merging",
+        title="Task arithmetic in the tangent space",
+        paper="Task Arithmetic in the Tangent Space: Improved Editing of Pre-Trained Models, NeurIPS 2023, arXiv 2305.12827",
+        family="masked",
+        claim="Task vectors of a model fine-tuned in its tangent space add up and subtract with less harm to each other's tasks.",
+        needs=(("sklearn", "scikit-learn"),),
+    )
+)
+
+
 def find_method(name: str) -> Method:
     """The method of a name.
 

@@ -169,27 +169,23 @@ def load_encoder(state: State) -> Encoder:
     return encoder
 
 
-def finetune(base: State, head: State, task: Task, *, steps: int = 150, seed: int = 0) -> State:
-    """Fine-tune an encoder on one task with its head frozen: AdamW, batch 128, learning rate 5e-4 with a cosine to zero.
+def train_on_task(encoder: nn.Module, head: State, task: Task, *, steps: int = 150, seed: int = 0) -> None:
+    """Train a module in place on one task with its head frozen: AdamW, batch 128, learning rate 5e-4 with a cosine to zero.
 
     Parameters
     ----------
-    base, head
-        State dicts of the encoder and of the task's head; left as they are.
+    encoder
+        An :class:`Encoder`, or another module from its inputs to its outputs.
+    head
+        State dict of the task's head; left as it is.
     task
         Its ``train`` split is used.
     steps
         Number of updates.
     seed
         Of the batches.
-
-    Returns
-    -------
-    dict[str, Tensor]
-        The encoder's new state dict.
     """
     generator = _generator(seed)
-    encoder = load_encoder(base)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=5e-4, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     for _ in range(steps):
@@ -199,6 +195,25 @@ def finetune(base: State, head: State, task: Task, *, steps: int = 150, seed: in
         functional.cross_entropy(logits, batch.labels).backward()
         optimizer.step()
         schedule.step()
+
+
+def finetune(base: State, head: State, task: Task, *, steps: int = 150, seed: int = 0) -> State:
+    """A copy of an encoder, trained by :func:`train_on_task`.
+
+    Parameters
+    ----------
+    base, head
+        State dicts of the encoder and of the task's head; left as they are.
+    task, steps, seed
+        As there.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        The encoder's new state dict.
+    """
+    encoder = load_encoder(base)
+    train_on_task(encoder, head, task, steps=steps, seed=seed)
     return _state(encoder)
 
 
