@@ -115,7 +115,7 @@ def _transferred(values: Values, method: str) -> float:
 
 CLAIMS = (
     Claim(
-        name="a",
+        name="C1",
         statement="At the same density, a merge is better without the largest entries of each task vector",
         metric="mean test accuracy of 8 tasks, higher is better",
         measure=_measure_outliers,
@@ -137,7 +137,7 @@ CLAIMS = (
         note="At weight 0.5 the gain is smaller, and so it is with rows masked one by one, as the official code does.",
     ),
     Claim(
-        name="b",
+        name="C2",
         statement="Settings found on few tasks serve better for more tasks than task arithmetic's",
         metric="mean test accuracy of 8 tasks merged, higher is better",
         measure=_measure_transfer,
