@@ -1,38 +1,122 @@
 // CPU loops of block_scale_merge and its backward, compiled once per CPU level.
+#include <type_traits>
+
 #include "common/convert.h"
+#include "masked/block_scale_factors.h"
 #include "masked/block_scale_merge.h"
+#include "masked/storage_vectors.h"
 
 namespace taskloom {
 namespace {
 
 constexpr int64_t step = 512;
-constexpr int64_t dot_lanes = 16;
 
-// group[] of entries at .. at + n, kept below the number of groups; the largest that was there.
-inline int32_t load_groups(const ScaleBlock& block, int64_t at, int64_t n, int32_t* __restrict__ group) {
-  const uint8_t* __restrict__ from = block.partition + at;
-  const auto last = static_cast<int32_t>(block.groups - 1);
-  int32_t largest = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t value = from[i];
-    largest = value > largest ? value : largest;
-    group[i] = value < last ? value : last;
+// Calls body with the dtype as a constant, out of those that arithmetic in Acc meets.
+template <class Acc, class F>
+inline void with_dtype(DType dtype, const F& body) {
+  switch (dtype) {
+    case DType::f32:
+      return body(std::integral_constant<DType, DType::f32>{});
+    case DType::bf16:
+      return body(std::integral_constant<DType, DType::bf16>{});
+    case DType::f16:
+      return body(std::integral_constant<DType, DType::f16>{});
+    case DType::f64:
+      if constexpr (sizeof(Acc) == 8) body(std::integral_constant<DType, DType::f64>{});
   }
+}
+
+int32_t largest_group(const ScaleBlock& block, int64_t at, int64_t n) {
+  if (block.partition == nullptr) return 0;
+  const uint8_t* __restrict__ group = block.partition + at;
+  uint8_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) largest = group[i] > largest ? group[i] : largest;
   return largest;
 }
 
+// group[] of entries at .. at + n, kept below the number of groups.
+inline void load_groups(const ScaleBlock& block, int64_t at, int64_t n, int32_t* __restrict__ group) {
+  const uint8_t* __restrict__ from = block.partition + at;
+  const auto last = static_cast<int32_t>(block.groups - 1);
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t value = from[i];
+    group[i] = value < last ? value : last;
+  }
+}
+
+// The end of the tasks from `first` on that are read side by side: of one dtype, and where those are many, in equal shares.
+int64_t end_of_streams(const ScaleBlock& block, int64_t first) {
+  const DType dtype = block.deltas[first * block.delta_stride].dtype;
+  int64_t end = first + 1;
+  while (end < block.tasks && block.deltas[end * block.delta_stride].dtype == dtype) ++end;
+  const int64_t shares = (end - first + scale_streams - 1) / scale_streams;
+  return first + (end - first + shares - 1) / shares;
+}
+
+// base + sum for n <= step entries of any dtype. `sum` is lost.
 template <class Acc>
-int32_t merge_of(const ScaleBlock& block, int64_t begin, int64_t n) {
-  alignas(64) Acc base[step], delta[step], sum[step];
+__attribute__((noinline)) void finish_step(const ScaleBlock& block, int64_t at, int64_t n, Acc* sum) {
+  alignas(64) Acc base[step];
+  load_block(block.base.dtype, block.base.data, at, n, base);
+  for (int64_t i = 0; i < n; ++i) sum[i] = base[i] + sum[i];
+  store_block(block.base.dtype, sum, n, block.out, at);
+}
+
+// base + sum for one run.
+template <class Acc>
+inline __attribute__((always_inline)) void finish_run(const ScaleBlock& block, int64_t at, const Vector<Acc> (&sum)[run_vectors]) {
+  constexpr int64_t width = vector_size<Acc>, size = sizeof(Acc);
+  if (block.base.dtype == (sizeof(Acc) == 8 ? DType::f64 : DType::f32)) {
+    const char* base = static_cast<const char*>(block.base.data) + at * size;
+    char* out = static_cast<char*>(block.out) + at * size;
+    for (int v = 0; v < run_vectors; ++v) put_vector<Acc>(out + v * width * size, vector_at<Acc>(base + v * width * size) + sum[v]);
+    return;
+  }
+  alignas(64) Acc values[run_entries<Acc>];
+  for (int v = 0; v < run_vectors; ++v) put_vector<Acc>(values + v * width, sum[v]);
+  int64_t n = run_entries<Acc>;
+  // Of a count that it knows, gcc 12 takes the loops for what is left over to be endless, and warns.
+  __asm__("" : "+r"(n));
+  finish_step(block, at, n, values);
+}
+
+// Adds tasks first .. last to the sums of whole runs, which come from `partial` and go back there as long as tasks are left.
+template <class Acc, DType dtype, class Factors>
+void merge_runs(const ScaleBlock& block, int64_t first, int64_t last, int64_t begin, int64_t n, Acc* partial) {
+  constexpr int64_t width = vector_size<Acc>;
+  const Elements* const deltas = block.deltas;
+  const Acc* const coef = static_cast<const Acc*>(block.coef);
+  const int64_t delta_stride = block.delta_stride, coef_stride = block.coef_stride, tasks = block.tasks;
+  Factors factors(block);
+  for (int64_t done = 0; done < n; done += run_entries<Acc>) {
+    const int64_t at = begin + done;
+    Vector<Acc> sum[run_vectors];
+    for (int v = 0; v < run_vectors; ++v) sum[v] = first == 0 ? Vector<Acc>{} : vector_at<Acc>(partial + done + v * width);
+    factors.enter_run(at);
+    for (int64_t t = first; t < last; ++t) {
+      const char* from = static_cast<const char*>(deltas[t * delta_stride].data) + at * stored_bytes<dtype>;
+      factors.enter_task(coef + t * coef_stride);
+      for (int v = 0; v < run_vectors; ++v) {
+        const Vector<Acc> product = factors.of(v) * stored_vector<Acc, dtype>(from + v * width * stored_bytes<dtype>);
+        sum[v] = sum[v] + product;
+      }
+    }
+    if (last < tasks) {
+      for (int v = 0; v < run_vectors; ++v) put_vector<Acc>(partial + done + v * width, sum[v]);
+    } else {
+      finish_run<Acc>(block, at, sum);
+    }
+  }
+}
+
+// Any entries, by way of memory: what is left of the runs, and groups whose coefficients do not fit in registers.
+template <class Acc>
+void merge_steps(const ScaleBlock& block, int64_t begin, int64_t n) {
+  alignas(64) Acc delta[step], sum[step];
   alignas(64) int32_t group[step];
-  int32_t largest = 0;
   for (int64_t done = 0; done < n; done += step) {
     const int64_t at = begin + done, size = n - done < step ? n - done : step;
-    if (block.partition != nullptr) {
-      const int32_t here = load_groups(block, at, size, group);
-      largest = here > largest ? here : largest;
-    }
-    load_block(block.base.dtype, block.base.data, at, size, base);
+    if (block.partition != nullptr) load_groups(block, at, size, group);
     for (int64_t i = 0; i < size; ++i) sum[i] = Acc{0};
     for (int64_t t = 0; t < block.tasks; ++t) {
       const Elements& task = block.deltas[t * block.delta_stride];
@@ -53,72 +137,147 @@ int32_t merge_of(const ScaleBlock& block, int64_t begin, int64_t n) {
         }
       }
     }
-    for (int64_t i = 0; i < size; ++i) sum[i] = base[i] + sum[i];
-    store_block(block.base.dtype, sum, size, block.out, at);
+    finish_step(block, at, size, sum);
+  }
+}
+
+template <class Acc>
+int32_t merge_of(const ScaleBlock& block, int64_t begin, int64_t n, Acc* partial) {
+  constexpr int64_t piece = scale_piece_bytes / static_cast<int64_t>(sizeof(Acc));
+  const bool grouped = block.partition != nullptr && block.groups > 1;
+  int32_t largest = 0;
+  for (int64_t done = 0; done < n; done += piece) {
+    const int64_t at = begin + done, size = n - done < piece ? n - done : piece;
+    const int32_t here = largest_group(block, at, size);
+    largest = here > largest ? here : largest;
+    const bool in_registers = !grouped || (sizeof(Acc) == 4 && block.groups <= register_groups && here < block.groups);
+    const int64_t whole = in_registers ? size / run_entries<Acc> * run_entries<Acc> : 0;
+    for (int64_t first = 0, last = 0; whole > 0 && first < block.tasks; first = last) {
+      last = end_of_streams(block, first);
+      with_dtype<Acc>(block.deltas[first * block.delta_stride].dtype, [&](auto dtype) {
+#ifdef __AVX2__
+        if constexpr (sizeof(Acc) == 4) {
+          if (grouped) return merge_runs<Acc, dtype.value, GroupFactors>(block, first, last, at, whole, partial);
+        }
+#endif
+        merge_runs<Acc, dtype.value, OneFactor<Acc>>(block, first, last, at, whole, partial);
+      });
+    }
+    merge_steps<Acc>(block, at + whole, size - whole);
   }
   return largest;
 }
 
-int32_t merge(bool wide, const ScaleBlock& block, int64_t begin, int64_t n) {
-  return wide ? merge_of<double>(block, begin, n) : merge_of<float>(block, begin, n);
+int32_t merge(bool wide, const ScaleBlock& block, int64_t begin, int64_t n, void* scratch) {
+  return wide ? merge_of(block, begin, n, static_cast<double*>(scratch)) : merge_of(block, begin, n, static_cast<float*>(scratch));
 }
 
-// The inner product over a step; both arrays are zero from n up to a multiple of dot_lanes.
-inline double dot(const double* __restrict__ a, const double* __restrict__ b, int64_t n) {
-  double sums[dot_lanes] = {};
+// Adds the products of a run of gradients and deltas, a multiple of dot_lanes, to the running sums of one task.
+template <DType dtype, bool exact>
+inline void add_products(const double* gradient, const void* delta, int64_t at, int64_t n, double* sums) {
+  constexpr int64_t width = vector_size<double>;
+  constexpr int parts = static_cast<int>(dot_lanes / width);
+  const char* from = static_cast<const char*>(delta) + at * stored_bytes<dtype>;
+  Vector<double> sum[parts];
+  for (int v = 0; v < parts; ++v) sum[v] = vector_at<double>(sums + v * width);
   for (int64_t i = 0; i < n; i += dot_lanes) {
-    for (int64_t lane = 0; lane < dot_lanes; ++lane) {
-      const double product = a[i + lane] * b[i + lane];
-      sums[lane] += product;
+    for (int v = 0; v < parts; ++v) {
+      const Vector<double> a = vector_at<double>(gradient + i + v * width);
+      const Vector<double> b = stored_vector<double, dtype>(from + (i + v * width) * stored_bytes<dtype>);
+      if constexpr (exact) {
+        sum[v] = plus_exact_product(sum[v], a, b);
+      } else {
+        const Vector<double> product = a * b;
+        sum[v] = sum[v] + product;
+      }
     }
   }
-  double total = 0;
-  for (int64_t lane = 0; lane < dot_lanes; ++lane) total += sums[lane];
-  return total;
+  for (int v = 0; v < parts; ++v) put_vector<double>(sums + v * width, sum[v]);
 }
 
-int32_t dots(const ScaleBlock& block, int64_t begin, int64_t n, double* sums, double* scratch) {
+inline void add_products(bool narrow, const Elements& task, int64_t at, const double* gradient, int64_t n, double* sums) {
+  with_dtype<double>(task.dtype, [&](auto dtype) {
+    if (narrow && dtype.value != DType::f64) {
+      add_products<dtype.value, dtype.value != DType::f64>(gradient, task.data, at, n, sums);
+    } else {
+      add_products<dtype.value, false>(gradient, task.data, at, n, sums);
+    }
+  });
+}
+
+void dots_of_blocks(const ScaleBlock& block, int64_t begin, int64_t n, double* sums, double* lanes) {
+  constexpr int64_t run = 4 * dot_lanes, piece = 1 << 15;
+  alignas(64) double gradient[run], delta[run];
+  const bool narrow = block.base.dtype != DType::f64;
+  const int64_t tasks = block.tasks, shares = (tasks + scale_streams - 1) / scale_streams, share = (tasks + shares - 1) / shares;
+  for (int64_t i = 0; i < tasks * dot_lanes; ++i) lanes[i] = 0;
+  for (int64_t done = 0; done < n; done += piece) {
+    const int64_t end = done + piece < n ? done + piece : n;
+    for (int64_t first = 0; first < tasks; first += share) {
+      const int64_t last = first + share < tasks ? first + share : tasks;
+      int64_t i = done;
+      for (; i + run <= end; i += run) {
+        load_block(block.base.dtype, block.base.data, begin + i, run, gradient);
+        for (int64_t t = first; t < last; ++t) {
+          add_products(narrow, block.deltas[t * block.delta_stride], begin + i, gradient, run, lanes + t * dot_lanes);
+        }
+      }
+      if (i == end) continue;
+      // The last entries of the block, and zeros behind them.
+      const int64_t left = end - i, padded = (left + dot_lanes - 1) / dot_lanes * dot_lanes;
+      load_block(block.base.dtype, block.base.data, begin + i, left, gradient);
+      for (int64_t t = first; t < last; ++t) {
+        const Elements& task = block.deltas[t * block.delta_stride];
+        load_block(task.dtype, task.data, begin + i, left, delta);
+        for (int64_t pad = left; pad < padded; ++pad) gradient[pad] = delta[pad] = 0;
+        // Rounded or exact, a product has the bits that it would have in a run.
+        add_products<DType::f64, false>(gradient, delta, 0, padded, lanes + t * dot_lanes);
+      }
+    }
+  }
+  for (int64_t t = 0; t < tasks; ++t) {
+    double total = 0;
+    for (int64_t lane = 0; lane < dot_lanes; ++lane) total += lanes[t * dot_lanes + lane];
+    sums[t] = total;
+  }
+}
+
+void dots_of_groups(const ScaleBlock& block, int64_t begin, int64_t n, double* sums, double* scratch) {
   alignas(64) double gradient[step], delta[step];
   alignas(64) int32_t group[step];
   const int64_t groups = block.groups;
-  const bool grouped = block.partition != nullptr && groups > 1;
-  int32_t largest = 0;
   for (int64_t i = 0; i < block.tasks * groups; ++i) sums[i] = 0;
-  if (grouped) {
-    for (int64_t i = 0; i < block.tasks * scale_lanes * groups; ++i) scratch[i] = 0;
-  }
+  for (int64_t i = 0; i < block.tasks * scale_lanes * groups; ++i) scratch[i] = 0;
   for (int64_t done = 0; done < n; done += step) {
     const int64_t at = begin + done, size = n - done < step ? n - done : step;
-    const int64_t padded = (size + dot_lanes - 1) / dot_lanes * dot_lanes;
-    if (block.partition != nullptr) {
-      const int32_t here = load_groups(block, at, size, group);
-      largest = here > largest ? here : largest;
-    }
+    load_groups(block, at, size, group);
     load_block(block.base.dtype, block.base.data, at, size, gradient);
-    for (int64_t i = size; i < padded; ++i) gradient[i] = delta[i] = 0;
     for (int64_t t = 0; t < block.tasks; ++t) {
       const Elements& task = block.deltas[t * block.delta_stride];
       const int64_t ahead = n - done - size < step ? n - done - size : step;
       prefetch_block(task.dtype, task.data, at + size, ahead);
       load_block(task.dtype, task.data, at, size, delta);
-      if (!grouped) {
-        sums[t * groups] += dot(gradient, delta, padded);
-        continue;
-      }
       for (int64_t i = 0; i < size; ++i) delta[i] = gradient[i] * delta[i];
       // Neighbours add to different sums, so that one add need not wait for the last.
       double* __restrict__ lanes = scratch + t * scale_lanes * groups;
       for (int64_t i = 0; i < size; ++i) lanes[(i % scale_lanes) * groups + group[i]] += delta[i];
     }
   }
-  if (!grouped) return largest;
   for (int64_t t = 0; t < block.tasks; ++t) {
     for (int64_t lane = 0; lane < scale_lanes; ++lane) {
       const double* from = scratch + (t * scale_lanes + lane) * groups;
       for (int64_t k = 0; k < groups; ++k) sums[t * groups + k] += from[k];
     }
   }
-  return largest;
+}
+
+int32_t dots(const ScaleBlock& block, int64_t begin, int64_t n, double* sums, double* scratch) {
+  if (block.partition != nullptr && block.groups > 1) {
+    dots_of_groups(block, begin, n, sums, scratch);
+  } else {
+    dots_of_blocks(block, begin, n, sums, scratch);
+  }
+  return largest_group(block, begin, n);
 }
 
 const BlockScaleMergeLoops table = {merge, dots};

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "common/thread_scratch.h"
 #include "masked/block_scale_merge.h"
 #include "masked/block_scale_merge_checks.h"
 
@@ -97,7 +98,9 @@ std::vector<Tensor> block_scale_merge_cpu(std::vector<Tensor> base, std::vector<
     block.coef_stride = count * groups;
   }
   all.run([&](int64_t, const Blocks::Piece& piece, const ScaleBlock& block) {
-    return block_scale_merge_loops().merge(is_wide[static_cast<size_t>(piece.block)] != 0, block, piece.begin, piece.n);
+    const ThreadScratch scratch(ScratchUse::stages, scale_merge_scratch(block.tasks));
+    const bool in_double = is_wide[static_cast<size_t>(piece.block)] != 0;
+    return block_scale_merge_loops().merge(in_double, block, piece.begin, piece.n, scratch.data());
   });
   return out;
 }
@@ -108,8 +111,8 @@ Tensor block_scale_merge_backward_cpu(std::vector<Tensor> gradients, std::vector
   const int64_t count = static_cast<int64_t>(gradients.size()), size = all.tasks * groups;
   std::vector<double> parts(all.pieces.size() * static_cast<size_t>(size));
   all.run([&](int64_t index, const Blocks::Piece& piece, const ScaleBlock& block) {
-    std::vector<double> scratch(static_cast<size_t>(groups > 1 ? size * scale_lanes : 0));
-    return block_scale_merge_loops().dots(block, piece.begin, piece.n, parts.data() + index * size, scratch.data());
+    const ThreadScratch scratch(ScratchUse::stages, scale_dots_scratch(block.tasks, groups) * static_cast<int64_t>(sizeof(double)));
+    return block_scale_merge_loops().dots(block, piece.begin, piece.n, parts.data() + index * size, scratch.as<double>());
   });
   Tensor out = empty_cpu({all.tasks, count, groups}, ScalarType::Double);
   auto* sums = static_cast<double*>(out.mutable_data_ptr());
