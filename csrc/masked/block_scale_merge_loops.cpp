@@ -26,6 +26,12 @@ inline void with_dtype(DType dtype, const F& body) {
   }
 }
 
+// Of a count that it knows, gcc 12 takes the loops of load_block and store_block for what is left over to be endless, and warns.
+inline int64_t opaque(int64_t count) {
+  __asm__("" : "+r"(count));
+  return count;
+}
+
 int32_t largest_group(const ScaleBlock& block, int64_t at, int64_t n) {
   if (block.partition == nullptr) return 0;
   const uint8_t* __restrict__ group = block.partition + at;
@@ -74,10 +80,7 @@ inline __attribute__((always_inline)) void finish_run(const ScaleBlock& block, i
   }
   alignas(64) Acc values[run_entries<Acc>];
   for (int v = 0; v < run_vectors; ++v) put_vector<Acc>(values + v * width, sum[v]);
-  int64_t n = run_entries<Acc>;
-  // Of a count that it knows, gcc 12 takes the loops for what is left over to be endless, and warns.
-  __asm__("" : "+r"(n));
-  finish_step(block, at, n, values);
+  finish_step(block, at, opaque(run_entries<Acc>), values);
 }
 
 // Adds tasks first .. last to the sums of whole runs, which come from `partial` and go back there as long as tasks are left.
@@ -172,18 +175,20 @@ int32_t merge(bool wide, const ScaleBlock& block, int64_t begin, int64_t n, void
   return wide ? merge_of(block, begin, n, static_cast<double*>(scratch)) : merge_of(block, begin, n, static_cast<float*>(scratch));
 }
 
-// Adds the products of a run of gradients and deltas, a multiple of dot_lanes, to the running sums of one task.
+// Entries of one visit to a task's delta: longer visits make a core wait for memory, shorter ones load and store sums more often.
+constexpr int64_t dot_run = 128;
+
+// Adds the products of gradients and deltas, a multiple of dot_lanes, to the running sums of one task.
 template <DType dtype, bool exact>
-inline void add_products(const double* gradient, const void* delta, int64_t at, int64_t n, double* sums) {
+inline __attribute__((always_inline)) void add_products(const double* gradient, const char* delta, int64_t n, double* sums) {
   constexpr int64_t width = vector_size<double>;
   constexpr int parts = static_cast<int>(dot_lanes / width);
-  const char* from = static_cast<const char*>(delta) + at * stored_bytes<dtype>;
   Vector<double> sum[parts];
   for (int v = 0; v < parts; ++v) sum[v] = vector_at<double>(sums + v * width);
   for (int64_t i = 0; i < n; i += dot_lanes) {
     for (int v = 0; v < parts; ++v) {
       const Vector<double> a = vector_at<double>(gradient + i + v * width);
-      const Vector<double> b = stored_vector<double, dtype>(from + (i + v * width) * stored_bytes<dtype>);
+      const Vector<double> b = stored_vector<double, dtype>(delta + (i + v * width) * stored_bytes<dtype>);
       if constexpr (exact) {
         sum[v] = plus_exact_product(sum[v], a, b);
       } else {
@@ -195,46 +200,52 @@ inline void add_products(const double* gradient, const void* delta, int64_t at, 
   for (int v = 0; v < parts; ++v) put_vector<double>(sums + v * width, sum[v]);
 }
 
-inline void add_products(bool narrow, const Elements& task, int64_t at, const double* gradient, int64_t n, double* sums) {
-  with_dtype<double>(task.dtype, [&](auto dtype) {
-    if (narrow && dtype.value != DType::f64) {
-      add_products<dtype.value, dtype.value != DType::f64>(gradient, task.data, at, n, sums);
-    } else {
-      add_products<dtype.value, false>(gradient, task.data, at, n, sums);
-    }
-  });
-}
-
-void dots_of_blocks(const ScaleBlock& block, int64_t begin, int64_t n, double* sums, double* lanes) {
-  constexpr int64_t run = 4 * dot_lanes, piece = 1 << 15;
-  alignas(64) double gradient[run], delta[run];
-  const bool narrow = block.base.dtype != DType::f64;
-  const int64_t tasks = block.tasks, shares = (tasks + scale_streams - 1) / scale_streams, share = (tasks + shares - 1) / shares;
-  for (int64_t i = 0; i < tasks * dot_lanes; ++i) lanes[i] = 0;
-  for (int64_t done = 0; done < n; done += piece) {
-    const int64_t end = done + piece < n ? done + piece : n;
-    for (int64_t first = 0; first < tasks; first += share) {
-      const int64_t last = first + share < tasks ? first + share : tasks;
-      int64_t i = done;
-      for (; i + run <= end; i += run) {
-        load_block(block.base.dtype, block.base.data, begin + i, run, gradient);
-        for (int64_t t = first; t < last; ++t) {
-          add_products(narrow, block.deltas[t * block.delta_stride], begin + i, gradient, run, lanes + t * dot_lanes);
-        }
-      }
-      if (i == end) continue;
-      // The last entries of the block, and zeros behind them.
-      const int64_t left = end - i, padded = (left + dot_lanes - 1) / dot_lanes * dot_lanes;
-      load_block(block.base.dtype, block.base.data, begin + i, left, gradient);
-      for (int64_t t = first; t < last; ++t) {
-        const Elements& task = block.deltas[t * block.delta_stride];
-        load_block(task.dtype, task.data, begin + i, left, delta);
-        for (int64_t pad = left; pad < padded; ++pad) gradient[pad] = delta[pad] = 0;
-        // Rounded or exact, a product has the bits that it would have in a run.
-        add_products<DType::f64, false>(gradient, delta, 0, padded, lanes + t * dot_lanes);
+// A product of two floats is exact in double: rounded before the add or not, the sum has the same bits.
+template <DType dtype>
+void dot_runs(const ScaleBlock& block, int64_t first, int64_t last, int64_t begin, int64_t n, double* lanes) {
+  alignas(64) double gradient[dot_run];
+  const Elements* const deltas = block.deltas;
+  const int64_t stride = block.delta_stride;
+  const bool exact = dtype != DType::f64 && block.base.dtype != DType::f64;
+  for (int64_t at = begin; at < begin + n; at += dot_run) {
+    load_block(block.base.dtype, block.base.data, at, opaque(dot_run), gradient);
+    for (int64_t t = first; t < last; ++t) {
+      const char* from = static_cast<const char*>(deltas[t * stride].data) + at * stored_bytes<dtype>;
+      if (exact) {
+        add_products<dtype, dtype != DType::f64>(gradient, from, dot_run, lanes + t * dot_lanes);
+      } else {
+        add_products<dtype, false>(gradient, from, dot_run, lanes + t * dot_lanes);
       }
     }
   }
+}
+
+// The last entries of a block, with zeros behind them.
+void dot_rest(const ScaleBlock& block, int64_t begin, int64_t n, double* lanes) {
+  alignas(64) double gradient[dot_run], delta[dot_run];
+  const int64_t padded = (n + dot_lanes - 1) / dot_lanes * dot_lanes;
+  load_block(block.base.dtype, block.base.data, begin, n, gradient);
+  for (int64_t i = n; i < padded; ++i) gradient[i] = delta[i] = 0;
+  for (int64_t t = 0; t < block.tasks; ++t) {
+    const Elements& task = block.deltas[t * block.delta_stride];
+    load_block(task.dtype, task.data, begin, n, delta);
+    add_products<DType::f64, false>(gradient, reinterpret_cast<const char*>(delta), padded, lanes + t * dot_lanes);
+  }
+}
+
+void dots_of_blocks(const ScaleBlock& block, int64_t begin, int64_t n, double* sums, double* lanes) {
+  constexpr int64_t piece = 1 << 15;
+  const int64_t tasks = block.tasks, whole = n / dot_run * dot_run;
+  for (int64_t i = 0; i < tasks * dot_lanes; ++i) lanes[i] = 0;
+  for (int64_t done = 0; done < whole; done += piece) {
+    const int64_t size = whole - done < piece ? whole - done : piece;
+    for (int64_t first = 0, last = 0; first < tasks; first = last) {
+      last = end_of_streams(block, first);
+      with_dtype<double>(block.deltas[first * block.delta_stride].dtype,
+                         [&](auto dtype) { dot_runs<dtype.value>(block, first, last, begin + done, size, lanes); });
+    }
+  }
+  dot_rest(block, begin + whole, n - whole, lanes);
   for (int64_t t = 0; t < tasks; ++t) {
     double total = 0;
     for (int64_t lane = 0; lane < dot_lanes; ++lane) total += lanes[t * dot_lanes + lane];

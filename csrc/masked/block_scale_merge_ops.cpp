@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t chunk = 1 << 18;
 
-// The blocks of one call: contiguous copies where needed, and the pieces that threads take.
+// The blocks of one call: contiguous copies where needed, and their pieces, small ones in spans of about a chunk that threads take.
 struct Blocks {
   struct Piece {
     int64_t block, begin, n;
@@ -24,6 +24,7 @@ struct Blocks {
   std::vector<Elements> deltas;
   std::vector<ScaleBlock> blocks;
   std::vector<Piece> pieces;
+  std::vector<size_t> spans{0};  // where each begins among the pieces, and the end of all
   int64_t tasks = 0;
 
   Elements keep(const Tensor& tensor, const char* name) {
@@ -48,6 +49,13 @@ struct Blocks {
       blocks.push_back(block);
       for (int64_t begin = 0; begin < numel; begin += chunk) pieces.push_back({b, begin, std::min(chunk, numel - begin)});
     }
+    int64_t entries = 0;
+    for (size_t index = 0; index < pieces.size(); ++index) {
+      entries += pieces[index].n;
+      if (entries < chunk && index + 1 < pieces.size()) continue;
+      spans.push_back(index + 1);
+      entries = 0;
+    }
   }
 
   bool wide(int64_t b) const {
@@ -61,9 +69,11 @@ struct Blocks {
   template <class Work>
   void run(const Work& work) const {
     std::vector<int32_t> largest(pieces.size());
-    torch_parallel()(static_cast<int64_t>(pieces.size()), [&](int64_t index) {
-      const Piece& piece = pieces[static_cast<size_t>(index)];
-      largest[static_cast<size_t>(index)] = work(index, piece, blocks[static_cast<size_t>(piece.block)]);
+    torch_parallel()(static_cast<int64_t>(spans.size()) - 1, [&](int64_t span) {
+      for (size_t index = spans[static_cast<size_t>(span)]; index < spans[static_cast<size_t>(span) + 1]; ++index) {
+        const Piece& piece = pieces[index];
+        largest[index] = work(static_cast<int64_t>(index), piece, blocks[static_cast<size_t>(piece.block)]);
+      }
     });
     for (const int32_t group : largest) {
       STD_TORCH_CHECK(group < blocks[0].groups, "partition: expected values below ", blocks[0].groups, ", got ", group);

@@ -36,19 +36,17 @@ inline __attribute__((always_inline)) typename Floats<bytes>::Values stored_floa
     return values;
   }
 #ifdef __F16C__
-  if constexpr (dtype == DType::bf16) {
-    typedef uint16_t Halves __attribute__((vector_size(bytes / 2)));
-    Halves halves;
-    std::memcpy(&halves, from, sizeof halves);
-    const auto words = __builtin_convertvector(halves, typename Few::Words) << 16;
-    std::memcpy(&values, &words, sizeof values);
-  } else if constexpr (bytes == 16) {
-    values = _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  // By name: gcc 12 takes its own conversions of vectors apart.
+  if constexpr (bytes == 16) {
+    const __m128i halves = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    values = dtype == DType::f16 ? _mm_cvtph_ps(halves) : _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(halves), 16));
   } else if constexpr (bytes == 32) {
-    values = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    values = dtype == DType::f16 ? _mm256_cvtph_ps(halves) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
   } else {
 #ifdef __AVX512F__
-    values = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    values = dtype == DType::f16 ? _mm512_cvtph_ps(halves) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 #endif
   }
 #else
@@ -60,6 +58,16 @@ inline __attribute__((always_inline)) typename Floats<bytes>::Values stored_floa
   return values;
 }
 
+inline __attribute__((always_inline)) Vector<double> doubles_of(typename Floats<native_bytes / 2>::Values values) {
+#if defined(__AVX512F__)
+  return _mm512_cvtps_pd(values);
+#elif defined(__AVX__)
+  return _mm256_cvtps_pd(values);
+#else
+  return __builtin_convertvector(values, Vector<double>);
+#endif
+}
+
 // The elements at `from`, as many as a vector of Acc has. float64 elements come as doubles only.
 template <class Acc, DType dtype>
 inline __attribute__((always_inline)) Vector<Acc> stored_vector(const char* from) {
@@ -69,7 +77,7 @@ inline __attribute__((always_inline)) Vector<Acc> stored_vector(const char* from
     std::memcpy(&values, from, sizeof values);
     return values;
   } else if constexpr (sizeof(Acc) == 8) {
-    return __builtin_convertvector(stored_floats<dtype, native_bytes / 2>(from), Vector<Acc>);
+    return doubles_of(stored_floats<dtype, native_bytes / 2>(from));
   } else {
     return stored_floats<dtype, native_bytes>(from);
   }
