@@ -27,10 +27,10 @@ constexpr int64_t scale_piece_bytes = 1 << 17;
 // Bytes of scratch that `merge` uses for so many tasks.
 inline int64_t scale_merge_scratch(int64_t tasks) { return tasks > 1 ? scale_piece_bytes : 0; }
 
-constexpr int64_t scale_lanes = 4;  // running sums for each group
-constexpr int64_t dot_lanes = 16;   // running sums for a block without groups
+// Running sums of one task over a block without groups.
+constexpr int64_t dot_lanes = 16;
 // Doubles of scratch that `dots` uses.
-inline int64_t scale_dots_scratch(int64_t tasks, int64_t groups) { return tasks * (groups > 1 ? scale_lanes * groups : dot_lanes); }
+inline int64_t scale_dots_scratch(int64_t tasks) { return tasks * dot_lanes; }
 
 // Both return the largest group number among entries begin .. begin + n; from `groups` on they count as the last group.
 struct BlockScaleMergeLoops {

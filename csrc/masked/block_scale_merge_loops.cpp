@@ -10,6 +10,7 @@ namespace taskloom {
 namespace {
 
 constexpr int64_t step = 512;
+constexpr int64_t most_groups = 256;
 
 // Calls body with the dtype as a constant, out of those that arithmetic in Acc meets.
 template <class Acc, class F>
@@ -253,40 +254,94 @@ void dots_of_blocks(const ScaleBlock& block, int64_t begin, int64_t n, double* s
   }
 }
 
-void dots_of_groups(const ScaleBlock& block, int64_t begin, int64_t n, double* sums, double* scratch) {
-  alignas(64) double gradient[step], delta[step];
-  alignas(64) int32_t group[step];
-  const int64_t groups = block.groups;
-  for (int64_t i = 0; i < block.tasks * groups; ++i) sums[i] = 0;
-  for (int64_t i = 0; i < block.tasks * scale_lanes * groups; ++i) scratch[i] = 0;
-  for (int64_t done = 0; done < n; done += step) {
-    const int64_t at = begin + done, size = n - done < step ? n - done : step;
-    load_groups(block, at, size, group);
-    load_block(block.base.dtype, block.base.data, at, size, gradient);
-    for (int64_t t = 0; t < block.tasks; ++t) {
-      const Elements& task = block.deltas[t * block.delta_stride];
-      const int64_t ahead = n - done - size < step ? n - done - size : step;
-      prefetch_block(task.dtype, task.data, at + size, ahead);
-      load_block(task.dtype, task.data, at, size, delta);
-      for (int64_t i = 0; i < size; ++i) delta[i] = gradient[i] * delta[i];
-      // Neighbours add to different sums, so that one add need not wait for the last.
-      double* __restrict__ lanes = scratch + t * scale_lanes * groups;
-      for (int64_t i = 0; i < size; ++i) lanes[(i % scale_lanes) * groups + group[i]] += delta[i];
+// sum + a * b; `exact` says that the product is.
+template <bool exact>
+inline double plus_product(double sum, double a, double b) {
+#ifdef __FMA__
+  if constexpr (exact) return __builtin_fma(a, b, sum);
+#endif
+  const double product = a * b;
+  return sum + product;
+}
+
+constexpr int64_t group_run = 256;
+constexpr int64_t side_by_side = 8;
+
+// Entries of a run, those of a group behind each other in their order, and each one's gradient.
+struct SortedRun {
+  alignas(64) double gradient[group_run];
+  int32_t place[group_run];
+  int32_t start[most_groups + 1];
+
+  void sort(const ScaleBlock& block, int64_t at, int64_t n) {
+    alignas(64) double unsorted[group_run];
+    alignas(64) int32_t group[group_run];
+    load_groups(block, at, n, group);
+    load_block(block.base.dtype, block.base.data, at, n, unsorted);
+    int32_t next[most_groups] = {};
+    for (int64_t i = 0; i < n; ++i) ++next[group[i]];
+    start[0] = 0;
+    for (int64_t k = 0; k < block.groups; ++k) {
+      start[k + 1] = start[k] + next[k];
+      next[k] = start[k];
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const int32_t to = next[group[i]]++;
+      place[to] = static_cast<int32_t>(i);
+      gradient[to] = unsorted[i];
     }
   }
-  for (int64_t t = 0; t < block.tasks; ++t) {
-    for (int64_t lane = 0; lane < scale_lanes; ++lane) {
-      const double* from = scratch + (t * scale_lanes + lane) * groups;
-      for (int64_t k = 0; k < groups; ++k) sums[t * groups + k] += from[k];
+};
+
+// Adds a run's products of `count` tasks to their sums, group by group: the sums stay in registers and do not wait for one another.
+template <bool exact, int count>
+void add_sorted(const SortedRun& run, const double* delta, int64_t groups, double* sums) {
+  for (int64_t k = 0; k < groups; ++k) {
+    double sum[count];
+    for (int t = 0; t < count; ++t) sum[t] = sums[t * groups + k];
+    for (int32_t i = run.start[k]; i < run.start[k + 1]; ++i) {
+      const double gradient = run.gradient[i];
+      const double* entry = delta + run.place[i];
+      for (int t = 0; t < count; ++t) sum[t] = plus_product<exact>(sum[t], gradient, entry[t * group_run]);
+    }
+    for (int t = 0; t < count; ++t) sums[t * groups + k] = sum[t];
+  }
+}
+
+template <bool exact>
+void dots_of_groups(const ScaleBlock& block, int64_t begin, int64_t n, double* sums) {
+  alignas(64) double delta[side_by_side * group_run];
+  SortedRun run;
+  const int64_t groups = block.groups, tasks = block.tasks;
+  for (int64_t i = 0; i < tasks * groups; ++i) sums[i] = 0;
+  for (int64_t done = 0; done < n; done += group_run) {
+    const int64_t at = begin + done, size = n - done < group_run ? n - done : group_run;
+    run.sort(block, at, size);
+    for (int64_t first = 0, count = 0; first < tasks; first += count) {
+      count = tasks - first >= side_by_side ? side_by_side : tasks - first >= 4 ? 4 : 1;
+      for (int64_t t = 0; t < count; ++t) {
+        const Elements& task = block.deltas[(first + t) * block.delta_stride];
+        load_block(task.dtype, task.data, at, size, delta + t * group_run);
+      }
+      double* of_first = sums + first * groups;
+      if (count == side_by_side) {
+        add_sorted<exact, side_by_side>(run, delta, groups, of_first);
+      } else if (count == 4) {
+        add_sorted<exact, 4>(run, delta, groups, of_first);
+      } else {
+        add_sorted<exact, 1>(run, delta, groups, of_first);
+      }
     }
   }
 }
 
 int32_t dots(const ScaleBlock& block, int64_t begin, int64_t n, double* sums, double* scratch) {
-  if (block.partition != nullptr && block.groups > 1) {
-    dots_of_groups(block, begin, n, sums, scratch);
-  } else {
+  if (block.partition == nullptr || block.groups == 1) {
     dots_of_blocks(block, begin, n, sums, scratch);
+  } else {
+    bool narrow = block.base.dtype != DType::f64;
+    for (int64_t t = 0; t < block.tasks; ++t) narrow = narrow && block.deltas[t * block.delta_stride].dtype != DType::f64;
+    narrow ? dots_of_groups<true>(block, begin, n, sums) : dots_of_groups<false>(block, begin, n, sums);
   }
   return largest_group(block, begin, n);
 }

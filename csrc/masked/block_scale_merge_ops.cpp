@@ -121,7 +121,7 @@ Tensor block_scale_merge_backward_cpu(std::vector<Tensor> gradients, std::vector
   const int64_t count = static_cast<int64_t>(gradients.size()), size = all.tasks * groups;
   std::vector<double> parts(all.pieces.size() * static_cast<size_t>(size));
   all.run([&](int64_t index, const Blocks::Piece& piece, const ScaleBlock& block) {
-    const ThreadScratch scratch(ScratchUse::stages, scale_dots_scratch(block.tasks, groups) * static_cast<int64_t>(sizeof(double)));
+    const ThreadScratch scratch(ScratchUse::stages, scale_dots_scratch(block.tasks) * static_cast<int64_t>(sizeof(double)));
     return block_scale_merge_loops().dots(block, piece.begin, piece.n, parts.data() + index * size, scratch.as<double>());
   });
   Tensor out = empty_cpu({all.tasks, count, groups}, ScalarType::Double);

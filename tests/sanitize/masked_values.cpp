@@ -103,7 +103,7 @@ void block_scale_case(int64_t tasks, int64_t groups, DType base_dtype, int64_t n
     EXPECT(block_scale_merge_loops().merge(wide, block, begin, n, scratch.data()) == largest);
   });
   agree(DType::f64, tasks * groups, Placement::page, [&](char* out) {
-    const Buffer scratch(8 * scale_dots_scratch(tasks, groups), Placement::page);
+    const Buffer scratch(8 * scale_dots_scratch(tasks), Placement::page);
     scratch.fill(0x33);
     EXPECT(block_scale_merge_loops().dots(block, begin, n, reinterpret_cast<double*>(out), reinterpret_cast<double*>(scratch.data())) ==
            largest);
