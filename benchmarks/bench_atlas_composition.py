@@ -2,9 +2,9 @@
 
 python benchmarks/bench_atlas_composition.py --json benchmarks/results/atlas-composition-NAME.json
 
-Three passes: the composition alone, the gradient of the coefficients alone (given the composed blocks' gradients), and both, which is what a
-training step adds to the network's own work. Forms follow each other in every round, each after a large copy, and are compared with ours round
-by round. Every form is checked against ours first, and ours against its reference. Compilation is not in the time.
+Three passes: the composition alone, the gradient of the coefficients alone (given the composed blocks' gradients), and both, which is what
+a training step adds to the network's own work. Forms follow each other in every round, each after a large copy, and are compared with ours
+round by round. Every form is checked against ours first, and ours against its reference. Compilation is not in the time.
 """
 
 from __future__ import annotations
@@ -126,8 +126,9 @@ def report(row: dict[str, Any]) -> None:
     for which in PASSES:
         for name, one in row[which].items():
             ratio, peak = one["over_ours"], row["peak"][name][which] + row["kept"][name]
+            wall, processor = 1e3 * one["seconds"]["median"], 1e3 * one["processor_seconds"]["median"]
             print(
-                f"  {which:9}{name:18}{1e3 * one['seconds']['median']:9.2f} ms  processor {1e3 * one['processor_seconds']['median']:9.2f} ms"
+                f"  {which:9}{name:18}{wall:9.2f} ms  processor {processor:9.2f} ms"
                 f"  {ratio['median']:6.2f} x ({ratio['lowest']:.2f}-{ratio['highest']:.2f})"
                 f"  {100 * one['share_of_copy']['median']:4.0f} % of a copy  {peak / 2**20:8.1f} MiB",
                 flush=True,
