@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import taskloom
-from inputs import weights
+from inputs import total_bytes, weights
 
 OURS = "ours"
 Compose = Callable[[Tensor], list[Tensor]]
@@ -47,13 +47,12 @@ class Pool:
     @property
     def forward_bytes(self) -> int:
         """What has to be read and written at least for the composition."""
-        return self.backward_bytes + sum(one.nbytes for one in self.base)
+        return self.backward_bytes + total_bytes(*self.base)
 
     @property
     def backward_bytes(self) -> int:
         """What has to be read at least for the gradient of the coefficients."""
-        vectors = sum(one.nbytes for task in self.deltas for one in task)
-        return vectors + sum(one.nbytes for one in (*self.gradients, *(self.partition or ())))
+        return total_bytes(*self.gradients, *(self.partition or ()), *(one for task in self.deltas for one in task))
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,7 @@ def _indexed(pool: Pool, partition: list[Tensor]) -> tuple[Compose, int]:
 
 def _ours(pool: Pool) -> Compose:
     def compose(coef: Tensor) -> list[Tensor]:
-        composed: list[Tensor] = taskloom.block_scale_merge(pool.base, pool.deltas, coef, pool.partition)
-        return composed
+        return list(taskloom.block_scale_merge(pool.base, pool.deltas, coef, pool.partition))
 
     return compose
 
@@ -154,11 +152,11 @@ def arms(pool: Pool, compiled: bool = True) -> dict[str, Arm]:
         if compiled:
             found["compiled, indexed"] = Arm(torch.compile(indexed, dynamic=False), kept=index)
         return found
-    loose = {"tolerance": 4e-3, "gradient_tolerance": 2e-2} if narrow else {}
-    found["loop"] = Arm(_loop(pool, convert=False), **loose)
+    near, near_gradient = (4e-3, 2e-2) if narrow else (1e-6, 1e-4)
+    found["loop"] = Arm(_loop(pool, convert=False), tolerance=near, gradient_tolerance=near_gradient)
     if narrow:
         found["loop in float32"] = Arm(_loop(pool, convert=True))
-    found["foreach"] = Arm(_foreach(pool), differentiable=False, **loose)
+    found["foreach"] = Arm(_foreach(pool), differentiable=False, tolerance=near)
     einsum, stack = _einsum(pool)
     found["einsum on a stack"] = Arm(einsum, kept=stack)
     if compiled:

@@ -143,6 +143,33 @@ def test_gradients(grouped: bool) -> None:
         assert torch.autograd.gradgradcheck(merge, (coef, *tensors))
 
 
+@pytest.mark.parametrize("grouped", [True, False])
+def test_gradients_of_the_coefficients_alone(grouped: bool) -> None:
+    partition = [random_partition(*shape, groups=3) for shape in SHAPES] if grouped else None
+    base, deltas = _blocks(0, torch.float64), _pool(2, torch.float64)
+    coef = weights(2, 3, 3 if grouped else 1, dtype=torch.float64, seed=9).requires_grad_()
+
+    def merge(coef: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(taskloom.block_scale_merge(base, deltas, coef, partition))
+
+    with taskloom.backend("native"):
+        assert torch.autograd.gradcheck(merge, (coef,))
+        assert torch.autograd.gradgradcheck(merge, (coef,))
+        slopes = [weights(*shape, dtype=torch.float64, seed=5) for shape in SHAPES]
+        (alone,) = torch.autograd.grad(merge(coef), coef, slopes)
+        base[1].requires_grad_()
+        among, _ = torch.autograd.grad(merge(coef), (coef, base[1]), slopes)
+    assert_same_bits(alone, among)
+
+
+def test_a_changed_delta_is_noticed() -> None:
+    base, deltas, coef = _blocks(0), _pool(2), weights(2, 3).requires_grad_()
+    merged = taskloom.block_scale_merge(base, deltas, coef)
+    deltas[1][0].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(merged[0].sum(), coef)
+
+
 def test_products_gradients() -> None:
     shapes = ((2, 3), (4,))
     partition = [random_partition(*shape, groups=3) for shape in shapes]
