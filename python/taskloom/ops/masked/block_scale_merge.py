@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -180,8 +180,8 @@ def block_scale_merge(
             _check_groups(op, parts, full.shape[2])
         merged = reference.block_scale_merge(blocks, tasks, full, parts)
     elif constants:
-        ops = kernels(choose(op, full))
-        merged = list(_run(op, parts, full.shape[2], lambda: _OfCoefficients.apply(full, run, ops, blocks, flat, parts)))
+        ops, function = kernels(choose(op, full)), cast(Any, _OfCoefficients)
+        merged = list(_run(op, parts, full.shape[2], lambda: function.apply(full, run, ops, blocks, flat, parts)))
     else:
         merged = _run(op, parts, full.shape[2], lambda: run(blocks, flat, full, parts))
     return merged[0] if single else merged
