@@ -212,7 +212,11 @@ void dot_runs(const ScaleBlock& block, int64_t first, int64_t last, int64_t begi
     load_block(block.base.dtype, block.base.data, at, opaque(dot_run), gradient);
     for (int64_t t = first; t < last; ++t) {
       const char* from = static_cast<const char*>(deltas[t * stride].data) + at * stored_bytes<dtype>;
-      if (exact) {
+      if constexpr (stored_bytes<dtype> == 2 && !converts_halves) {
+        alignas(64) double delta[dot_run];
+        load_block(dtype, from, 0, opaque(dot_run), delta);
+        add_products<DType::f64, false>(gradient, reinterpret_cast<const char*>(delta), dot_run, lanes + t * dot_lanes);
+      } else if (exact) {
         add_products<dtype, dtype != DType::f64>(gradient, from, dot_run, lanes + t * dot_lanes);
       } else {
         add_products<dtype, false>(gradient, from, dot_run, lanes + t * dot_lanes);

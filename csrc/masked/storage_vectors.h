@@ -19,6 +19,13 @@ constexpr int stored_bytes = dtype == DType::f64   ? 8
                              : dtype == DType::f32 ? 4
                                                    : 2;
 
+// Whether elements of 16 bits become vectors by instructions; without, load_block's loops are the faster way to doubles.
+#ifdef __F16C__
+constexpr bool converts_halves = true;
+#else
+constexpr bool converts_halves = false;
+#endif
+
 // `bytes` of floats, a whole vector or half of one.
 template <int bytes>
 struct Floats {
