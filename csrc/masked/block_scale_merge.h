@@ -20,7 +20,7 @@ struct ScaleBlock {
   void* out;                 // of base's dtype; forward only
 };
 
-// Tensors that are read side by side. A core follows about a dozen streams through memory; from fifteen on it waits for most of them anew.
+// Tensors that are read side by side. A core follows about a dozen streams through memory; of many more it loses most.
 constexpr int64_t scale_streams = 12;
 // Sums that more tasks than that are added to in turn stay in the second-level cache.
 constexpr int64_t scale_piece_bytes = 1 << 17;

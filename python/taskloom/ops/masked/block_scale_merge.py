@@ -90,7 +90,7 @@ def _run(op: str, partition: list[Tensor], groups: int, native: Callable[[], Any
 
 
 class _OfCoefficients(torch.autograd.Function):
-    """A merge of blocks and deltas that are constants. What is registered for the op looks at each of them, 10 us apiece."""
+    """A merge of blocks and deltas that are constants. What is registered for the op takes microseconds for each of them."""
 
     @staticmethod
     def forward(
