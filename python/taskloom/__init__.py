@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from taskloom import merge as merge
     from taskloom import ops as ops
     from taskloom import optim as optim
+    from taskloom.merge import TaskVector as TaskVector
     from taskloom.ops import (
         ExpertOrder,
         Explanation,
@@ -80,6 +81,8 @@ if TYPE_CHECKING:
         window_norm_linear,
     )
 
+# Offered here besides the ops, which __all__ lists.
+_OTHERS = {"TaskVector": "merge"}
 _SUBPACKAGES = ("archive", "merge", "methods", "nn", "ops", "optim", "reference", "triton_kernels")
 
 __all__ = [
@@ -156,6 +159,8 @@ def __getattr__(name: str) -> Any:
 
     if name in _SUBPACKAGES:
         return importlib.import_module(f"taskloom.{name}")
+    if name in _OTHERS:
+        return getattr(importlib.import_module(f"taskloom.{_OTHERS[name]}"), name)
     if name in __all__:
         # Kept, because the search for a name that the module lacks takes longer than a small op.
         found = globals()[name] = getattr(importlib.import_module("taskloom.ops"), name)
@@ -168,4 +173,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_SUBPACKAGES, "__version__"})
+    return sorted({*globals(), *__all__, *_OTHERS, *_SUBPACKAGES, "__version__"})

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from taskloom.merge.report import MergeReport
     from taskloom.merge.run import merge_checkpoints
     from taskloom.merge.state_dicts import merge_state_dicts
+    from taskloom.merge.task_vector import TaskVector
+    from taskloom.merge.task_vector.checkpoints import merge_task_vectors
     from taskloom.merge.verify import verify_merge
 
 _MODULES = {
@@ -23,12 +25,14 @@ _MODULES = {
     "Recipe": "recipe",
     "RecipeError": "errors",
     "ReportError": "errors",
+    "TaskVector": "task_vector",
     "diff_checkpoints": "diff",
     "inspect_checkpoint": "inspection",
     "load_recipe": "recipe",
     "load_report": "read_report",
     "merge_checkpoints": "run",
     "merge_state_dicts": "state_dicts",
+    "merge_task_vectors": "task_vector.checkpoints",
     "verify_merge": "verify",
 }
 
@@ -40,12 +44,14 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "ReportError",
+    "TaskVector",
     "diff_checkpoints",
     "inspect_checkpoint",
     "load_recipe",
     "load_report",
     "merge_checkpoints",
     "merge_state_dicts",
+    "merge_task_vectors",
     "verify_merge",
 ]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from taskloom.merge.align import Alignment, align
@@ -122,13 +124,16 @@ def _checkpoint(label: str, tensors: StateDict) -> Checkpoint:
     return Checkpoint(Located(label, MEMORY), {name: tensor.entry for name, tensor in tensors.items()}, {"tie_word_embeddings": False})
 
 
-def _allocate(recipe: Recipe, alignment: Alignment, reference: StateDict) -> dict[str, MemoryTensor]:
-    """Fresh tensors for what is merged."""
-    return {
-        tensor.name: empty_like(reference[tensor.name], output_code(recipe, tensor), f"tensor {tensor.name!r}")
-        for tensor in alignment.tensors
-        if tensor.members is not None
-    }
+def _allocate(recipe: Recipe, alignment: Alignment, reference: StateDict, deltas: bool) -> dict[str, MemoryTensor]:
+    """Fresh tensors for what is merged; where that is deltas, in the dtype that they are merged in."""
+    found = {}
+    for tensor in alignment.tensors:
+        if tensor.members is None:
+            continue
+        wide = "F64" if any(entry.dtype == "F64" for entry in tensor.members) else "F32"
+        code = wide if deltas else output_code(recipe, tensor)
+        found[tensor.name] = empty_like(reference[tensor.name], code, f"tensor {tensor.name!r}")
+    return found
 
 
 def _one_device(models: Mapping[str, StateDict]) -> str:
@@ -170,6 +175,26 @@ def _plan(recipe: Recipe, cast: Cast, alignment: Alignment, outputs: StateDict, 
     )
 
 
+def _has_vectors(tuned: object) -> bool:
+    """Whether a task vector is among the models; its class is not imported for that, which brings torch."""
+    module = sys.modules.get("taskloom.merge.task_vector.algebra")
+    values = tuned.values() if isinstance(tuned, Mapping) else tuned if isinstance(tuned, Sequence) else ()
+    return module is not None and any(isinstance(value, module.Combination) for value in values)
+
+
+def _add_to_base(recipe: Recipe, alignment: Alignment, reference: StateDict, merged: StateDict) -> dict[str, MemoryTensor]:
+    from taskloom.merge.task_vector.beside_state_dicts import add_to_base
+    from taskloom.merge.torch_dtypes import TORCH_DTYPES
+
+    found = {}
+    for tensor in alignment.tensors:
+        if tensor.members is not None:
+            name, dtype = tensor.name, TORCH_DTYPES[output_code(recipe, tensor)]
+            total = add_to_base(reference[name].owner, merged[name].owner, dtype, f"tensor {name!r}")
+            found[name] = describe(total, f"tensor {name!r}")
+    return found
+
+
 def merge_state_dicts(
     base: Mapping[str, Any] | None,
     tuned: Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, Any]],
@@ -191,7 +216,9 @@ def merge_state_dicts(
         where they are; of any shape and strides. float32, bfloat16, float16 and
         float64 are merged, everything else is copied from the base. None for ``passthrough``, and for ``linear`` without a base.
     tuned
-        State dicts with the base's names and shapes, in a list, or by labels that errors name them by.
+        State dicts with the base's names and shapes, in a list, or by labels that errors name them by. Any of them may be a
+        :class:`taskloom.TaskVector` instead, which stands for the base plus itself: the methods that merge differences take it as it is,
+        ``linear`` and ``slerp`` its sum with the base. All tensors are torch's then, and finite.
     method
         A merge method by its name in a recipe (``taskloom merge --list-methods``).
     seed
@@ -225,6 +252,11 @@ def merge_state_dicts(
     if threads < 0:
         raise MergeError(f"threads: expected 0 (all cores) or more, got {threads}")
     row = find_method(method)
+    deltas = False
+    if _has_vectors(tuned):
+        from taskloom.merge.task_vector.beside_state_dicts import takes_deltas, without_vectors
+
+        tuned, deltas = without_vectors(base, tuned, row), takes_deltas(row)
     given = _labelled(tuned)
     of_base = None if base is None else _described("base", base)
     dtypes = {"dtype": _dtype_name(dtype), "out_dtype": _dtype_name(out_dtype)}
@@ -239,7 +271,12 @@ def merge_state_dicts(
     cast = cast_models(recipe, opened.get(_BASE), listed)
     alignment = align(cast.reference, cast.tasks)
     reference = unique[0]
-    outputs = _allocate(recipe, alignment, reference)
+    outputs = _allocate(recipe, alignment, reference, deltas)
+    if deltas:
+        # The models are differences already: nothing is taken from them, and the base is added to what comes out.
+        cast = replace(cast, deltas=False)
     _carry_out(_plan(recipe, cast, alignment, outputs, allow_nonfinite), unique, outputs, device, threads)
+    if deltas:
+        outputs = _add_to_base(recipe, alignment, reference, outputs)
     merged = {name: outputs[name].owner if name in outputs else copied(tensor) for name, tensor in reference.items()}
     return {name: merged[second.get(name, name)] for name in first}
