@@ -40,16 +40,18 @@ class Row:
 class Results:
     """Everything that a run found.
 
-    ``cosine`` is that of the two task vectors and ``norms`` their lengths. ``sizes`` are bytes: of the archive, of the fine-tuned
-    checkpoints that it replaces, and of these and the base. ``seconds`` are wall times of the parts.
+    ``threads`` is torch's number, ``texts`` that of one task's texts in each split. ``norms`` are the lengths of the task vectors, and
+    ``cosines`` those of each pair of them. ``sizes`` are bytes: of the archive, of the fine-tuned checkpoints that it replaces, and of
+    these and the base. ``seconds`` are wall times of the parts.
     """
 
     seed: int
     steps: int
-    examples: dict[str, int]
+    threads: int
+    texts: dict[str, int]
     rows: list[Row]
-    cosine: float
     norms: dict[str, float]
+    cosines: dict[str, float]
     sizes: dict[str, int]
     seconds: dict[str, float]
     versions: dict[str, str]
@@ -143,7 +145,7 @@ def _compression_findings(results: Results) -> list[str]:
 def findings(results: Results) -> list[str]:
     """What the run shows, whether it is what one hopes for or not."""
     return [
-        f"cosine of the task vectors: {results.cosine:+.3f}",
+        *(f"cosine of the task vectors of {pair}: {cosine:+.3f}" for pair, cosine in results.cosines.items()),
         *_merge_findings(results),
         *_negation_findings(results),
         *_compression_findings(results),

@@ -10,6 +10,7 @@ of a sentence, are written as Hugging Face folders; everything after that can be
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 import taskloom
@@ -128,41 +130,48 @@ def finetune_all(run: Run) -> None:
 
 def read_vectors(run: Run) -> dict[str, taskloom.TaskVector]:
     """2. Task vectors, tuned minus base, straight from the folders: a tensor is read when it is asked for."""
-    vectors = {task.name: taskloom.TaskVector.from_checkpoints(run.model("base"), run.model(task.name)) for task in run.tasks}
-    for name, vector in vectors.items():
-        print(f"  {name}: {vector.numel:,} numbers, length {vector.norm():.3f}")
-    return vectors
+    return {task.name: taskloom.TaskVector.from_checkpoints(run.model("base"), run.model(task.name)) for task in run.tasks}
+
+
+def pick_alpha(run: Run, method: str, tuned: dict[str, State]) -> float:
+    """The alpha whose merge is the most accurate on validation texts, relative to the tuned models; the smallest of those that tie.
+
+    ``merge_state_dicts`` merges in memory, to the same bits as the command in files.
+    """
+    own = {name: run.validate(weights)[name] for name, weights in tuned.items()}
+    scores = {}
+    for alpha in run.settings.merge_alphas:
+        merged = merge_state_dicts(run.base.weights, tuned, method, weight=1.0, lambda_=alpha, **METHODS[method])
+        scores[alpha] = mean_ratio(run.validate(merged), own)
+    return max(scores, key=lambda alpha: scores[alpha])
 
 
 def merge_all(run: Run) -> None:
-    """3. One model for both tasks: alpha is picked in memory, the checkpoint is written by the command."""
+    """3. One model for all tasks, by four methods."""
     tuned = {task.name: SentenceEncoder(run.model(task.name)).weights for task in run.tasks}
-    own = {name: run.validate(weights)[name] for name, weights in tuned.items()}
     for method, parameters in METHODS.items():
-
-        def score(alpha: float, method: str = method) -> float:
-            merged = merge_state_dicts(run.base.weights, tuned, method, weight=1.0, lambda_=alpha, **METHODS[method])
-            return mean_ratio(run.validate(merged), own)
-
-        # max takes the first, so the smallest, of those that tie.
-        alpha = max(run.settings.merge_alphas, key=score)
+        alpha = pick_alpha(run, method, tuned)
         models = [{"model": f"../models/{task.name}", "parameters": {"weight": 1.0}} for task in run.tasks]
         recipe = write_recipe(run, method, {"merge_method": method, "models": models, "parameters": parameters | {"lambda": alpha}})
         seconds = run_taskloom("merge", recipe, run.out / "merged" / method)
         run.evaluate(method, "merged", run.out / "merged" / method, alpha=alpha, seconds=seconds)
 
 
-def negate_all(run: Run, vectors: dict[str, taskloom.TaskVector]) -> None:
-    """4. Forget one task: base - alpha * vector, with the largest loss on it that the other task, the control, allows."""
+def pick_negation(run: Run, target: str, vector: taskloom.TaskVector) -> float:
+    """The alpha that forgets the target most, of those that keep the other tasks, the controls, above the bound."""
     before = run.validate(run.base.weights)
+    allowed = {}
+    for alpha in run.settings.negation_alphas:
+        found = run.validate(vector.apply_to(run.base.weights, -alpha))
+        if all(found[task] >= CONTROL_BOUND * before[task] for task in found if task != target):
+            allowed[alpha] = found[target]
+    return min(allowed, key=lambda alpha: allowed[alpha])
+
+
+def negate_all(run: Run, vectors: dict[str, taskloom.TaskVector]) -> None:
+    """4. Forget one task: base - alpha * its vector. In a recipe this is task arithmetic with a negative weight."""
     for target, vector in vectors.items():
-        allowed = {}
-        for alpha in run.settings.negation_alphas:
-            found = run.validate(vector.apply_to(run.base.weights, -alpha))
-            if all(found[task] >= CONTROL_BOUND * before[task] for task in found if task != target):
-                allowed[alpha] = found[target]
-        alpha = min(allowed, key=lambda factor: allowed[factor])
-        # In a recipe a negation is task arithmetic with a negative weight.
+        alpha = pick_negation(run, target, vector)
         models = [{"model": f"../models/{target}", "parameters": {"weight": -alpha}}]
         recipe = write_recipe(run, f"negated-{target}", {"merge_method": "task_arithmetic", "models": models})
         seconds = run_taskloom("merge", recipe, run.out / "negated" / target)
@@ -200,9 +209,10 @@ def run_example(out: Path, seed: int, settings: Settings) -> Results:
         finetune_all(run)
     with run.part("vectors", "2. Task vectors"):
         vectors = read_vectors(run)
-        first, second = vectors.values()
-        cosine = first.cosine(second)
-        print(f"  cosine {cosine:+.3f}")
+        norms = {name: vector.norm() for name, vector in vectors.items()}
+        cosines = {f"{one} and {other}": vectors[one].cosine(vectors[other]) for one, other in itertools.combinations(vectors, 2)}
+        print(*(f"  length of {name}: {norm:.3f}" for name, norm in norms.items()), sep="\n")
+        print(*(f"  cosine of {pair}: {cosine:+.3f}" for pair, cosine in cosines.items()), sep="\n")
     with run.part("merge", "3. Merging"):
         merge_all(run)
     with run.part("negate", "4. Negating"):
@@ -212,10 +222,11 @@ def run_example(out: Path, seed: int, settings: Settings) -> Results:
     return Results(
         seed=seed,
         steps=settings.steps,
-        examples={split: len(run.tasks[0].splits[split].texts) for split in settings.sizes},
+        threads=torch.get_num_threads(),
+        texts={split: len(run.tasks[0].splits[split].texts) for split in settings.sizes},
         rows=run.rows,
-        cosine=cosine,
-        norms={name: vector.norm() for name, vector in vectors.items()},
+        norms=norms,
+        cosines=cosines,
         sizes=sizes,
         seconds=run.seconds | {"total": time.perf_counter() - begin},
         versions={"python": platform.python_version()} | {name: version(name) for name in ("taskloom", "torch", "transformers")},
