@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from taskloom.methods.merging.rmm import from_peft
 from taskloom.nn import LowRankConfig, LowRankLinear, adapter_state_dict, inject, load_adapter, save_adapter
+from taskloom.nn.adapter_files import read_factors
 
 X = torch.randn(3, 4, 12, generator=torch.Generator().manual_seed(3))
 TARGETS = ["qkv", "proj", "fc1"]
@@ -219,3 +220,37 @@ def test_peft_gives_the_same_outputs_for_our_file_and_we_for_its(tmp_path: Path,
         path, _, own = name.rpartition(".")
         layer = read.get_submodule(path)
         torch.testing.assert_close(getattr(layer, own), parameter, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [one for one in CONFIGS if one.id != "dora"])
+def test_factors_are_read_without_a_model(tmp_path: Path, settings: dict[str, Any]) -> None:
+    model = _adapted(**settings)
+    save_adapter(model, tmp_path)
+    layers = {path: one for path, one in model.named_modules() if isinstance(one, LowRankLinear)}
+    found = read_factors(tmp_path)
+    assert set(found) == set(layers)
+    for path, (right, left, scale) in found.items():
+        delta = layers[path].delta_weight()
+        assert torch.allclose(scale * left @ right, delta, rtol=1e-5, atol=1e-6)
+
+
+def test_files_that_are_more_than_factors_or_less(tmp_path: Path) -> None:
+    save_adapter(_adapted(use_dora=True), tmp_path / "dora")
+    with pytest.raises(ValueError, match="an adapter of DoRA is no low-rank change"):
+        read_factors(tmp_path / "dora")
+    save_adapter(_adapted(modules_to_save=["head"]), tmp_path / "head", modules_to_save=("head",))
+    with pytest.raises(ValueError, match=r"expected LoRA factors of linear layers alone, got 'head\."):
+        read_factors(tmp_path / "head")
+    save_adapter(_adapted(), tmp_path / "half")
+    file = tmp_path / "half" / "adapter_model.safetensors"
+    state = load_file(file)
+    name = next(name for name in state if name.endswith("lora_B.weight"))
+    save_file({**state, name: state[name][:, :2].contiguous()}, file)
+    with pytest.raises(ValueError, match=r"expected rank 3, got \(3, \d+\) and \(\d+, 2\)"):
+        read_factors(tmp_path / "half")
+    save_file({one: value for one, value in state.items() if one != name}, file)
+    with pytest.raises(ValueError, match=r"expected lora_A\.weight and lora_B\.weight, got lora_A\.weight"):
+        read_factors(tmp_path / "half")
+    save_file({}, file)
+    with pytest.raises(ValueError, match="has no LoRA factors"):
+        read_factors(tmp_path / "half")

@@ -61,6 +61,8 @@ def test_ops_need_only_torch_and_numpy() -> None:
         "with taskloom.backend('reference'):\n"
         "    assert taskloom.unpack_mask(taskloom.pack_mask(mask), mask.shape).equal(mask)\n"
         "taskloom.nn, taskloom.reference\n"
+        "tau = taskloom.TaskVector({'w': torch.zeros(2)}, {'w': torch.ones(2)})\n"
+        "assert (tau + tau).norm() == 8**0.5\n"
     )
     _run(script)
 
@@ -81,6 +83,11 @@ def test_star_import() -> None:
     namespace: dict[str, object] = {}
     exec("from taskloom import *", namespace)
     assert set(taskloom.__all__) <= set(namespace)
+
+
+def test_the_task_vector_is_offered_at_the_top() -> None:
+    assert taskloom.TaskVector is taskloom.merge.TaskVector
+    assert "TaskVector" in dir(taskloom)
 
 
 def test_type_checkers_see_the_same_names() -> None:

@@ -182,7 +182,10 @@ def _has_vectors(tuned: object) -> bool:
     return module is not None and any(isinstance(value, module.Combination) for value in values)
 
 
-def _add_to_base(recipe: Recipe, alignment: Alignment, reference: StateDict, merged: StateDict) -> dict[str, MemoryTensor]:
+def _add_to_base(
+    recipe: Recipe, alignment: Alignment, reference: StateDict, merged: StateDict, allow_nonfinite: bool
+) -> dict[str, MemoryTensor]:
+    """The merged deltas plus the reference, in the output's dtypes."""
     from taskloom.merge.task_vector.beside_state_dicts import add_to_base
     from taskloom.merge.torch_dtypes import TORCH_DTYPES
 
@@ -190,7 +193,7 @@ def _add_to_base(recipe: Recipe, alignment: Alignment, reference: StateDict, mer
     for tensor in alignment.tensors:
         if tensor.members is not None:
             name, dtype = tensor.name, TORCH_DTYPES[output_code(recipe, tensor)]
-            total = add_to_base(reference[name].owner, merged[name].owner, dtype, f"tensor {name!r}")
+            total = add_to_base(reference[name].owner, merged[name].owner, dtype, f"tensor {name!r}", allow_nonfinite)
             found[name] = describe(total, f"tensor {name!r}")
     return found
 
@@ -218,7 +221,8 @@ def merge_state_dicts(
     tuned
         State dicts with the base's names and shapes, in a list, or by labels that errors name them by. Any of them may be a
         :class:`taskloom.TaskVector` instead, which stands for the base plus itself: the methods that merge differences take it as it is,
-        ``linear`` and ``slerp`` its sum with the base. All tensors are torch's then, and finite.
+        ``linear`` and ``slerp`` its sum with the base. All tensors are torch's then, and finite even
+        with ``allow_nonfinite``.
     method
         A merge method by its name in a recipe (``taskloom merge --list-methods``).
     seed
@@ -277,6 +281,6 @@ def merge_state_dicts(
         cast = replace(cast, deltas=False)
     _carry_out(_plan(recipe, cast, alignment, outputs, allow_nonfinite), unique, outputs, device, threads)
     if deltas:
-        outputs = _add_to_base(recipe, alignment, reference, outputs)
+        outputs = _add_to_base(recipe, alignment, reference, outputs, allow_nonfinite)
     merged = {name: outputs[name].owner if name in outputs else copied(tensor) for name, tensor in reference.items()}
     return {name: merged[second.get(name, name)] for name in first}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from taskloom.nn.inject import inject, matches
 from taskloom.nn.lowrank_config import LowRankConfig
 from taskloom.nn.lowrank_linear import LowRankLinear
+from taskloom.nn.lowrank_parts import Settings
 
 PREFIX = "base_model.model."
 _TENSORS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -206,6 +207,49 @@ def _read(folder: Path, adapter_name: str) -> _Read:
         else:
             layers.setdefault(found[0], {})[found[1]] = tensor
     return _Read(config, layers, others)
+
+
+def read_factors(folder: str | PathLike[str]) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """The factors of a PEFT adapter of linear layers, without a model.
+
+    Parameters
+    ----------
+    folder
+        With ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+    Returns
+    -------
+    dict
+        ``(A, B, scale)`` by the layer's path: A ``[r, in]`` and B ``[out, r]`` in the file's dtype; the change of the layer's weight is
+        ``scale * B A``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is missing.
+    TypeError
+        If it is another kind of adapter than LoRA.
+    ValueError
+        If it is DoRA's, which is no such change, has tensors that are no factors, or a layer's do not fit each other.
+    """
+    source = Path(folder)
+    read = _read(source, "default")
+    if read.config.use_dora:
+        raise ValueError(f"{source}: an adapter of DoRA is no low-rank change of a weight")
+    if read.others:
+        raise ValueError(f"{source}: expected LoRA factors of linear layers alone, got {next(iter(read.others))!r}")
+    if not read.layers:
+        raise ValueError(f"{source}: the file has no LoRA factors")
+    found = {}
+    for path, parts in read.layers.items():
+        if len(parts) != 2:
+            raise ValueError(f"{source}: layer {path!r}: expected lora_A.weight and lora_B.weight, got {', '.join(parts)}")
+        right, left = parts["lora_A.weight"], parts["lora_B.weight"]
+        own = read.config.for_module(path)
+        if right.dim() != 2 or left.dim() != 2 or not right.shape[0] == left.shape[1] == own.r:
+            raise ValueError(f"{source}: layer {path!r}: expected rank {own.r}, got {tuple(right.shape)} and {tuple(left.shape)}")
+        found[path] = right, left, Settings(own.r, own.lora_alpha, own.use_rslora, False).scaling
+    return found
 
 
 def _check_layers(model: nn.Module, read: _Read, source: Path) -> None:

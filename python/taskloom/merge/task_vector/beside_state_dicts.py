@@ -62,11 +62,11 @@ def without_vectors(base: Mapping[str, Any] | None, tuned: Given, method: Method
     return found if isinstance(tuned, Mapping) else list(found.values())
 
 
-def add_to_base(base: Tensor, merged: Tensor, dtype: torch.dtype, where: str) -> Tensor:
-    """``base + merged``, rounded once to ``dtype``; raises MergeError where it overflows."""
+def add_to_base(base: Tensor, merged: Tensor, dtype: torch.dtype, where: str, allow_nonfinite: bool) -> Tensor:
+    """``base + merged``, rounded once to ``dtype``; raises MergeError where it overflows and that is not allowed."""
     with torch.no_grad():
         wide = torch.float64 if torch.float64 in (base.dtype, merged.dtype) else torch.float32
         total = merged.to(wide).add_(base).to(dtype)
-        if first_nonfinite(total) is not None:
-            raise MergeError(f"{where}: a value is too large for {dtype}; choose a wider out_dtype")
+        if not allow_nonfinite and first_nonfinite(total) is not None:
+            raise MergeError(f"{where}: a value is too large for {dtype}; choose a wider out_dtype, or allow_nonfinite")
     return total

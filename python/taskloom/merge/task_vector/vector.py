@@ -36,6 +36,12 @@ StateDict = Mapping[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 
 
+def _refuse_vector(model: object, argument: str) -> None:
+    """A vector is a mapping from names to tensors as well, but its tensors are no weights."""
+    if isinstance(model, Combination):
+        raise TypeError(f"TaskVector: {argument}: expected a model's weights, got a task vector; add vectors with +")
+
+
 class TaskVector(Combination):
     """A task vector ``finetuned - base`` over the floating-point tensors of a model, by name.
 
@@ -86,6 +92,8 @@ class TaskVector(Combination):
         if dtype is not None:
             check_dtype(dtype)
         checked = check_regime(regime)
+        for argument, model in (("base", base), ("finetuned", finetuned)):
+            _refuse_vector(model, argument)
         with torch.no_grad():
             deltas = difference(base, finetuned, dtype, strict)
         self._become(MemorySource(deltas), checked)
@@ -207,6 +215,7 @@ class TaskVector(Combination):
             changed = copy.deepcopy(target)
             change_module(changed, self._terms, self._slots, factor)
             return changed
+        _refuse_vector(target, "apply_to: target")
         tensors = named_tensors(target, "TaskVector: apply_to: target")
         return self.applied(tensors, factor)
 

@@ -1,0 +1,142 @@
+"""Composed weights in a model's modules during the backward pass, where checkpointed parts of its forward pass run again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+# A parameter's place: the module that holds it, and its name there.
+Place = tuple[nn.Module, str]
+
+
+def tensors_of(outputs: Any) -> Iterator[Tensor]:
+    """The tensors in what a model returns: in mappings, sequences and objects of any depth."""
+    found, seen = [outputs], set()
+    while found:
+        one = found.pop()
+        if isinstance(one, Tensor):
+            yield one
+        elif id(one) not in seen:
+            seen.add(id(one))
+            found.extend(_parts(one))
+
+
+def _parts(one: Any) -> Iterable[Any]:
+    if isinstance(one, Mapping):
+        return one.values()
+    if isinstance(one, (list, tuple, set, frozenset)):
+        return one
+    if isinstance(one, (type, nn.Module)):
+        return ()
+    slots = [getattr(one, field.name) for field in fields(one)] if is_dataclass(one) else []
+    return [*slots, *getattr(one, "__dict__", {}).values()]
+
+
+@dataclass(frozen=True)
+class _Installed:
+    """Weights in the modules: for a backward pass (its number), by what they come from; or by hand (None)."""
+
+    task: int | None
+    origin: Any
+    weights: Sequence[Tensor]
+
+    def left_over(self) -> bool:
+        """Whether the backward pass has ended without taking them out, because it raised."""
+        return self.task is not None and torch._C._current_graph_task_id() == -1
+
+
+class Recomputing:
+    """Puts weights into modules when the backward pass of a forward pass begins, and takes them out when it has ended.
+
+    ``torch.func.functional_call`` takes its weights out when the forward pass ends. A part of the model that was checkpointed runs again in
+    the backward pass and would then meet the base's weights, and silently give the gradients of another model.
+    """
+
+    def __init__(self, places: Sequence[Sequence[Place]]) -> None:
+        self._places = places
+        self._originals: list[Tensor] = []
+        self._now: _Installed | None = None
+
+    def base(self) -> list[Tensor]:
+        """The base's own parameters, also while others are in their place."""
+        if self._now is None:
+            return [_parameters(module)[name] for ((module, name), *_) in self._places]
+        if self._now.left_over():
+            self._enter(None)
+        return self._originals if self._now is not None else self.base()
+
+    def watch(self, outputs: Any, weights: Sequence[Tensor]) -> None:
+        """See to it that a backward pass from any of a forward pass's outputs meets the weights of that pass."""
+        if not weights[0].requires_grad:
+            return
+        node = weights[0].grad_fn
+        # A node of the composition keeps them for as long as its graph lives; others and leaves have to be kept here.
+        kept = None if hasattr(node, "composer") else weights
+        origin = weights[0] if node is None else node
+
+        def install(gradients: Sequence[Tensor]) -> None:
+            self._install(origin, kept)
+
+        seen = set()
+        for one in tensors_of(outputs):
+            if one.grad_fn is not None and one.grad_fn not in seen:
+                seen.add(one.grad_fn)
+                one.grad_fn.register_prehook(install)
+
+    @contextmanager
+    def installed(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """Have weights in the modules inside the block."""
+        before = self._now
+        self._enter(_Installed(None, None, weights))
+        try:
+            yield
+        finally:
+            self._enter(before)
+
+    def _install(self, origin: Any, kept: Sequence[Tensor] | None) -> None:
+        before, task = self._now, torch._C._current_graph_task_id()
+        same_pass = before is not None and before.task == task
+        if same_pass and before is not None and before.origin is origin:
+            return
+        weights = self._weights(origin) if kept is None else kept
+        if weights is None:
+            return
+        if not same_pass:
+            # A backward pass inside another one, as a reentrant checkpoint has it, gives the outer one its weights back.
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._enter(before))
+        self._enter(_Installed(task, origin, weights))
+
+    @staticmethod
+    def _weights(origin: Any) -> Sequence[Tensor] | None:
+        """What a composition's node keeps; None where its graph was freed, so that nothing of the forward pass can run again.
+
+        A model may return a tensor that it was given, through which a backward pass goes without it.
+        """
+        try:
+            weights: Sequence[Tensor] = origin.saved_tensors
+        except RuntimeError:
+            return None
+        return weights
+
+    def _enter(self, wanted: _Installed | None) -> None:
+        if self._now is None:
+            self._originals = self.base()
+        self._put(self._originals if wanted is None else wanted.weights)
+        self._now = wanted
+        if wanted is None:
+            self._originals = []
+
+    def _put(self, weights: Sequence[Tensor]) -> None:
+        for places, weight in zip(self._places, weights, strict=True):
+            for module, name in places:
+                _parameters(module)[name] = weight
+
+
+def _parameters(module: nn.Module) -> dict[str, Any]:
+    # Composed weights are no nn.Parameter, which __setattr__ would insist on; functional_call puts them there in this way too.
+    return cast(dict[str, Any], module._parameters)
