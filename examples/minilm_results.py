@@ -123,7 +123,7 @@ def _negation_findings(results: Results) -> list[str]:
     for target in results.tasks:
         row = results.row(f"negated-{target}")
         others = ", ".join(f"{task} {row.accuracy[task] - base.accuracy[task]:+.3f}" for task in results.tasks if task != target)
-        unchanged = "; no alpha but 0 kept the control" if row.alpha == 0 else ""
+        unchanged = "; no larger alpha lowered it and kept the control" if row.alpha == 0 else ""
         found.append(f"{row.name}: {target} {row.accuracy[target] - base.accuracy[target]:+.3f}, control {others}{unchanged}")
     return found
 

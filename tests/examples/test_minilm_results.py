@@ -48,7 +48,7 @@ def test_findings_say_what_failed_as_well() -> None:
         "cosine of the task vectors of intent and tense: +0.013",
         "task_arithmetic: above the base on every task",
         "ties: not above the base on tense; mean accuracy -0.100 against task_arithmetic",
-        "negated-intent: intent +0.000, control tense +0.000; no alpha but 0 kept the control",
+        "negated-intent: intent +0.000, control tense +0.000; no larger alpha lowered it and kept the control",
         "negated-tense: tense -0.300, control intent -0.020",
         "restored against tuned: intent -0.010, tense +0.020",
         "archive 187.4 MB: not smaller than the 2 tuned checkpoints (181.7 MB), 69% of them and the base (272.6 MB)",
