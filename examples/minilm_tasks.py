@@ -82,13 +82,15 @@ class Run:
         yield
         self.seconds[name] = time.perf_counter() - begin
 
-    def evaluate(self, name: str, kind: str, folder: Path, **others: Any) -> None:
-        """Load a checkpoint with transformers and add its row."""
+    def evaluate(
+        self, name: str, kind: str, folder: Path, *, alpha: float | None = None, seconds: float | None = None, size: int | None = None
+    ) -> None:
+        """Load a checkpoint with transformers and add its row; ``size`` goes before that of its file."""
         encoder = SentenceEncoder(folder)
         accuracy = {task.name: task.accuracy(encoder) for task in self.tasks}
         similarity = float((encoder.embed(NEUTRAL) * self.base.embed(NEUTRAL)).sum(1).mean())
-        others = {"alpha": None, "seconds": None, "bytes": (folder / "model.safetensors").stat().st_size} | others
-        self.rows.append(Row(name=name, kind=kind, accuracy=accuracy, similarity=similarity, **others))
+        size = (folder / "model.safetensors").stat().st_size if size is None else size
+        self.rows.append(Row(name, kind, accuracy, similarity, alpha, size, seconds))
         print(f"  {name}: {', '.join(f'{task} {value:.3f}' for task, value in accuracy.items())}", flush=True)
 
     def validate(self, weights: State) -> dict[str, float]:
@@ -133,12 +135,11 @@ def read_vectors(run: Run) -> dict[str, taskloom.TaskVector]:
     return {task.name: taskloom.TaskVector.from_checkpoints(run.model("base"), run.model(task.name)) for task in run.tasks}
 
 
-def pick_alpha(run: Run, method: str, tuned: dict[str, State]) -> float:
-    """The alpha whose merge is the most accurate on validation texts, relative to the tuned models; the smallest of those that tie.
+def pick_alpha(run: Run, method: str, tuned: dict[str, State], own: dict[str, float]) -> float:
+    """The alpha whose merge is the most accurate on validation texts, relative to ``own``; the smallest of those that tie.
 
     ``merge_state_dicts`` merges in memory, to the same bits as the command in files.
     """
-    own = {name: run.validate(weights)[name] for name, weights in tuned.items()}
     scores = {}
     for alpha in run.settings.merge_alphas:
         merged = merge_state_dicts(run.base.weights, tuned, method, weight=1.0, lambda_=alpha, **METHODS[method])
@@ -149,8 +150,9 @@ def pick_alpha(run: Run, method: str, tuned: dict[str, State]) -> float:
 def merge_all(run: Run) -> None:
     """3. One model for all tasks, by four methods."""
     tuned = {task.name: SentenceEncoder(run.model(task.name)).weights for task in run.tasks}
+    own = {name: run.validate(weights)[name] for name, weights in tuned.items()}
     for method, parameters in METHODS.items():
-        alpha = pick_alpha(run, method, tuned)
+        alpha = pick_alpha(run, method, tuned, own)
         models = [{"model": f"../models/{task.name}", "parameters": {"weight": 1.0}} for task in run.tasks]
         recipe = write_recipe(run, method, {"merge_method": method, "models": models, "parameters": parameters | {"lambda": alpha}})
         seconds = run_taskloom("merge", recipe, run.out / "merged" / method)
@@ -188,7 +190,7 @@ def compress_and_restore(run: Run) -> dict[str, int]:
     for task in run.tasks:
         folder = run.out / "restored" / task.name
         seconds = run_taskloom("extract", archive, task.name, folder)
-        run.evaluate(f"restored-{task.name}", "restored", folder, seconds=seconds, bytes=sizes["archive"])
+        run.evaluate(f"restored-{task.name}", "restored", folder, seconds=seconds, size=sizes["archive"])
     return {name: sizes[name] for name in ("archive", "separate", "separate_and_base")}
 
 
