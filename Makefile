@@ -41,8 +41,9 @@ $(VENV)/.built: $(VENV)/.requirements $(VENV)/.modules pyproject.toml CMakeLists
 
 build: $(VENV)/.built
 
+# Tests of one file go to several processes, whose cores they share: an OpenMP thread that waits should not keep one busy.
 test: build
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 test-slow: build
 	$(BIN)/python -m pytest -m 'slow and not gpu'
