@@ -9,7 +9,6 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from taskloom.merge.task_vector.apply import changed_state_dict
 from taskloom.merge.task_vector.checks import Regime, check_number, check_regime, is_number
 from taskloom.merge.task_vector.combination import Terms, add_terms, check_alike, compute, joined
 from taskloom.merge.task_vector.products import products
@@ -104,10 +103,6 @@ class Combination(Mapping[str, Tensor]):
                 known[places] = self[name]
             found[name] = known[places]
         return found
-
-    def applied(self, target: Mapping[str, Tensor], alpha: float = 1.0) -> dict[str, Tensor]:
-        """``target + alpha * self`` in fresh memory."""
-        return changed_state_dict(target, self._terms, self._slots, alpha)
 
     # By what it is, not by its values: a comparison would read all of them, and vectors are keys of a mapping to weights.
     def __eq__(self, other: object) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from taskloom.merge.errors import CheckpointError, MergeError, RecipeError
 from taskloom.merge.stages import Method
 from taskloom.merge.task_vector.algebra import Combination
+from taskloom.merge.task_vector.apply import changed_state_dict
 from taskloom.merge.task_vector.checks import first_nonfinite, named_tensors
 from taskloom.merge.task_vector.difference import difference
 
@@ -31,6 +32,10 @@ def _delta(base: Mapping[str, Tensor], model: object, where: str) -> dict[str, T
     tensors = model.tensors()
     # What comes from a file lies where the base does.
     return {name: tensor if model.in_memory else tensor.to(base[name].device) for name, tensor in tensors.items()}
+
+
+def _weights(base: Mapping[str, Tensor], model: object) -> object:
+    return changed_state_dict(base, model._terms, model._slots, 1.0) if isinstance(model, Combination) else model
 
 
 def without_vectors(base: Mapping[str, Any] | None, tuned: Given, method: Method) -> Given:
@@ -56,7 +61,7 @@ def without_vectors(base: Mapping[str, Any] | None, tuned: Given, method: Method
             if takes_deltas(method):
                 found[label] = _delta(state, model, where)
             else:
-                found[label] = model.applied(state) if isinstance(model, Combination) else model
+                found[label] = _weights(state, model)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{where}: {error.args[0]}") from error
     return found if isinstance(tuned, Mapping) else list(found.values())

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from taskloom.merge.task_vector.checks import check_overflow, some
-from taskloom.merge.task_vector.sources import Slot, Source, Values, cut
+from taskloom.merge.task_vector.sources import Slot, Source, cut
+from taskloom.merge.task_vector.team import Work, over_pieces
 from taskloom.ops import block_scale_merge
 
 # Coefficients by source, in the order of the sum.
 Terms = Mapping[Source, float]
 
-# Entries of a piece where something is read from a file.
-PIECE = 1 << 20
+# Entries of a piece where something is read from a file; its tensors stay in a core's cache.
+PIECE = 1 << 17
 
 
 def check_alike(left: Mapping[str, Slot], right: Mapping[str, Slot], doing: str) -> None:
@@ -64,24 +65,26 @@ def coefficients(factors: Sequence[float], parts: Sequence[Tensor], base: Tensor
     return coef.to(base.device)
 
 
-@contextmanager
-def _opened(terms: Terms, name: str) -> Iterator[list[Values]]:
-    with ExitStack() as stack:
-        yield [stack.enter_context(source.opened(name)) for source in terms]
-
-
-def _piece_length(terms: Terms, numel: int) -> int:
-    return PIECE if any(source.streams for source in terms) else max(1, numel)
-
-
 def each_piece(terms: Terms, name: str, numel: int, work: Callable[[int, int, list[Tensor]], None], length: int | None = None) -> None:
-    """Call ``work(begin, count, values)`` on every piece of one tensor, with the values of every source.
+    """Call ``work(begin, count, values)`` on every piece of one tensor, with the values of every source, from several threads.
 
     A piece is the whole tensor where every source is in memory and no ``length`` is asked for.
     """
-    with _opened(terms, name) as opened:
-        for begin, count in cut(numel, length or _piece_length(terms, numel)):
-            work(begin, count, [values.piece(begin, count) for values in opened])
+
+    @contextmanager
+    def opened() -> Iterator[Work]:
+        with ExitStack() as stack:
+            values = [stack.enter_context(source.opened(name)) for source in terms]
+            yield lambda begin, count: work(begin, count, [one.piece(begin, count) for one in values])
+
+    if not numel:
+        return
+    if length is None and not any(source.streams for source in terms):
+        with opened() as run:
+            run(0, numel)
+        return
+    size = length or PIECE
+    over_pieces(cut(numel, size), opened, min(torch.get_num_threads(), -(-numel // size)))
 
 
 def is_plain(terms: Terms, name: str, slot: Slot) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from taskloom.merge.task_vector.algebra import Combination
-from taskloom.merge.task_vector.apply import change_module
+from taskloom.merge.task_vector.apply import change_module, changed_state_dict
 from taskloom.merge.task_vector.checks import (
     check_dtype,
     check_finite,
@@ -217,7 +217,7 @@ class TaskVector(Combination):
             return changed
         _refuse_vector(target, "apply_to: target")
         tensors = named_tensors(target, "TaskVector: apply_to: target")
-        return self.applied(tensors, factor)
+        return changed_state_dict(tensors, self._terms, self._slots, factor)
 
     def apply_to_(self, module: Module, alpha: float = 1.0) -> Module:
         """As :meth:`apply_to`, in place on a module, which is also returned; on an error the module is unchanged.
