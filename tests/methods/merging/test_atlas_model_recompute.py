@@ -85,8 +85,58 @@ def test_a_backward_pass_that_raised_leaves_no_other_weights_behind() -> None:
     expected = adapter(x)["logits"][0]
     with pytest.raises(KeyError, match="stop"):
         adapter(x)["logits"][0].sum().backward()
-    assert torch.equal(adapter(x)["logits"][0], expected)
     assert all(one is other for one, other in zip(own, model.parameters(), strict=True))
+    assert torch.equal(adapter(x)["logits"][0], expected)
+    assert copy.deepcopy(adapter).double()(x.double())["logits"][0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_backward_passes_of_forward_passes_with_one_composition(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model, x = _Checkpointed(None), rows().requires_grad_()
+    gradients = []
+    for model.reentrant in (None, reentrant):
+        adapter = AtlasModel(model, vectors(model))
+        spread(adapter.coef)
+        with adapter.compose():
+            outputs = [adapter(x)["logits"][0], adapter(x + 1)["logits"][0]]
+            for output in outputs:
+                output.square().sum().backward()
+        assert adapter.coef.grad is not None
+        gradients.append(adapter.coef.grad)
+    assert error(gradients[1], gradients[0]) <= 1e-6
+
+
+class _Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(7, 5), nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = checkpoint(lambda x: self.norm(self.layer(x)).tanh(), x, use_reentrant=False)
+        return result
+
+
+def test_running_statistics_stay_the_bases_in_checkpointed_parts() -> None:
+    torch.manual_seed(0)
+    model = _Normalised().train()
+    own, before = list(model.buffers()), copy.deepcopy(dict(model.named_buffers()))
+    adapter = AtlasModel(model, vectors(model))
+    adapter(rows()).square().sum().backward()
+    assert adapter.coef.grad is not None
+    assert all(one is other for one, other in zip(own, model.buffers(), strict=True))
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+def test_what_is_installed_is_neither_copied_nor_moved() -> None:
+    model = encoder()
+    adapter = AtlasModel(model, vectors(model))
+    with adapter.installed():
+        with pytest.raises(RuntimeError, match="cannot be copied while composed weights are in the model"):
+            copy.deepcopy(adapter)
+        with pytest.raises(RuntimeError, match="cannot be moved or converted while composed weights are in the model"):
+            adapter.double()
+    assert copy.deepcopy(adapter).double().coef.dtype == torch.float64
 
 
 def test_weights_can_be_installed_for_a_while() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, cast
@@ -44,23 +44,54 @@ class _Installed:
     task: int | None
     origin: Any
     weights: Sequence[Tensor]
+    statistics: tuple[tuple[nn.Module, dict[str, Any]], ...] = ()
 
     def left_over(self) -> bool:
         """Whether the backward pass has ended without taking them out, because it raised."""
         return self.task is not None and torch._C._current_graph_task_id() == -1
 
 
+class _Leaving:
+    """What is to be done when a backward pass ends: autograd calls it then, or drops it uncalled where the pass raised."""
+
+    def __init__(self, leave: Callable[[], None]) -> None:
+        self._leave: Callable[[], None] | None = leave
+
+    def __call__(self) -> None:
+        leave, self._leave = self._leave, None
+        if leave is not None:
+            leave()
+
+    __del__ = __call__
+
+
 class Recomputing:
     """Puts weights into modules when the backward pass of a forward pass begins, and takes them out when it has ended.
+
+    Layers with running statistics get copies of them for that time, so that those of the base are not updated.
 
     ``torch.func.functional_call`` takes its weights out when the forward pass ends. A part of the model that was checkpointed runs again in
     the backward pass and would then meet the base's weights, and silently give the gradients of another model.
     """
 
-    def __init__(self, places: Sequence[Sequence[Place]]) -> None:
+    def __init__(self, places: Sequence[Sequence[Place]], statistics: Sequence[nn.Module]) -> None:
         self._places = places
+        self._statistics = statistics
         self._originals: list[Tensor] = []
+        self._own_statistics: list[tuple[nn.Module, dict[str, Any]]] = []
         self._now: _Installed | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.expect_base("copied")
+        return self.__dict__
+
+    def expect_base(self, done: str) -> None:
+        """Raise RuntimeError where other weights than the base's are in the modules, which a copy or a move would take for it."""
+        self.base()
+        if self._now is not None:
+            raise RuntimeError(
+                f"AtlasModel: cannot be {done} while composed weights are in the model, as in installed() or a backward pass"
+            )
 
     def base(self) -> list[Tensor]:
         """The base's own parameters, also while others are in their place."""
@@ -70,13 +101,17 @@ class Recomputing:
             self._enter(None)
         return self._originals if self._now is not None else self.base()
 
-    def watch(self, outputs: Any, weights: Sequence[Tensor]) -> None:
-        """See to it that a backward pass from any of a forward pass's outputs meets the weights of that pass."""
+    def watch(self, outputs: Any, weights: Sequence[Tensor], shared: bool) -> None:
+        """See to it that a backward pass from any of a forward pass's outputs meets the weights of that pass.
+
+        ``shared`` says that other forward passes have the same weights.
+        """
         if not weights[0].requires_grad:
             return
         node = weights[0].grad_fn
-        # A node of the composition keeps them for as long as its graph lives; others and leaves have to be kept here.
-        kept = None if hasattr(node, "composer") else weights
+        # A node of the composition keeps them until a backward pass frees it, which may be that of another forward pass; others and leaves
+        # have to be kept here.
+        kept = None if hasattr(node, "composer") and not shared else weights
         origin = weights[0] if node is None else node
 
         def install(gradients: Sequence[Tensor]) -> None:
@@ -108,8 +143,19 @@ class Recomputing:
             return
         if not same_pass:
             # A backward pass inside another one, as a reentrant checkpoint has it, gives the outer one its weights back.
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._enter(before))
-        self._enter(_Installed(task, origin, weights))
+            torch.autograd.Variable._execution_engine.queue_callback(_Leaving(lambda: self._leave(task, before)))
+        statistics = before.statistics if same_pass and before is not None else self._copied_statistics()
+        self._enter(_Installed(task, origin, weights, statistics))
+
+    def _leave(self, task: int, before: _Installed | None) -> None:
+        """The backward pass has ended; what it left over may have been taken out already."""
+        if self._now is not None and self._now.task == task:
+            self._enter(before)
+
+    def _copied_statistics(self) -> tuple[tuple[nn.Module, dict[str, Any]], ...]:
+        """Copies of the running statistics that a forward pass in training would change."""
+        training = [one for one in self._statistics if one.training]
+        return tuple((one, {name: buffer.clone() for name, buffer in one.named_buffers(recurse=False)}) for one in training)
 
     @staticmethod
     def _weights(origin: Any) -> Sequence[Tensor] | None:
@@ -127,6 +173,7 @@ class Recomputing:
         if self._now is None:
             self._originals = self.base()
         self._put(self._originals if wanted is None else wanted.weights)
+        self._put_statistics(() if wanted is None else wanted.statistics)
         self._now = wanted
         if wanted is None:
             self._originals = []
@@ -135,6 +182,14 @@ class Recomputing:
         for places, weight in zip(self._places, weights, strict=True):
             for module, name in places:
                 _parameters(module)[name] = weight
+
+    def _put_statistics(self, copies: Iterable[tuple[nn.Module, dict[str, Any]]]) -> None:
+        for module, own in self._own_statistics:
+            module._buffers.update(own)
+        self._own_statistics = []
+        for module, others in copies:
+            self._own_statistics.append((module, {name: module._buffers[name] for name in others}))
+            module._buffers.update(others)
 
 
 def _parameters(module: nn.Module) -> dict[str, Any]:
