@@ -96,6 +96,8 @@ def by_id(task_vectors: Sequence[Vector] | Mapping[str, Vector]) -> dict[str, Ve
     """The vectors by id: a mapping's keys, or ``task-0``, ``task-1``, ...; each is a mapping itself."""
     if isinstance(task_vectors, Mapping):
         named = {str(key): vector for key, vector in task_vectors.items()}
+        if len(named) < len(task_vectors):
+            raise ValueError(f"task_vectors: expected ids that differ as text, got {shown(map(str, task_vectors))}")
     else:
         named = {f"task-{place}": vector for place, vector in enumerate(task_vectors)}
     if not named:

@@ -30,7 +30,7 @@ class AtlasModel(Coefficients):
         The base. It is held, not copied, and its parameters stop requiring grad.
     task_vectors
         n of them: :class:`taskloom.TaskVector` or other mappings from a parameter's name to its change, in a sequence or by id. They are
-        kept in their own dtypes, on the model's device.
+        kept in their own dtypes, on the model's device; what is there already is not copied, and is not to be written to afterwards.
     granularity
         ``"block"`` (default): a coefficient for each vector and block. ``"vector"``: one for each vector.
     partitions
@@ -102,7 +102,7 @@ class AtlasModel(Coefficients):
         self._compose_blocks = Composer(pool, groups)
         self._aliases = blocks.aliases
         self._swapped = tuple(_one_a_place(model, aliases) for aliases in blocks.aliases)
-        self.matrices_only = matrices_only
+        self.matrices_only, self.target_modules = matrices_only, target_modules
         self.linearized = linearized
         self._statistics = _statistics(model)
         places = [[_place(model, name) for name in names] for names in self._swapped]
