@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from taskloom import TaskVector
 
@@ -93,8 +94,11 @@ def test_tied_weights_move_once() -> None:
     torch.testing.assert_close(changed.embed.weight.detach(), before + 0.5)
     made = tau.apply_to(dict(model.state_dict()))
     assert made["head.weight"] is made["embed.weight"]
+    given = TaskVector.from_deltas(dict.fromkeys(("embed.weight", "head.weight"), before))
+    for tied in (given, 2 * given, (2 * given).materialize(), given.to(dtype=torch.float64), 0 * given):
+        tensors = tied.tensors()
+        assert (tensors["head.weight"] is tensors["embed.weight"]) == (tied.norm() > 0)
     only = TaskVector.from_deltas({"embed.weight": torch.ones(11, 5)})
-    assert only.apply_to(model.state_dict())["head.weight"] is not None
     torch.testing.assert_close(only.apply_to(model.state_dict())["head.weight"], before + 1)
 
 
@@ -151,6 +155,7 @@ def test_what_cannot_be_applied_to() -> None:
         ({"w": torch.ones(2)}, ValueError, r"'w' of the state dict: has shape \(2,\), expected \(3,\)"),
         ({"w": torch.ones(3, dtype=torch.int32)}, TypeError, "is torch.int32, expected floating point"),
         ({"w": torch.ones(3, device="meta")}, ValueError, "got one on meta"),
+        ({"w": TwoTensor(torch.ones(3), torch.ones(3))}, ValueError, "expected a plain tensor, got a TwoTensor"),
         ({"w": torch.ones(3).to_sparse()}, ValueError, "expected a dense tensor, got torch.sparse_coo"),
         ({"w": torch.tensor([1.0, float("nan"), 1.0])}, ValueError, "of the target: holds nan at entry 1"),
         ({"w": torch.full((3,), 65504.0, dtype=torch.float16), "n": 3}, TypeError, "'n': expected a tensor, got int"),
@@ -176,8 +181,10 @@ def test_other_tensors_of_the_target_are_kept() -> None:
     tau = TaskVector.from_deltas({"w": torch.ones(3)})
     sparse, quantities = torch.eye(3).to_sparse(), torch.ones(2, dtype=torch.complex64)
     shared = torch.arange(4)
-    made = tau.apply_to({"s": sparse, "w": torch.zeros(3), "q": quantities, "i": shared, "j": shared, "e": torch.empty(0)})
-    assert list(made) == ["s", "w", "q", "i", "j", "e"]
+    both = TwoTensor(torch.ones(2), torch.zeros(2))
+    made = tau.apply_to({"s": sparse, "w": torch.zeros(3), "q": quantities, "i": shared, "j": shared, "e": torch.empty(0), "b": both})
+    assert list(made) == ["s", "w", "q", "i", "j", "e", "b"]
+    assert isinstance(made["b"], TwoTensor)
     assert torch.equal(made["s"].to_dense(), torch.eye(3))
     assert made["i"] is made["j"]
     assert made["i"].data_ptr() != shared.data_ptr()

@@ -224,6 +224,29 @@ def test_a_file_that_changes_under_the_reader(models: list[Path], monkeypatch: p
         one["wide"]
 
 
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_in_any_thread_ends_the_work(models: list[Path], monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    one, two = _pair(models)
+    preadv, calls = os.preadv, iter(range(10**6))
+
+    def failing(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if next(calls) == 9:
+            raise OSError(5, "Input/output error")
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(CheckpointError, match="cannot be read: Input/output error"):
+            (one + two).norm()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert next(calls) < 60
+
+
 def test_damaged_and_unfitting_checkpoints(models: list[Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file or folder"):
         TaskVector.from_checkpoints(models[0], tmp_path / "nothing.safetensors")
@@ -245,6 +268,17 @@ def test_damaged_and_unfitting_checkpoints(models: list[Path], tmp_path: Path) -
     save_file(tensors, broken)
     with pytest.raises(ValueError, match=r"tensor 'bias': the difference overflows torch\.float16"):
         TaskVector.from_checkpoints(models[0], broken, dtype=torch.float16)["bias"]
+
+
+def test_tensors_of_8_bits_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    state = {"w": torch.ones(3), "ids": torch.arange(3), "packed": torch.ones(4).to(torch.float8_e4m3fn)}
+    save_file(state, tmp_path / "base.safetensors")
+    with pytest.warns(UserWarning, match=r"tensors of F8_E4M3 have no delta here: 'packed'") as caught:
+        tau = TaskVector.from_checkpoints(tmp_path / "base.safetensors", tmp_path / "base.safetensors")
+    assert tau.names == ("w",)
+    assert caught[0].filename == __file__
+    with pytest.raises(TypeError, match=r"'packed' of base: expected float32.*got torch\.float8_e4m3fn"):
+        TaskVector(state, state)
 
 
 def _with_metadata(path: Path, **changes: str | None) -> Path:

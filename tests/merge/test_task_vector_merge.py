@@ -22,6 +22,7 @@ from taskloom.merge import (
     merge_checkpoints,
     merge_state_dicts,
     merge_task_vectors,
+    verify_merge,
 )
 from taskloom.merge.stages import METHODS
 
@@ -115,8 +116,7 @@ def test_apply_to_checkpoint_is_apply_to_on_disk(folders: dict[str, Path], tmp_p
         expected = vector.apply_to(base, alpha)
         got = _load(out)
         assert got.keys() == expected.keys()
-        for name, tensor in got.items():
-            torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in got.items())
         assert (out / "tokenizer.json").is_file()
         assert report.total is not None
     assert all(torch.equal(tensor, base[name]) for name, tensor in _load(tmp_path / "out3").items())
@@ -129,8 +129,26 @@ def test_apply_to_checkpoint_is_apply_to_on_disk(folders: dict[str, Path], tmp_p
 def test_the_recipe_beside_the_weights_gives_the_same_again(folders: dict[str, Path], tmp_path: Path) -> None:
     one, two = _vectors(folders)
     (one - 0.5 * two).apply_to_checkpoint(folders["base"], tmp_path / "out", 0.5)
+    assert verify_merge(tmp_path / "out").ok
     merge_checkpoints(tmp_path / "out" / "taskloom_recipe.yml", tmp_path / "again")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+
+
+def test_options_are_those_of_a_merge(folders: dict[str, Path], tmp_path: Path) -> None:
+    one, two = _vectors(folders)
+    done: list[int] = []
+    one.apply_to_checkpoint(folders["base"], tmp_path / "out", threads=2, progress=done.append, write_card=False, copy_tokenizer=False)
+    assert done
+    assert not (tmp_path / "out" / "README.md").exists()
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    with pytest.raises(OutputError, match="is not empty"):
+        two.apply_to_checkpoint(folders["base"], tmp_path / "out")
+    with pytest.raises(MergeError, match="threads: expected 0"):
+        two.apply_to_checkpoint(folders["base"], tmp_path / "other", threads=-1)
+    merge_task_vectors([two], tmp_path / "out", overwrite=True, out_dtype="bfloat16", max_ram="2GB")
+    expected = two.apply_to(_load(folders["base"]))
+    for name, tensor in _load(tmp_path / "out").items():
+        assert torch.equal(tensor, expected[name].bfloat16() if name in two else expected[name])
 
 
 def test_a_saved_vector_goes_onto_another_base(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -138,6 +156,7 @@ def test_a_saved_vector_goes_onto_another_base(folders: dict[str, Path], tmp_pat
     (one + two).save(tmp_path / "sum.safetensors")
     loaded = TaskVector.load(tmp_path / "sum.safetensors")
     (-loaded).apply_to_checkpoint(folders["b"], tmp_path / "out", 0.5)
+    assert verify_merge(tmp_path / "out").ok
     expected = (one + two).apply_to(_load(folders["b"]), -0.5)
     got = _load(tmp_path / "out")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in got.items())

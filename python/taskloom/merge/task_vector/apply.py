@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from taskloom.merge.task_vector.checks import check_finite, check_overflow, first_nonfinite, is_delta, some
 from taskloom.merge.task_vector.combination import Terms, coefficients, each_piece
+from taskloom.merge.task_vector.difference import identity
 from taskloom.merge.task_vector.sources import Slot
 from taskloom.ops import block_scale_merge
 
@@ -27,34 +28,35 @@ def _check_target(target: Mapping[str, Tensor], slots: Mapping[str, Slot], what:
 
 def _add(target: Tensor, terms: Terms, name: str, slot: Slot, alpha: float) -> Tensor:
     """``target + alpha * delta`` in fresh memory, computed in float32 (float64 where anything is), rounded once to target's dtype."""
-    base = target.detach().reshape(-1)
-    result = torch.empty(target.shape, dtype=target.dtype, device=target.device)
-    flat = result.view(-1)
-    if not terms:
-        flat.copy_(base)
-        return result
+    base, where = target.detach().reshape(-1), f"TaskVector: apply_to: {name!r}"
     factors = [alpha * factor for factor in terms.values()]
+    streams = any(source.streams for source in terms)
+    result = torch.empty(slot.numel, dtype=base.dtype, device=base.device) if streams else base
 
     def put(begin: int, count: int, parts: list[Tensor]) -> None:
         here = base[begin : begin + count]
         moved = [part.to(base.device) for part in parts]
-        where = f"TaskVector: apply_to: {name!r}"
         summed = block_scale_merge(here, moved, coefficients(factors, moved, here, where))
         assert isinstance(summed, Tensor)
         if first_nonfinite(summed) is not None:
             check_finite(here, f"{where} of the target")
             check_overflow(summed, where, f"the target plus {alpha} times the delta")
-        flat[begin : begin + count] = summed
+        nonlocal result
+        if streams:
+            result[begin : begin + count] = summed
+        else:
+            result = summed
 
-    each_piece(terms, name, slot.numel, put)
-    return result
+    if terms:
+        each_piece(terms, name, slot.numel, put)
+    # Where nothing was added it is still the target's.
+    return (result.clone() if result is base else result).view(target.shape)
 
 
 def _place(tensor: Tensor) -> Hashable:
     """Equal for two names of one tensor; of its own for what shares no memory."""
-    if tensor.layout != torch.strided or not tensor.numel():
-        return object()
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device
+    has_memory = tensor.layout == torch.strided and tensor.numel() and not hasattr(tensor, "__tensor_flatten__")
+    return identity(tensor) if has_memory else object()
 
 
 def _changed(
@@ -68,7 +70,7 @@ def _changed(
     for name, slot in slots.items():
         value = _add(target[name], terms, name, slot, alpha)
         first, earlier = known.setdefault(places[name], (name, value))
-        yield name, earlier if torch.equal(earlier, value) else value, first
+        yield name, earlier if earlier is not value and torch.equal(earlier, value) else value, first
 
 
 def changed_state_dict(target: Mapping[str, Tensor], terms: Terms, slots: Mapping[str, Slot], alpha: float) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
 from taskloom.merge.errors import CheckpointError
 from taskloom.merge.identity import FileIdentity
@@ -17,6 +17,8 @@ from taskloom.merge.stages import Method
 from taskloom.merge.task_vector.algebra import Combination
 from taskloom.merge.task_vector.checks import check_number
 from taskloom.merge.task_vector.reading import CheckpointSource, FileSource
+
+Vector = TypeVar("Vector", bound=Combination)
 
 
 class MergeOptions(TypedDict, total=False):
@@ -181,7 +183,7 @@ def _summed(members: Sequence[tuple[Mapping[CheckpointSource, float], float]]) -
 
 
 def merge_task_vectors(
-    vectors: Mapping[Combination, float] | Sequence[Combination],
+    vectors: Mapping[Vector, float] | Sequence[Vector],
     out: str | PathLike[str],
     method: str = "task_arithmetic",
     *,

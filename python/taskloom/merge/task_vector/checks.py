@@ -64,10 +64,13 @@ def is_delta(tensor: Tensor, where: str) -> bool:
     TypeError
         If it is of a dtype that is neither, such as complex or an 8-bit float.
     ValueError
-        If it has no values to look at: sparse, on the meta device, not initialised yet; or lies neither in CPU nor in CUDA memory.
+        If it has no values to look at (sharded, sparse, quantized, on the meta device, not initialised yet), or lies neither in CPU nor in
+        CUDA memory.
     """
     if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
         raise ValueError(f"{where}: is not initialised yet; run the lazy module once first")
+    if hasattr(tensor, "__tensor_flatten__"):
+        raise ValueError(f"{where}: expected a plain tensor, got a {type(tensor).__name__} (a sharded or quantized one)")
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(f"{where}: expected a dense tensor, got {'a quantized one' if tensor.is_quantized else tensor.layout}")
     if tensor.device.type not in ("cpu", "cuda"):
@@ -108,8 +111,8 @@ def named_tensors(model: object, argument: str) -> dict[str, Tensor]:
 
 def first_nonfinite(tensor: Tensor) -> tuple[int, float] | None:
     """Place and value of the first NaN or infinity of a tensor; None where all is finite."""
-    # A sum is cheaper than a mask, and is finite wherever nothing is wrong or overflows.
-    if math.isfinite(float(tensor.sum(dtype=torch.float64))):
+    # A sum is far cheaper than a mask, and is finite where every entry is, unless it overflows: float16's does easily, float64's hardly.
+    if math.isfinite(float(tensor.sum())) or math.isfinite(float(tensor.sum(dtype=torch.float64))):
         return None
     bad = torch.isfinite(tensor.reshape(-1)).logical_not_()
     if not bool(bad.any()):

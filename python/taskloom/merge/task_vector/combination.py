@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -10,12 +9,14 @@ import torch
 from torch import Tensor
 
 from taskloom.merge.task_vector.checks import check_overflow, some
-from taskloom.merge.task_vector.sources import Slot, Source, cut
+from taskloom.merge.task_vector.sources import MemorySource, Slot, Source, cut
 from taskloom.merge.task_vector.team import Work, over_pieces
 from taskloom.ops import block_scale_merge
 
 # Coefficients by source, in the order of the sum.
 Terms = Mapping[Source, float]
+
+_LARGEST = torch.finfo(torch.float32).max
 
 # Entries of a piece where something is read from a file; its tensors stay in a core's cache.
 PIECE = 1 << 17
@@ -58,11 +59,10 @@ def add_terms(left: Terms, right: Terms, factor: float = 1.0) -> dict[Source, fl
 
 def coefficients(factors: Sequence[float], parts: Sequence[Tensor], base: Tensor, where: str) -> Tensor:
     """The coefficients of a sum as its op takes them: float64 where any tensor is, else float32."""
-    wide = any(part.dtype == torch.float64 for part in (*parts, base))
-    coef = torch.tensor(factors, dtype=torch.float64 if wide else torch.float32, device="cpu")
-    if not math.isfinite(float(coef.sum(dtype=torch.float64))):
+    wide = base.dtype == torch.float64 or any(part.dtype == torch.float64 for part in parts)
+    if not wide and any(abs(factor) > _LARGEST for factor in factors):
         raise ValueError(f"{where}: the coefficients {list(factors)} overflow float32")
-    return coef.to(base.device)
+    return torch.tensor(factors, dtype=torch.float64 if wide else torch.float32, device=base.device)
 
 
 def each_piece(terms: Terms, name: str, numel: int, work: Callable[[int, int, list[Tensor]], None], length: int | None = None) -> None:
@@ -70,6 +70,12 @@ def each_piece(terms: Terms, name: str, numel: int, work: Callable[[int, int, li
 
     A piece is the whole tensor where every source is in memory and no ``length`` is asked for.
     """
+    if not numel:
+        return
+    whole = [source.flat[name] for source in terms if isinstance(source, MemorySource)]
+    if len(whole) == len(terms) and (length is None or numel <= length):
+        work(0, numel, whole)
+        return
 
     @contextmanager
     def opened() -> Iterator[Work]:
@@ -77,12 +83,6 @@ def each_piece(terms: Terms, name: str, numel: int, work: Callable[[int, int, li
             values = [stack.enter_context(source.opened(name)) for source in terms]
             yield lambda begin, count: work(begin, count, [one.piece(begin, count) for one in values])
 
-    if not numel:
-        return
-    if length is None and not any(source.streams for source in terms):
-        with opened() as run:
-            run(0, numel)
-        return
     size = length or PIECE
     over_pieces(cut(numel, size), opened, min(torch.get_num_threads(), -(-numel // size)))
 
@@ -103,8 +103,10 @@ def combined_piece(terms: Terms, name: str, slot: Slot, parts: list[Tensor]) -> 
     where = f"TaskVector: {name!r}"
     if is_plain(terms, name, slot):
         return parts[0]
-    base = torch.zeros_like(parts[0], dtype=slot.dtype)
-    summed = block_scale_merge(base, parts, coefficients(list(terms.values()), parts, base, where))
+    # What comes from a file goes to where the others are.
+    here = parts if slot.device is None else [part.to(slot.device) for part in parts]
+    base = torch.zeros_like(here[0], dtype=slot.dtype)
+    summed = block_scale_merge(base, here, coefficients(list(terms.values()), here, base, where))
     assert isinstance(summed, Tensor)
     check_overflow(summed, where, "the combination")
     return summed

@@ -43,7 +43,8 @@ def subtract(base: Tensor, tuned: Tensor, dtype: torch.dtype | None) -> Tensor:
     return delta if dtype is None else delta.to(dtype)
 
 
-def _identity(tensor: Tensor) -> tuple[object, ...]:
+def identity(tensor: Tensor) -> tuple[object, ...]:
+    """Equal for two names of one tensor, if it is not empty."""
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device
 
 
@@ -68,7 +69,7 @@ def difference(base: object, finetuned: object, dtype: torch.dtype | None, stric
         old, new = before[name], after[name]
         if not _check_pair(name, old, new):
             continue
-        pair = (_identity(old), _identity(new))
+        pair = (identity(old), identity(new))
         if pair in known and old.numel():
             deltas[name] = known[pair]
             continue

@@ -15,7 +15,12 @@ from taskloom.ops.masked.block_scale_merge import block_scale_merge_backward
 
 def _product(left: Tensor | None, right: Tensor | None) -> float:
     """In float64, summed in a fixed order that does not depend on the number of threads; None is zero."""
-    return 0.0 if left is None or right is None else float(block_scale_merge_backward([left], [[right]]))
+    if left is None or right is None:
+        return 0.0
+    if left.device != right.device:
+        # One is from a file.
+        left, right = (left, right.to(left.device)) if left.is_cuda else (left.to(right.device), right)
+    return float(block_scale_merge_backward([left], [[right]]))
 
 
 def products(
@@ -42,6 +47,6 @@ def products(
                 for total, (one, two) in zip(sums, pairs, strict=True):
                     total.append(_product(sides[one], sides[two]))
 
-            on_gpu = slot.device is not None and slot.device.type == "cuda"
+            on_gpu = any(device is not None and device.type == "cuda" for device in (slot.device, right_slots[name].device))
             each_piece(both, name, slot.numel, multiply, None if on_gpu else PIECE)
     return [math.fsum(total) for total in sums]

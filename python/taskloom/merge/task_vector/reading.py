@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,10 +14,10 @@ from torch import Tensor
 from taskloom.merge.align import align
 from taskloom.merge.checkpoint import Checkpoint, open_checkpoint
 from taskloom.merge.errors import CheckpointError
-from taskloom.merge.header import BITS, TensorEntry
+from taskloom.merge.header import BITS, FLOATING, TensorEntry
 from taskloom.merge.identity import FileIdentity
 from taskloom.merge.locate import locate
-from taskloom.merge.task_vector.checks import check_overflow, first_nonfinite
+from taskloom.merge.task_vector.checks import check_overflow, first_nonfinite, some
 from taskloom.merge.task_vector.difference import subtract
 from taskloom.merge.task_vector.sources import Slot, Source, Values
 from taskloom.merge.torch_dtypes import TORCH_DTYPES
@@ -116,6 +117,10 @@ class CheckpointSource(Source):
             self._entries[tensor.name] = tensor.reference, entry
             slots[tensor.name] = Slot(tensor.reference.shape, dtype or (torch.float64 if wide else torch.float32), None)
         self.slots = slots
+        unread = {name: entry.dtype for name, entry in base.tensors.items() if entry.dtype not in FLOATING and entry.dtype[0] in "FC"}
+        if unread:
+            dtypes = ", ".join(sorted(set(unread.values())))
+            warnings.warn(f"TaskVector: model {base.label!r}: tensors of {dtypes} have no delta here: {some(unread)}", stacklevel=4)
 
     @contextmanager
     def opened(self, name: str) -> Iterator[Values]:

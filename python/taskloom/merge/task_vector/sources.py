@@ -59,27 +59,34 @@ class Source(ABC):
 
 
 class _Whole:
-    def __init__(self, tensor: Tensor) -> None:
-        self._flat = tensor.reshape(-1)
+    def __init__(self, flat: Tensor) -> None:
+        self._flat = flat
 
     def piece(self, begin: int, count: int) -> Tensor:
-        return self._flat if count == self._flat.numel() else self._flat[begin : begin + count]
+        return self._flat[begin : begin + count]
 
 
 class MemorySource(Source):
-    """Deltas in memory: contiguous, finite, and not written to any more."""
+    """Deltas in memory: contiguous, finite, and not written to any more.
+
+    Attributes
+    ----------
+    flat
+        Every tensor as a vector; names of one tensor (tied weights) have the same.
+    """
 
     streams = False
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = dict(tensors)
+        once = {id(tensor): tensor.reshape(-1) for tensor in tensors.values()}
+        self.flat = {name: once[id(tensor)] for name, tensor in tensors.items()}
         self.slots = {name: Slot(tuple(tensor.shape), tensor.dtype, tensor.device) for name, tensor in tensors.items()}
 
     def opened(self, name: str) -> AbstractContextManager[Values]:
-        return nullcontext(_Whole(self.tensors[name]))
+        return nullcontext(_Whole(self.flat[name]))
 
     def place(self, name: str) -> Hashable:
-        return id(self.tensors[name])
+        return id(self.flat[name])
 
 
 def cut(numel: int, length: int) -> Iterator[tuple[int, int]]:

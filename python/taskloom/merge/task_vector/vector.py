@@ -23,7 +23,7 @@ from taskloom.merge.task_vector.checks import (
     named_tensors,
 )
 from taskloom.merge.task_vector.combination import is_plain
-from taskloom.merge.task_vector.difference import difference
+from taskloom.merge.task_vector.difference import difference, identity
 from taskloom.merge.task_vector.files import load, save
 from taskloom.merge.task_vector.reading import open_difference
 from taskloom.merge.task_vector.sources import MemorySource
@@ -157,7 +157,7 @@ class TaskVector(Combination):
         Parameters
         ----------
         deltas
-            float32, bfloat16, float16 or float64 tensors by name.
+            float32, bfloat16, float16 or float64 tensors by name. Names of one tensor have one delta.
         regime
             As of the class.
 
@@ -170,13 +170,17 @@ class TaskVector(Combination):
         """
         checked = check_regime(regime)
         copies: dict[str, Tensor] = {}
+        known: dict[object, Tensor] = {}
         with torch.no_grad():
             for name, delta in named_tensors(deltas, "TaskVector: deltas").items():
                 where = f"TaskVector: deltas: {name!r}"
                 if not is_delta(delta, where):
                     raise TypeError(f"{where}: expected float32, bfloat16, float16 or float64, got {delta.dtype}")
                 check_finite(delta, where)
-                copies[name] = torch.empty(delta.shape, dtype=delta.dtype, device=delta.device).copy_(delta)
+                place: object = identity(delta) if delta.numel() else name
+                if place not in known:
+                    known[place] = torch.empty(delta.shape, dtype=delta.dtype, device=delta.device).copy_(delta)
+                copies[name] = known[place]
         return cls._from_source(MemorySource(copies), checked)
 
     @overload
