@@ -128,14 +128,46 @@ def test_running_statistics_stay_the_bases_in_checkpointed_parts() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
 
 
+@pytest.mark.parametrize("reentrant", [None, False])
+def test_adapters_of_one_base(reentrant: bool | None) -> None:
+    torch.manual_seed(0)
+    model, norms, x = _Checkpointed(reentrant), _Normalised().train(), rows()
+    own = [*model.parameters(), *norms.parameters(), *norms.buffers()]
+    adapters = [AtlasModel(model, vectors(model)), AtlasModel(model, vectors(model)[:2], granularity="vector")]
+    normalised = [AtlasModel(norms, vectors(norms)) for _ in range(2)]
+    expected = []
+    for adapter in adapters:
+        spread(adapter.coef)
+        adapter(x)["logits"][0].square().sum().backward()
+        expected.append(adapter.coef.grad)
+        adapter.coef.grad = None
+    sum((one(x)["logits"][0].square().sum() for one in adapters), torch.zeros(())).backward()
+    sum((one(x).square().sum() for one in normalised), torch.zeros(())).backward()
+    assert all(one is other for one, other in zip(own, [*model.parameters(), *norms.parameters(), *norms.buffers()], strict=True))
+    for adapter, gradient in zip(adapters, expected, strict=True):
+        assert adapter.coef.grad is not None
+        assert gradient is not None
+        assert error(adapter.coef.grad, gradient) <= 1e-6
+    first, second = (adapter(x)["logits"][0] for adapter in adapters)
+    with adapters[0].installed():
+        assert torch.equal(adapters[1](x)["logits"][0], second)
+        second.sum().backward()
+        with adapters[1].installed():
+            assert torch.equal(model(x)["logits"][0], second)
+        assert torch.equal(model(x)["logits"][0], first)
+    assert all(one is other for one, other in zip(own, [*model.parameters(), *norms.parameters(), *norms.buffers()], strict=True))
+
+
 def test_what_is_installed_is_neither_copied_nor_moved() -> None:
     model = encoder()
-    adapter = AtlasModel(model, vectors(model))
+    adapter, other = AtlasModel(model, vectors(model)), AtlasModel(model, vectors(model))
     with adapter.installed():
         with pytest.raises(RuntimeError, match="cannot be copied while composed weights are in the model"):
             copy.deepcopy(adapter)
         with pytest.raises(RuntimeError, match="cannot be moved or converted while composed weights are in the model"):
             adapter.double()
+        with pytest.raises(RuntimeError, match="cannot be copied while composed weights are in the model"):
+            copy.deepcopy(other)
     assert copy.deepcopy(adapter).double().coef.dtype == torch.float64
 
 

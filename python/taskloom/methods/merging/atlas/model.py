@@ -131,7 +131,11 @@ class AtlasModel(Coefficients):
         return super().belongs_to() | grouped | {"linearized": self.linearized}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward pass with the composed weights; arguments and result are the model's."""
+        """The model's forward pass with the composed weights; arguments and result are the model's.
+
+        A backward pass has to begin at what it returns where parts of the model are checkpointed: from an inner tensor that a hook took
+        away, they would run again with the base's weights.
+        """
         if self.merged:
             return self.model(*args, **kwargs)
         weights = self._composed()

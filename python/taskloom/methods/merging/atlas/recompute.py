@@ -13,6 +13,10 @@ from torch import Tensor, nn
 # A parameter's place: the module that holds it, and its name there.
 Place = tuple[nn.Module, str]
 
+# What a tensor in a module knows: the base's in whose place it is, and whether it was put there by hand. Several adapters may have one
+# base, and a backward pass through them ends them in another order than it began them.
+_OWN, _BY_HAND = "_taskloom_own", "_taskloom_by_hand"
+
 
 def tensors_of(outputs: Any) -> Iterator[Tensor]:
     """The tensors in what a model returns: in mappings, sequences and objects of any depth."""
@@ -77,7 +81,7 @@ class Recomputing:
     def __init__(self, places: Sequence[Sequence[Place]], statistics: Sequence[nn.Module]) -> None:
         self._places = places
         self._statistics = statistics
-        self._originals: list[Tensor] = []
+        self._before: list[Tensor] = []
         self._own_statistics: list[tuple[nn.Module, dict[str, Any]]] = []
         self._now: _Installed | None = None
 
@@ -88,18 +92,19 @@ class Recomputing:
     def expect_base(self, done: str) -> None:
         """Raise RuntimeError where other weights than the base's are in the modules, which a copy or a move would take for it."""
         self.base()
-        if self._now is not None:
+        if any(hasattr(one, _OWN) for one in self._in_place()):
             raise RuntimeError(
                 f"AtlasModel: cannot be {done} while composed weights are in the model, as in installed() or a backward pass"
             )
 
     def base(self) -> list[Tensor]:
         """The base's own parameters, also while others are in their place."""
-        if self._now is None:
-            return [_parameters(module)[name] for ((module, name), *_) in self._places]
-        if self._now.left_over():
+        if self._now is not None and self._now.left_over():
             self._enter(None)
-        return self._originals if self._now is not None else self.base()
+        return [_own(one) for one in self._in_place()]
+
+    def _in_place(self) -> list[Tensor]:
+        return [_parameters(module)[name] for ((module, name), *_) in self._places]
 
     def watch(self, outputs: Any, weights: Sequence[Tensor], shared: bool) -> None:
         """See to it that a backward pass from any of a forward pass's outputs meets the weights of that pass.
@@ -170,13 +175,19 @@ class Recomputing:
         return weights
 
     def _enter(self, wanted: _Installed | None) -> None:
+        own = self.base() if wanted is not None else []
         if self._now is None:
-            self._originals = self.base()
-        self._put(self._originals if wanted is None else wanted.weights)
+            self._before = [one if hasattr(one, _BY_HAND) else _own(one) for one in self._in_place()]
+        if wanted is not None:
+            for parameter, weight in zip(own, wanted.weights, strict=True):
+                setattr(weight, _OWN, parameter)
+                if wanted.task is None:
+                    setattr(weight, _BY_HAND, True)
+        self._put(self._before if wanted is None else wanted.weights)
         self._put_statistics(() if wanted is None else wanted.statistics)
         self._now = wanted
         if wanted is None:
-            self._originals = []
+            self._before = []
 
     def _put(self, weights: Sequence[Tensor]) -> None:
         for places, weight in zip(self._places, weights, strict=True):
@@ -188,8 +199,15 @@ class Recomputing:
             module._buffers.update(own)
         self._own_statistics = []
         for module, others in copies:
-            self._own_statistics.append((module, {name: module._buffers[name] for name in others}))
+            own = {name: _own(module._buffers[name]) for name in others}
+            for name, buffer in own.items():
+                setattr(others[name], _OWN, buffer)
+            self._own_statistics.append((module, own))
             module._buffers.update(others)
+
+
+def _own(tensor: Any) -> Any:
+    return getattr(tensor, _OWN, tensor)
 
 
 def _parameters(module: nn.Module) -> dict[str, Any]:
