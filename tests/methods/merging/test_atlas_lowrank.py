@@ -209,6 +209,10 @@ def test_a_weight_of_two_blocks_is_not_merged() -> None:
     before = model[0].weight.detach().clone()
     with pytest.raises(RuntimeError, match=r"'0\.weight', '2\.weight' are one weight"):
         adapter.merge_()
+    with torch.no_grad():
+        adapter.coef[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"LowRankAtlasModel\.merge_: expected finite coefficients"):
+        adapter.merge_()
     assert torch.equal(model[0].weight, before)
 
 

@@ -130,11 +130,12 @@ def _delta(key: str, vector: Mapping[str, Tensor], aliases: Sequence[str], param
     return delta.detach().to(parameter.device).contiguous()
 
 
-def _check_finite(key: str, names: Sequence[str], deltas: Sequence[Tensor]) -> None:
-    finite = torch.stack([torch.isfinite(one).all() for one in deltas])
+def check_finite(where: str, names: Sequence[str], blocks: Sequence[Tensor]) -> None:
+    """Raise ValueError where a block holds NaN or infinity."""
+    finite = torch.stack([torch.isfinite(one).all() for one in blocks])
     if not finite.all():
         bad = [name for name, fine in zip(names, finite.tolist(), strict=True) if not fine]
-        raise ValueError(f"task_vectors: {key}: expected finite values, {shown(bad)} {'has' if len(bad) == 1 else 'have'} NaN or infinity")
+        raise ValueError(f"{where}: expected finite values, {shown(bad)} {'has' if len(bad) == 1 else 'have'} NaN or infinity")
 
 
 def _check_regime(key: str, vector: Mapping[str, Tensor], regime: str) -> None:
@@ -180,7 +181,7 @@ def read_vectors(model: nn.Module, blocks: Blocks, task_vectors: Vectors, regime
                 f"{type(model).__name__}; target_modules= chooses the modules that have blocks"
             )
         task = tuple(_delta(key, vector, aliases, parameter) for aliases, parameter in zip(blocks.aliases, own, strict=True))
-        _check_finite(key, blocks.names, task)
+        check_finite(f"task_vectors: {key}", blocks.names, task)
         beyond = sorted(present - parameters)
         if beyond:
             warnings.warn(

@@ -142,6 +142,12 @@ class Coefficients(nn.Module, ABC):
             self.coef.grad = None if gradient is None else gradient.to(self.coef.device)
         return self
 
+    def _check_mergeable(self) -> None:
+        """Raise before the base's weights are lost."""
+        self._check_not_merged("merge_")
+        if not torch.isfinite(self.coef).all():
+            raise ValueError(f"{type(self).__name__}.merge_: expected finite coefficients, coef has NaN or infinity")
+
     def _begin_merge(self) -> None:
         """Say that the base's weights hold the coefficients from now on."""
         self.merged = True

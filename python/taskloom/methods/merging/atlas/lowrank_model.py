@@ -198,8 +198,10 @@ class LowRankAtlasModel(Coefficients):
         RuntimeError
             If the adapter was merged or unloaded before, or a block's weight is another module's too, such as an embedding's or another
             block's.
+        ValueError
+            If a coefficient is not finite.
         """
-        self._check_not_merged("merge_")
+        self._check_mergeable()
         tied = _tied(self.model, self._layers())
         if tied:
             raise RuntimeError(f"LowRankAtlasModel.merge_: {shown(tied)} are one weight, which would change for all; use materialize()")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _NormBase
 
-from taskloom.methods.merging.atlas.blocks import Vectors, find_blocks, read_vectors
+from taskloom.methods.merging.atlas.blocks import Vectors, check_finite, find_blocks, read_vectors
 from taskloom.methods.merging.atlas.coefficients import Coefficients, Granularity, check_granularity
 from taskloom.methods.merging.atlas.compose import Composer
 from taskloom.methods.merging.atlas.held import HeldWeights
@@ -178,11 +178,15 @@ class AtlasModel(Coefficients):
         ------
         RuntimeError
             If it was done before, or the model is linearised.
+        ValueError
+            If a coefficient or a composed weight is not finite; the base is unchanged.
         """
         self._refuse_linearized("merge_")
-        self._check_not_merged("merge_")
+        self._check_mergeable()
         with torch.no_grad():
-            for parameter, weight in zip(self._recomputing.base(), self._compose(), strict=True):
+            weights = self._compose()
+            check_finite("AtlasModel.merge_: composed weights", self.block_names, weights)
+            for parameter, weight in zip(self._recomputing.base(), weights, strict=True):
                 parameter.copy_(weight)
         self._begin_merge()
         return self.model
