@@ -107,6 +107,54 @@ def test_backward_passes_of_forward_passes_with_one_composition(reentrant: bool)
     assert error(gradients[1], gradients[0]) <= 1e-6
 
 
+class _Two(nn.Module):
+    """A model whose two outputs have nothing in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(7, 5), nn.Linear(7, 3)
+        self.reentrant: bool | None = None
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        parts: list[Callable[[Tensor], Tensor]] = [lambda x: self.first(x).tanh(), lambda x: self.second(x).tanh()]
+        return [part(x) if self.reentrant is None else checkpoint(part, x, use_reentrant=self.reentrant) for part in parts]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("retain", [False, True])
+def test_several_backward_passes_of_one_forward_pass(reentrant: bool, retain: bool) -> None:
+    torch.manual_seed(0)
+    model, x = _Two(), rows().requires_grad_()
+    gradients = []
+    for model.reentrant in (None, reentrant):
+        adapter = AtlasModel(model, vectors(model))
+        spread(adapter.coef)
+        outputs = adapter(x)
+        if retain:
+            loss = outputs[0].square().sum() + outputs[1].square().sum()
+            loss.backward(retain_graph=True)
+            loss.backward()
+        else:
+            for output in outputs:
+                output.square().sum().backward()
+        assert adapter.coef.grad is not None
+        gradients.append(adapter.coef.grad)
+    assert error(gradients[1], gradients[0]) <= 1e-6
+
+
+def test_a_backward_pass_after_another_ones_step_is_an_error() -> None:
+    model = _Two()
+    model.reentrant = False
+    adapter = AtlasModel(model, vectors(model))
+    first, second = adapter(rows())
+    first.sum().backward()
+    with torch.no_grad():
+        adapter.coef.add_(1)
+    with pytest.raises(RuntimeError, match="coef was changed since the forward pass"):
+        second.sum().backward()
+    assert all(isinstance(one, nn.Parameter) for one in model.parameters())
+
+
 class _Normalised(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self, cast
 
 import torch
@@ -143,8 +144,20 @@ class AtlasModel(Coefficients):
             return taylor(self._run, self._recomputing.base(), weights, args, kwargs)
         outputs = self._run(weights, args, kwargs)
         if torch.is_grad_enabled() and not is_compiling() and active_transform() is None:
-            self._recomputing.watch(outputs, weights, shared=self._held is not None)
+            self._recomputing.watch(
+                (args, kwargs), outputs, weights, self._held is not None, partial(self._compose_again, self.coef._version)
+            )
         return outputs
+
+    def _compose_again(self, version: int) -> list[Tensor]:
+        """The weights of an earlier forward pass, for another backward pass through it."""
+        if self.coef._version != version:
+            raise RuntimeError(
+                "AtlasModel: coef was changed since the forward pass, whose weights an earlier backward pass has freed; "
+                "make all of its backward passes before the optimizer's step"
+            )
+        with torch.enable_grad():
+            return self._compose()
 
     def _run(self, weights: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's forward pass with other blocks."""

@@ -106,23 +106,24 @@ class Recomputing:
     def _in_place(self) -> list[Tensor]:
         return [_parameters(module)[name] for ((module, name), *_) in self._places]
 
-    def watch(self, outputs: Any, weights: Sequence[Tensor], shared: bool) -> None:
+    def watch(self, inputs: Any, outputs: Any, weights: Sequence[Tensor], shared: bool, again: Callable[[], Sequence[Tensor]]) -> None:
         """See to it that a backward pass from any of a forward pass's outputs meets the weights of that pass.
 
-        ``shared`` says that other forward passes have the same weights.
+        ``shared`` says that other forward passes have the same weights; ``again`` composes them anew, for a second backward pass.
         """
         if not weights[0].requires_grad:
             return
         node = weights[0].grad_fn
-        # A node of the composition keeps them until a backward pass frees it, which may be that of another forward pass; others and leaves
-        # have to be kept here.
+        # A node of the composition keeps them until a backward pass frees it, so that a loss that is kept for a while does not; others and
+        # leaves have to be kept here.
         kept = None if hasattr(node, "composer") and not shared else weights
         origin = weights[0] if node is None else node
 
         def install(gradients: Sequence[Tensor]) -> None:
-            self._install(origin, kept)
+            self._install(origin, kept, again)
 
-        seen = set()
+        # A backward pass through what the model was given goes without it.
+        seen = {one.grad_fn for one in tensors_of(inputs)}
         for one in tensors_of(outputs):
             if one.grad_fn is not None and one.grad_fn not in seen:
                 seen.add(one.grad_fn)
@@ -138,14 +139,12 @@ class Recomputing:
         finally:
             self._enter(before)
 
-    def _install(self, origin: Any, kept: Sequence[Tensor] | None) -> None:
+    def _install(self, origin: Any, kept: Sequence[Tensor] | None, again: Callable[[], Sequence[Tensor]]) -> None:
         before, task = self._now, torch._C._current_graph_task_id()
         same_pass = before is not None and before.task == task
         if same_pass and before is not None and before.origin is origin:
             return
-        weights = self._weights(origin) if kept is None else kept
-        if weights is None:
-            return
+        weights = self._weights(origin, again) if kept is None else kept
         if not same_pass:
             # A backward pass inside another one, as a reentrant checkpoint has it, gives the outer one its weights back.
             torch.autograd.Variable._execution_engine.queue_callback(_Leaving(lambda: self._leave(task, before)))
@@ -163,15 +162,12 @@ class Recomputing:
         return tuple((one, {name: buffer.clone() for name, buffer in one.named_buffers(recurse=False)}) for one in training)
 
     @staticmethod
-    def _weights(origin: Any) -> Sequence[Tensor] | None:
-        """What a composition's node keeps; None where its graph was freed, so that nothing of the forward pass can run again.
-
-        A model may return a tensor that it was given, through which a backward pass goes without it.
-        """
+    def _weights(origin: Any, again: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        """What a composition's node keeps, composed anew where a backward pass, of another output or a reentrant checkpoint, freed it."""
         try:
             weights: Sequence[Tensor] = origin.saved_tensors
         except RuntimeError:
-            return None
+            return again()
         return weights
 
     def _enter(self, wanted: _Installed | None) -> None:
