@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -173,8 +175,8 @@ def update_inplace_contest(shape: Shape, dtype: torch.dtype) -> Contest:
     )
 
 
-def switch_contest(shape: Shape, dtype: torch.dtype) -> Contest:
-    density, changed = 0.3, 0.02
+def switch_contest(shape: Shape, dtype: torch.dtype, changed: float = 0.02) -> Contest:
+    density = 0.3
     base, delta = weights(shape, 0, dtype), weights(shape, 1, dtype)
     old = packed_mask(shape, 2, density)
     difference = packed_mask(shape, 3, changed)
@@ -206,4 +208,5 @@ ROWS = (
     Row("masked_update", update_contest, "4 in 10 set"),
     Row("masked_update_", update_inplace_contest, "1 in 100 set"),
     Row("masked_switch_", switch_contest, "2 in 100 changed"),
+    Row("masked_switch_", partial(switch_contest, changed=0.5), "1 in 2 changed"),
 )

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/convert.h"
 #include "common/unaligned.h"
 
 namespace taskloom {
@@ -88,6 +89,32 @@ inline void expand_words(const uint64_t* words, Lane* __restrict__ lanes) {
       for (int i = 0; i < digits; ++i) to[i] = (bits & places.bit[i]) != 0 ? static_cast<Lane>(~Lane{0}) : Lane{0};
     }
   }
+}
+
+// A lane as a number and back: Acc's own bits, or bfloat16's (computed in float) where a lane has half the size.
+template <class Acc, class Lane>
+inline Acc lane_value(Lane lane) {
+  if constexpr (sizeof(Acc) == sizeof(Lane)) {
+    return __builtin_bit_cast(Acc, lane);
+  } else {
+    return static_cast<Acc>(bfloat16_to_float(static_cast<uint16_t>(lane)));
+  }
+}
+
+template <class Acc, class Lane>
+inline Lane value_lane(Acc value) {
+  if constexpr (sizeof(Acc) == sizeof(Lane)) {
+    return __builtin_bit_cast(Lane, value);
+  } else {
+    return static_cast<Lane>(float_to_bfloat16(static_cast<float>(value)));
+  }
+}
+
+// Whether lane_value and value_lane are those of a target's dtype, and a delta is in Acc.
+template <class Acc, class Lane>
+inline bool has_plain_lanes(DType target, DType delta) {
+  if (delta != (sizeof(Acc) == sizeof(float) ? DType::f32 : DType::f64)) return false;
+  return sizeof(Lane) == sizeof(Acc) || (sizeof(Acc) == sizeof(float) && target == DType::bf16);
 }
 
 template <class Lane>

@@ -58,17 +58,43 @@ void change_dense(const MaskedSwitch& change, int64_t at, int64_t n, const uint6
   }
 }
 
+// A whole block of the usual dtypes: delta in what is computed in, base as target. Only the result is put down in between, which the
+// compiler need not compare with the tensors' addresses.
+template <class Acc, class Lane>
+void change_plain(const MaskedSwitch& change, int64_t at, const uint64_t* changed, const uint64_t* wanted) {
+  constexpr int digits = LaneBits<Lane>::digits;
+  alignas(64) constexpr LaneBits<Lane> places;
+  alignas(64) Lane result[digits];
+  for (int64_t w = 0; w < mask_block_words; ++w) {
+    for (int part = 0; part < 64 / digits; ++part) {
+      const auto changed_bits = static_cast<Lane>(changed[w] >> (digits * part)),
+                 wanted_bits = static_cast<Lane>(wanted[w] >> (digits * part));
+      const int64_t from = at + 64 * w + digits * part;
+      for (int i = 0; i < digits; ++i) {
+        const Lane off = load_at<Lane>(change.base.data, from + i), kept = load_at<Lane>(change.target, from + i);
+        const Lane on = value_lane<Acc, Lane>(lane_value<Acc>(off) + load_at<Acc>(change.delta.data, from + i));
+        const Lane value = (wanted_bits & places.bit[i]) != 0 ? on : off;
+        result[i] = (changed_bits & places.bit[i]) != 0 ? value : kept;
+      }
+      std::memcpy(static_cast<char*>(change.target) + static_cast<int64_t>(sizeof(Lane)) * from, result, sizeof result);
+    }
+  }
+}
+
 template <class Acc, class Lane>
 void change_lanes(const MaskedSwitch& change, int64_t begin, int64_t n) {
   uint64_t changed[mask_block_words], wanted[mask_block_words];
   int32_t positions[sparse_limit];
+  const bool plain = change.base.dtype == change.target_dtype && has_plain_lanes<Acc, Lane>(change.target_dtype, change.delta.dtype);
   for (int64_t done = 0; done < n; done += mask_block) {
     const int64_t at = begin + done, size = n - done < mask_block ? n - done : mask_block;
     load_words(change.old_packed, at, size, mask_block_words, changed);
     load_words(change.new_packed, at, size, mask_block_words, wanted);
     for (int64_t w = 0; w < mask_block_words; ++w) changed[w] ^= wanted[w];
     const int64_t count = count_bits(changed, mask_block_words);
-    if (count > sparse_limit) {
+    if (count > sparse_limit && plain && size == mask_block) {
+      change_plain<Acc, Lane>(change, at, changed, wanted);
+    } else if (count > sparse_limit) {
       change_dense<Acc, Lane>(change, at, size, changed, wanted);
     } else if (count > 0) {
       set_positions(changed, positions);

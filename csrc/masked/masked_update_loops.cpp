@@ -42,12 +42,36 @@ void update_dense(const MaskedUpdate& update, int64_t at, int64_t n, const uint6
   }
 }
 
+// A whole block of the usual dtypes: delta in what is computed in. Only the result is put down in between, which the compiler need not
+// compare with the tensors' addresses.
+template <class Acc, class Lane>
+void update_plain(const MaskedUpdate& update, int64_t at, const uint64_t* words) {
+  constexpr int digits = LaneBits<Lane>::digits;
+  alignas(64) constexpr LaneBits<Lane> places;
+  alignas(64) Lane result[digits];
+  const auto scale = static_cast<Acc>(update.scale);
+  for (int64_t w = 0; w < mask_block_words; ++w) {
+    for (int part = 0; part < 64 / digits; ++part) {
+      const auto bits = static_cast<Lane>(words[w] >> (digits * part));
+      const int64_t from = at + 64 * w + digits * part;
+      for (int i = 0; i < digits; ++i) {
+        const Acc product = scale * load_at<Acc>(update.delta.data, from + i);
+        const Lane kept = load_at<Lane>(update.target.data, from + i);
+        const Lane changed = value_lane<Acc, Lane>(lane_value<Acc>(kept) + product);
+        result[i] = (bits & places.bit[i]) != 0 ? changed : kept;
+      }
+      std::memcpy(static_cast<char*>(update.out) + static_cast<int64_t>(sizeof(Lane)) * from, result, sizeof result);
+    }
+  }
+}
+
 template <class Acc, class Lane>
 void update_lanes(const MaskedUpdate& update, int64_t begin, int64_t n) {
   uint64_t words[mask_block_words];
   int32_t positions[sparse_limit];
   const auto* target = static_cast<const char*>(update.target.data);
   auto* out = static_cast<char*>(update.out);
+  const bool plain = has_plain_lanes<Acc, Lane>(update.target.dtype, update.delta.dtype);
   for (int64_t done = 0; done < n; done += mask_block) {
     const int64_t at = begin + done, size = n - done < mask_block ? n - done : mask_block;
     if (update.packed) {
@@ -56,6 +80,10 @@ void update_lanes(const MaskedUpdate& update, int64_t begin, int64_t n) {
       pack_words(update.mask + at, size, words);
     }
     const int64_t count = count_bits(words, mask_block_words);
+    if (count > sparse_limit && plain && size == mask_block) {
+      update_plain<Acc, Lane>(update, at, words);
+      continue;
+    }
     if (count > sparse_limit) {
       update_dense<Acc, Lane>(update, at, size, words);
       continue;

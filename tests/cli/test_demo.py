@@ -63,7 +63,7 @@ def test_json_is_complete_and_is_what_was_written(small: tuple[Path, Result]) ->
         assert (row["alpha"] in shown["alphas"]) == (row["name"] in MERGES[1:])
     assert {"build", "tune", "merge", "compress", "total"} == set(shown["seconds"])
     compression = shown["compression"]
-    assert compression["stored_bytes"] == sum(compression[f"{part}_bytes"] for part in ("base", "vector", "mask"))
+    assert compression["stored_bytes"] == sum(compression[f"{part}_bytes"] for part in ("base", "vector", "mask", "header"))
     assert len(shown["cosines"]) == 2
 
 

@@ -39,12 +39,14 @@ def test_only_changed_entries_are_written(density: float) -> None:
     assert torch.equal(~target.isnan(), taskloom.unpack_mask(flips, (numel,)))
 
 
-def test_base_bits_are_copied() -> None:
-    raw = torch.randint(-(1 << 15), 1 << 15, (4000,), generator=torch.Generator().manual_seed(0), dtype=torch.int16)
+@pytest.mark.parametrize(("integer", "dtype"), [(torch.int16, torch.bfloat16), (torch.int32, torch.float32)])
+def test_base_bits_are_copied(integer: torch.dtype, dtype: torch.dtype) -> None:
+    bounds = torch.iinfo(integer)
+    raw = torch.randint(bounds.min, bounds.max, (4000,), generator=torch.Generator().manual_seed(0), dtype=integer)
     none = torch.zeros(500, dtype=torch.uint8)
     for density in (0.02, 0.5):
         packed = random_packed(4000, density=density)
-        base = raw.view(torch.bfloat16)
+        base = raw.view(dtype)
         target = torch.zeros_like(base)
         taskloom.masked_switch_(target, base, torch.ones(4000), packed, none)
         chosen = taskloom.unpack_mask(packed, (4000,))

@@ -10,19 +10,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from taskloom.archive.compress import compress_checkpoints
     from taskloom.archive.extract import ExtractReport, extract_task
-    from taskloom.archive.opened import TallArchive, open_archive
+    from taskloom.archive.memory import TallArchive
+    from taskloom.archive.opened import OpenedArchive, open_archive
+    from taskloom.archive.packed import PackedMask
     from taskloom.archive.report import CompressReport
 
 _MODULES = {
     "CompressReport": "report",
     "ExtractReport": "extract",
-    "TallArchive": "opened",
+    "OpenedArchive": "opened",
+    "PackedMask": "packed",
+    "TallArchive": "memory",
     "compress_checkpoints": "compress",
     "extract_task": "extract",
     "open_archive": "opened",
 }
 
-__all__ = ["CompressReport", "ExtractReport", "TallArchive", "compress_checkpoints", "extract_task", "open_archive"]
+__all__ = [
+    "CompressReport",
+    "ExtractReport",
+    "OpenedArchive",
+    "PackedMask",
+    "TallArchive",
+    "compress_checkpoints",
+    "extract_task",
+    "open_archive",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from taskloom.archive.compress import copy_tensor, write_index
 from taskloom.archive.format import ArchivedTask, mask_bytes, mask_name, vector_name
-from taskloom.archive.opened import TallArchive, open_archive
+from taskloom.archive.opened import OpenedArchive, open_archive
 from taskloom.archive.pieces import TORCH_DTYPES, Piece, Progress, Reader, Writer, cut_pieces, run_pieces
 from taskloom.archive.restore import restore_values
 from taskloom.merge.errors import CheckpointError, MergeError
@@ -24,22 +24,6 @@ from taskloom.merge.output import INDEX, check_output, copy_side_files
 from taskloom.merge.report import taskloom_version
 from taskloom.merge.shards import Layout, PlannedTensor, lay_out, parse_size
 from taskloom.merge.working import working_folder
-
-_COPIED_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    **TORCH_DTYPES,
-}
 
 
 @dataclass(frozen=True)
@@ -94,7 +78,7 @@ class _Part:
     dtype: str
 
 
-def _parts(archive: TallArchive, task: ArchivedTask) -> list[_Part]:
+def _parts(archive: OpenedArchive, task: ArchivedTask) -> list[_Part]:
     tensors = archive.checkpoint.tensors
     return [
         _Part(name, base, tensors[vector_name(name)], tensors[mask_name(task.name, name)], task.dtypes.get(name, base.dtype))
@@ -121,13 +105,13 @@ def _restore_piece(reader: Reader, part: _Part, piece: Piece) -> tuple[Tensor, i
     return restored, base.nbytes + vector.nbytes + packed.nbytes
 
 
-def default_output(archive: TallArchive, task: str) -> Path:
+def default_output(archive: OpenedArchive, task: str) -> Path:
     """Where a task goes that is given no place: ``ARCHIVE-TASK`` beside the archive."""
     path = archive.path.absolute()
     return path.with_name(f"{path.name.removesuffix('.safetensors')}-{task}")
 
 
-def _layout(archive: TallArchive, task: ArchivedTask, limit: int) -> Layout:
+def _layout(archive: OpenedArchive, task: ArchivedTask, limit: int) -> Layout:
     shared = {name: task.dtypes.get(name) for name in archive.tensors() if archive.has_mask(name)}
     planned = [PlannedTensor(name, shared.get(name) or entry.dtype, entry.shape) for name, entry in archive.tensors().items()]
     return lay_out(planned, limit)
@@ -143,7 +127,7 @@ def _config_dtype(parts: Iterable[_Part]) -> str | None:
 class PlannedExtraction:
     """A task and the layout of its checkpoint; ``progress_total`` is what the count of bytes reaches."""
 
-    archive: TallArchive
+    archive: OpenedArchive
     task: ArchivedTask
     parts: tuple[_Part, ...]
     copied: tuple[tuple[str, TensorEntry], ...]
@@ -161,7 +145,7 @@ class PlannedExtraction:
         return self.bytes_in + self.layout.total_size
 
 
-def plan_extraction(archive: str | Path | TallArchive, task: str, *, shard_size: str | int = "5GB") -> PlannedExtraction:
+def plan_extraction(archive: str | Path | OpenedArchive, task: str, *, shard_size: str | int = "5GB") -> PlannedExtraction:
     """Open an archive and lay a task's checkpoint out, writing nothing.
 
     Raises
@@ -170,7 +154,7 @@ def plan_extraction(archive: str | Path | TallArchive, task: str, *, shard_size:
         If the archive is damaged or has no such task, or the shard size is none.
     """
     limit = parse_size(shard_size)
-    opened = archive if isinstance(archive, TallArchive) else open_archive(archive)
+    opened = archive if isinstance(archive, OpenedArchive) else open_archive(archive)
     found = opened.task(task)
     copied = tuple((name, entry) for name, entry in opened.tensors().items() if not opened.has_mask(name))
     return PlannedExtraction(opened, found, tuple(_parts(opened, found)), copied, _layout(opened, found, limit))
@@ -231,7 +215,7 @@ def run_extraction(
 
 
 def extract_task(
-    archive: str | Path | TallArchive,
+    archive: str | Path | OpenedArchive,
     task: str,
     out: str | Path | None = None,
     *,
@@ -275,13 +259,13 @@ def extract_task(
     return run_extraction(planned, out, threads=threads, copy_tokenizer=copy_tokenizer, overwrite=overwrite, progress=progress)
 
 
-def read_masks(archive: TallArchive, task: ArchivedTask) -> dict[str, Tensor]:
+def read_masks(archive: OpenedArchive, task: ArchivedTask) -> dict[str, Tensor]:
     """A task's packed masks by tensor."""
     with Reader() as reader:
-        return {part.name: reader.read_bytes(part.mask, 0, part.mask.nbytes).clone() for part in _parts(archive, task)}
+        return {part.name: reader.read_whole(part.mask) for part in _parts(archive, task)}
 
 
-def restored_state(archive: TallArchive, task: ArchivedTask) -> dict[str, Tensor]:
+def restored_state(archive: OpenedArchive, task: ArchivedTask) -> dict[str, Tensor]:
     """A task's weights by tensor, in memory."""
     state: dict[str, Tensor] = {}
     parts = {part.name: part for part in _parts(archive, task)}
@@ -289,9 +273,7 @@ def restored_state(archive: TallArchive, task: ArchivedTask) -> dict[str, Tensor
         _check_tails(parts.values(), reader)
         for name, entry in archive.tensors().items():
             if name not in parts:
-                if entry.dtype not in _COPIED_DTYPES:
-                    raise CheckpointError(f"{entry.file}: tensor {name!r} is {entry.dtype}, which torch has no dtype for")
-                state[name] = reader.read_bytes(entry, 0, entry.nbytes).clone().view(_COPIED_DTYPES[entry.dtype]).reshape(entry.shape)
+                state[name] = reader.read_whole(entry)
                 continue
             part = parts[name]
             whole = torch.empty(entry.numel, dtype=TORCH_DTYPES[part.dtype])

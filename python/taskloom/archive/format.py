@@ -23,6 +23,10 @@ REPORT = "compress_report.json"
 BASE, VECTOR, MASK = "base/", "vector/", "mask/"
 
 
+class ArchiveError(CheckpointError, ValueError):
+    """An archive whose parts do not fit each other."""
+
+
 def base_name(tensor: str) -> str:
     """Where the archive keeps a tensor of the base."""
     return BASE + tensor

@@ -12,6 +12,7 @@ from taskloom.archive.format import (
     MASK,
     VECTOR,
     ArchivedTask,
+    ArchiveError,
     ArchiveInfo,
     base_name,
     mask_bytes,
@@ -27,10 +28,12 @@ from taskloom.merge.locate import Located, locate
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from taskloom.archive.memory import TallArchive
+
 
 @dataclass(frozen=True)
-class TallArchive:
-    """An opened archive. Its weights stay in its files until they are asked for.
+class OpenedArchive:
+    """An archive in its files. Headers are read and checked; weights stay where they are until they are asked for.
 
     Attributes
     ----------
@@ -101,25 +104,37 @@ class TallArchive:
 
         return restored_state(self, self.task(task))
 
+    def load(self) -> TallArchive:
+        """The whole archive in memory, from where it switches a live module between its tasks.
+
+        Raises
+        ------
+        CheckpointError
+            If a file cannot be read or the archive is damaged.
+        """
+        from taskloom.archive.files import load_archive
+
+        return load_archive(self)
+
 
 def _check_shared(where: str, tensors: Mapping[str, TensorEntry], name: str, info: ArchiveInfo) -> int:
     """Check vector and masks of one tensor against the base's; returns its entries."""
     vector, base = tensors[vector_name(name)], tensors.get(base_name(name))
     if base is None:
-        raise CheckpointError(f"{where}: tensor {base_name(name)!r} is missing; {vector_name(name)!r} belongs to it")
+        raise ArchiveError(f"{where}: tensor {base_name(name)!r} is missing; {vector_name(name)!r} belongs to it")
     if base.dtype not in FLOATING:
-        raise CheckpointError(f"{where}: tensor {base_name(name)!r} is {base.dtype}, expected one of {', '.join(FLOATING)}")
+        raise ArchiveError(f"{where}: tensor {base_name(name)!r} is {base.dtype}, expected one of {', '.join(FLOATING)}")
     if vector.dtype not in ("F32", "F64") or vector.shape != base.shape:
-        raise CheckpointError(
+        raise ArchiveError(
             f"{where}: tensor {vector_name(name)!r} is {vector.dtype} {list(vector.shape)}, expected F32 or F64 {list(base.shape)}"
         )
     for task in info.tasks:
         stored = mask_name(task.name, name)
         mask = tensors.get(stored)
         if mask is None:
-            raise CheckpointError(f"{where}: tensor {stored!r} is missing")
+            raise ArchiveError(f"{where}: tensor {stored!r} is missing")
         if mask.dtype != "U8" or mask.shape != (mask_bytes(base.numel),):
-            raise CheckpointError(
+            raise ArchiveError(
                 f"{where}: tensor {stored!r} is {mask.dtype} {list(mask.shape)}, expected U8 [{mask_bytes(base.numel)}] for the "
                 f"{base.numel} entries of {base_name(name)!r}"
             )
@@ -133,18 +148,18 @@ def _check(where: str, tensors: Mapping[str, TensorEntry], info: ArchiveInfo) ->
     for name in tensors:
         if not name.startswith((BASE, VECTOR)) and name not in known:
             whose = "no task or vector of the archive" if name.startswith(MASK) else "no part of an archive"
-            raise CheckpointError(f"{where}: tensor {name!r} belongs to {whose}")
+            raise ArchiveError(f"{where}: tensor {name!r} belongs to {whose}")
     if (len(shared), parameters) != (info.tensors, info.parameters):
-        raise CheckpointError(
+        raise ArchiveError(
             f"{where}: holds {len(shared)} tensors with masks ({parameters} entries), its metadata says {info.tensors} ({info.parameters})"
         )
     for task in info.tasks:
         strange = sorted(set(task.dtypes) - set(shared))
         if strange:
-            raise CheckpointError(f"{where}: damaged metadata: dtypes of task {task.name!r} names {strange[0]!r}, which has no mask")
+            raise ArchiveError(f"{where}: damaged metadata: dtypes of task {task.name!r} names {strange[0]!r}, which has no mask")
 
 
-def open_archive(archive: str | Path) -> TallArchive:
+def open_archive(archive: str | Path) -> OpenedArchive:
     """Open a TALL-mask archive and check that its parts fit each other. No weights are read.
 
     Parameters
@@ -170,4 +185,4 @@ def open_archive(archive: str | Path) -> TallArchive:
         if metadata != described[first]:
             raise CheckpointError(f"{path}: its metadata is not that of {first.name}; the files are of different archives")
     _check(where, checkpoint.tensors, info)
-    return TallArchive(located.path, info, checkpoint)
+    return OpenedArchive(located.path, info, checkpoint)

@@ -24,6 +24,24 @@ from taskloom.merge.shards import Layout
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "U8": torch.uint8}
 
+COPIED_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    **TORCH_DTYPES,
+}
+
+CODES = {dtype: code for code, dtype in COPIED_DTYPES.items()}
+
 # Entries of a piece: a multiple of 8, so that every piece's mask begins on a byte; small enough for its tensors to stay in a core's cache.
 PIECE = 1 << 17
 
@@ -114,6 +132,20 @@ class Reader:
         read = self._buffers.take(count, torch.uint8, slot)
         self._fill(entry.file, entry.offset + begin, read.numpy().data)
         return read
+
+    def read_whole(self, entry: TensorEntry) -> Tensor:
+        """A tensor of any dtype, in memory of its own.
+
+        Raises
+        ------
+        CheckpointError
+            If torch has no such dtype.
+        """
+        if entry.dtype not in COPIED_DTYPES:
+            raise CheckpointError(f"{entry.file}: a tensor is {entry.dtype}, which torch has no dtype for")
+        whole = torch.empty(entry.nbytes, dtype=torch.uint8)
+        self._fill(entry.file, entry.offset, whole.numpy().data)
+        return whole.view(COPIED_DTYPES[entry.dtype]).reshape(entry.shape)
 
     def read(self, entry: TensorEntry, piece: Piece, slot: int = 0) -> Tensor:
         """A piece of a floating-point tensor, one-dimensional and in its dtype; valid as long as :meth:`read_bytes`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +136,22 @@ def _info(recipe: Recipe, cast: Cast, compression: Compression, shared: Sequence
     )
 
 
-def _archive_tensors(cast: Cast, shared: Sequence[SharedTensor], tasks: Sequence[str]) -> list[PlannedTensor]:
-    """Base, vector, then one task after the other, so that the shards of another task are not needed to restore one."""
-    planned = [PlannedTensor(base_name(name), entry.dtype, entry.shape) for name, entry in cast.reference.tensors.items()]
-    planned += [PlannedTensor(vector_name(tensor.name), tensor.vector_dtype, tensor.base.shape) for tensor in shared]
+def archive_tensors(base: Iterable[PlannedTensor], shared: Sequence[PlannedTensor], tasks: Sequence[str]) -> list[PlannedTensor]:
+    """Base, vector, then one task after the other, so that the shards of another task are not needed to restore one.
+
+    Parameters
+    ----------
+    base
+        The base's tensors by their own names.
+    shared
+        The vector's, which are those with masks, sorted by name.
+    tasks
+        The tasks' names.
+    """
+    planned = [PlannedTensor(base_name(tensor.name), tensor.dtype, tensor.shape) for tensor in base]
+    planned += [PlannedTensor(vector_name(tensor.name), tensor.dtype, tensor.shape) for tensor in shared]
     for task in tasks:
-        planned += [PlannedTensor(mask_name(task, tensor.name), "U8", (mask_bytes(tensor.base.numel),)) for tensor in shared]
+        planned += [PlannedTensor(mask_name(task, tensor.name), "U8", (mask_bytes(prod(tensor.shape)),)) for tensor in shared]
     return planned
 
 
@@ -176,7 +187,9 @@ def plan_archive(source: str | Path | Mapping[str, Any], *, shard_size: str | in
     if compression.vector == "ties":
         _refuse_wide_mixture(shared)
     info = _info(recipe, cast, compression, shared)
-    layout = lay_out(_archive_tensors(cast, shared, compression.tasks), limit, stem=STEM, metadata=info.to_metadata())
+    whole = [PlannedTensor(name, entry.dtype, entry.shape) for name, entry in cast.reference.tensors.items()]
+    vector = [PlannedTensor(tensor.name, tensor.vector_dtype, tensor.base.shape) for tensor in shared]
+    layout = lay_out(archive_tensors(whole, vector, compression.tasks), limit, stem=STEM, metadata=info.to_metadata())
     return PlannedArchive(
         recipe=recipe,
         cast=cast,

@@ -186,13 +186,13 @@ class TiesVector:
                 left -= quotas[-1]
             self._quotas.append(quotas)
 
-    def _masks(self, piece: Piece, base: Tensor, tuned: Sequence[Tensor]) -> list[Tensor]:
+    def _masks(self, piece: Piece, deltas: Sequence[Tensor]) -> list[Tensor]:
         masks = []
-        for task, values in enumerate(tuned):
+        for task, delta in enumerate(deltas):
             threshold, equal_kept = self._thresholds[task]
             if self._quotas[task]:
                 equal_kept = torch.tensor(self._quotas[task][piece.index])
-            masks.append(taskloom.magnitude_mask(values, base, threshold=MagnitudeThreshold(threshold, equal_kept), packed=True))
+            masks.append(taskloom.magnitude_mask(delta, threshold=MagnitudeThreshold(threshold, equal_kept), packed=True))
         return masks
 
     def _deltas(self, base: Tensor, tuned: Sequence[Tensor]) -> list[Tensor]:
@@ -209,7 +209,8 @@ class TiesVector:
         def count(piece: Piece, base: Tensor, tuned: list[Tensor]) -> None:
             nonlocal total
             votes = self._take(base, 0)
-            taskloom.sparse_merge(None, self._deltas(base, tuned), select="mask", masks=self._masks(piece, base, tuned), out=votes)
+            deltas = self._deltas(base, tuned)
+            taskloom.sparse_merge(None, deltas, select="mask", masks=self._masks(piece, deltas), out=votes)
             here = int(torch.count_nonzero(votes > 0)) - int(torch.count_nonzero(votes < 0))
             with lock:
                 total += here
@@ -220,10 +221,10 @@ class TiesVector:
     def piece(self, piece: Piece, base: Tensor, tuned: list[Tensor]) -> Tensor:
         """The vector's values of one piece, float32 or float64; this thread's until the next call."""
         deltas = self._deltas(base, tuned)
+        masks = self._masks(piece, deltas)
         if self._sign < 0:
             # The election gives a zero vote to the positive entries; turned around, to the negative ones.
             deltas = [delta.neg_() for delta in deltas]
-        masks = self._masks(piece, base, tuned)
         summed = self._take(base, 0)
         taskloom.sparse_merge(None, deltas, select="mask", masks=masks, elect="sign_sum", zero_sign="positive", out=summed)
         # Adding zero turns a negative zero into a positive one.

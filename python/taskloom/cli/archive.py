@@ -12,7 +12,7 @@ from taskloom.cli.tables import byte_bar, print_json, size
 
 if TYPE_CHECKING:
     from taskloom.archive.extract import ExtractReport
-    from taskloom.archive.opened import TallArchive
+    from taskloom.archive.opened import OpenedArchive
     from taskloom.archive.report import CompressReport
 
 
@@ -106,7 +106,7 @@ def compress(recipe: Path | None, out: Path | None, init: bool, debug: bool, **o
         _compress(recipe, out, options)
 
 
-def _print_tasks(archive: TallArchive, as_json: bool) -> None:
+def _print_tasks(archive: OpenedArchive, as_json: bool) -> None:
     from dataclasses import asdict
 
     info = archive.info

@@ -38,7 +38,8 @@ class Alignment:
     notes: tuple[str, ...]
 
 
-def _is_computed(name: str) -> bool:
+def is_recomputed(name: str) -> bool:
+    """Whether a tensor is a buffer that models compute when they are built: it is copied, never merged or masked."""
     return name.endswith(_COMPUTED)
 
 
@@ -86,7 +87,7 @@ def _match(reference: Checkpoint, member: Checkpoint, notes: list[str]) -> dict[
     missing: list[str] = []
     unlike: list[tuple[str, str, str]] = []
     for name, expected in reference.tensors.items():
-        if expected.dtype not in FLOATING or _is_computed(name):
+        if expected.dtype not in FLOATING or is_recomputed(name):
             continue
         found = member.tensors.get(name)
         if found is None:
@@ -103,7 +104,7 @@ def _match(reference: Checkpoint, member: Checkpoint, notes: list[str]) -> dict[
         matched[name] = found
     extra = []
     for name, entry in member.tensors.items():
-        if name in reference.tensors or entry.dtype not in FLOATING or _is_computed(name):
+        if name in reference.tensors or entry.dtype not in FLOATING or is_recomputed(name):
             continue
         if tied_embedding(reference, name, entry.shape) is not None and is_tied_copy(member, name):
             notes.append(f"{member.label}: {name} is tied and not in {reference.label}, so it is left out")
@@ -141,7 +142,7 @@ def align(reference: Checkpoint, members: Sequence[Checkpoint]) -> Alignment:
     tensors = []
     copied = []
     for name, entry in reference.tensors.items():
-        if entry.dtype not in FLOATING or _is_computed(name):
+        if entry.dtype not in FLOATING or is_recomputed(name):
             copied.append(name)
             tensors.append(AlignedTensor(name, entry, None, name))
             continue

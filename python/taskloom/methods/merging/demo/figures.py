@@ -123,7 +123,7 @@ def storage_bars(results: DemoResults) -> bytes:
     parts = [
         ("base", [0, compression.base_bytes, 0], _REFERENCE),
         ("multi-task vector", [0, compression.vector_bytes, 0], _MERGED),
-        (f"{results.tasks} packed masks", [0, compression.mask_bytes, 0], _RESTORED),
+        (f"{results.tasks} packed masks, headers", [0, compression.mask_bytes + compression.header_bytes, 0], _RESTORED),
         ("fine-tuned checkpoints", [compression.separate_bytes, 0, 0], "#d9822b"),
         ("one merged model", [0, 0, merged], "#8d6cab"),
     ]

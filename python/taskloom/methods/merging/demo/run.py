@@ -18,12 +18,13 @@ from typing import Any
 import yaml
 from safetensors.torch import load_file
 
+from taskloom.archive import open_archive
 from taskloom.merge import merge_checkpoints
 from taskloom.methods.merging.demo.errors import DemoError
 from taskloom.methods.merging.demo.folder import DemoFolder
 from taskloom.methods.merging.demo.recipes import ALPHAS, METHODS, DemoMethod
 from taskloom.methods.merging.demo.results import DemoResults, Row, make_row
-from taskloom.methods.merging.demo.tall import TallCompression, compress, load_restored
+from taskloom.methods.merging.demo.tall import TallCompression, compress
 from taskloom.methods.merging.projected_digits import ProjectedDigits, build
 from taskloom.methods.threads import one_thread
 
@@ -103,18 +104,17 @@ def _merge_row(digits: ProjectedDigits, folder: DemoFolder, method: DemoMethod, 
     )
 
 
-def _reference_rows(digits: ProjectedDigits, compression: TallCompression) -> list[Row]:
-    single = digits.single_task
+def _reference_rows(digits: ProjectedDigits, folder: DemoFolder, compression: TallCompression) -> list[Row]:
+    single, base = digits.single_task, folder.models / "base" / _WEIGHTS
     return [
-        make_row("pre-trained", digits.accuracies(digits.base), single, bytes_written=compression.base_bytes),
+        make_row("pre-trained", digits.accuracies(digits.base), single, bytes_written=base.stat().st_size),
         make_row("single-task", single, single, bytes_written=compression.separate_bytes),
     ]
 
 
 def _restored_row(digits: ProjectedDigits, folder: DemoFolder, compression: TallCompression) -> Row:
-    base = folder.models / "base" / _WEIGHTS
-    names = _task_names(digits)
-    accuracy = [digits.accuracy(load_restored(base, folder.tall, name), task) for task, name in enumerate(names)]
+    archive = open_archive(folder.tall)
+    accuracy = [digits.accuracy(archive.state_dict(name), task) for task, name in enumerate(archive.tasks)]
     return make_row("tall_restored", accuracy, digits.single_task, bytes_written=compression.stored_bytes)
 
 
@@ -184,8 +184,9 @@ def _run(folder: DemoFolder, seed: int, tasks: int, width: int, alphas: Sequence
     folder.recipes.mkdir()
     with clock.part("merge", f"{len(METHODS)} recipes merged by `taskloom merge` and evaluated"):
         merges = [_merge_row(digits, folder, method, picked.get(method.name)) for method in METHODS]
-    with clock.part("compress", "TALL masks written, every task restored from them and evaluated"):
-        compression = compress(folder.models, _task_names(digits), folder.tall, lambda task, state: digits.accuracy(state, task, "val"))
+    with clock.part("compress", "TALL-mask archive written, every task restored from it and evaluated"):
+        names = _task_names(digits)
+        compression = compress(folder.models, names, folder.tall, lambda task, state: digits.accuracy(state, names.index(task), "val"))
         restored = _restored_row(digits, folder, compression)
     return DemoResults(
         seed=seed,
@@ -193,7 +194,7 @@ def _run(folder: DemoFolder, seed: int, tasks: int, width: int, alphas: Sequence
         width=width,
         parameters=sum(value.numel() for value in digits.base.values()),
         alphas=list(alphas),
-        rows=[*_reference_rows(digits, compression), *merges, restored],
+        rows=[*_reference_rows(digits, folder, compression), *merges, restored],
         cosines=_cosines(folder),
         compression=compression,
         seconds=clock.parts | {"total": time.perf_counter() - clock.start},

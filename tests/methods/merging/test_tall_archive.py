@@ -1,0 +1,403 @@
+"""The archive in memory: tasks in live modules, the way to and from the files of ``taskloom compress``, sizes, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tall_states import State, Toy, floats, make_models, same, toy_models
+from torch import Tensor, nn
+
+from taskloom import TaskVector
+from taskloom.archive import compress_checkpoints, extract_task, open_archive
+from taskloom.merge import CheckpointError, OutputError
+from taskloom.merge.header import read_metadata
+from taskloom.methods.merging.tall_masks import PackedMask, TallArchive, multi_task_vector, restore_task, tall_masks
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+LAMBDAS = {"task-0": 0.2, "task-1": 0.4, "task-2": 1.0}
+
+
+def _state(module: nn.Module) -> State:
+    return {name: values.clone() for name, values in module.state_dict().items() if not name.startswith("head")}
+
+
+@pytest.mark.parametrize("method", ["sum", "ties"])
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+def test_restores_what_the_functions_restore(method: Any, dtype: torch.dtype) -> None:
+    base, tuned = make_models(3, dtype)
+    archive = TallArchive.build(base, tuned, method=method, tall_mask_lambda=LAMBDAS)
+    tau = multi_task_vector(base, tuned, method)
+    masks = tall_masks(base, tuned, tau, LAMBDAS)
+    assert archive.tasks == ("task-0", "task-1", "task-2")
+    assert same(dict(archive.vector), tau)
+    assert dict(archive.masks) == masks
+    for task, mask in masks.items():
+        assert same(archive.state_dict(task), restore_task(base, tau, mask))
+
+
+def test_a_task_has_its_own_dtype() -> None:
+    base, tuned = make_models(2, BF16)
+    tuned["task-1"] = {name: values.to(F16) if values.is_floating_point() else values for name, values in tuned["task-1"].items()}
+    archive = TallArchive.build(base, tuned)
+    assert {values.dtype for values in archive.state_dict("task-1").values()} == {F16, torch.int64}
+    assert {values.dtype for values in archive.state_dict("task-0").values()} == {BF16, torch.int64}
+    vectors = {task: TaskVector(base, state) for task, state in tuned.items()}
+    assert {values.dtype for values in TallArchive.build(base, vectors).state_dict("task-1").values()} == {BF16, torch.int64}
+    assert TallArchive.build(base, vectors).masks == archive.masks
+
+
+def test_lambda_is_picked_by_validation() -> None:
+    base, tuned = make_models(3)
+    archive = TallArchive.build(base, tuned, evaluate=lambda task, state: 0.0, grid=(0.5, 0.3))
+    assert [task.tall_mask_lambda for task in archive.info.tasks] == [0.3] * 3
+    assert archive.masks == TallArchive.build(base, tuned, tall_mask_lambda=0.3).masks
+    assert TallArchive.build(base, tuned).masks == TallArchive.build(base, tuned, tall_mask_lambda=0.4).masks
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
+def test_invariant_8_switching_there_and_back_restores_every_bit(dtype: torch.dtype) -> None:
+    base, tuned = toy_models(3, dtype)
+    archive = TallArchive.build(base, tuned)
+    module = Toy(dtype)
+    head = copy.deepcopy(module.head.state_dict())
+    seen: dict[str, State] = {}
+    for task in ("task-0", "task-1", "task-0", "task-2", "task-1", "task-2", "task-2", "task-0"):
+        assert archive.apply_(module, task) is module
+        assert same(_state(module), seen.setdefault(task, _state(module)))
+        assert same({name: _state(module)[name] for name in base}, archive.state_dict(task))
+    assert same(dict(module.head.state_dict()), dict(head))
+
+
+def test_a_switch_touches_only_what_differs() -> None:
+    base, tuned = toy_models(2)
+    archive = TallArchive.build(base, tuned)
+    module = archive.apply_(Toy(), "task-0")
+    differs = {name: bits != archive.masks["task-1"].unpack()[name] for name, bits in archive.masks["task-0"].unpack().items()}
+    assert any(entries.any() and not entries.all() for entries in differs.values())
+    for parameter in module.parameters():
+        # Through .data nothing is counted, so that the next call cannot know.
+        parameter.data.fill_(7)
+    wanted = archive.state_dict("task-1")
+    archive.apply_(module, "task-1")
+    for name, values in _state(module).items():
+        if name in differs:
+            assert torch.equal(values, torch.where(differs[name], wanted[name], 7))
+    archive.apply_(module, "task-1", full=True)
+    assert same({name: _state(module)[name] for name in base}, wanted)
+
+
+def _step(module: nn.Module) -> None:
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def _load(module: nn.Module) -> None:
+    module.load_state_dict({name: torch.zeros_like(values) for name, values in module.state_dict().items()})
+
+
+def _replace(module: nn.Module) -> None:
+    assert isinstance(module, Toy)
+    module.norm = nn.Parameter(torch.zeros(9))
+
+
+def _give_memory(module: nn.Module) -> None:
+    assert isinstance(module, Toy)
+    module.norm.data = torch.zeros(9)
+
+
+def _count_buffer(module: nn.Module) -> None:
+    assert isinstance(module.position_ids, Tensor)
+    module.position_ids.add_(1)
+
+
+def _other_archive(module: nn.Module) -> None:
+    base, tuned = toy_models(2)
+    TallArchive.build(base, tuned, tall_mask_lambda=1.0).apply_(module, "task-1")
+
+
+@pytest.mark.parametrize("change", [_step, _load, _replace, _give_memory, _count_buffer, _other_archive])
+@pytest.mark.parametrize("task", ["task-0", "task-1"])
+def test_changes_in_between_are_noticed(change: Any, task: str) -> None:
+    base, tuned = toy_models(2)
+    archive = TallArchive.build(base, tuned)
+    module = archive.apply_(Toy(), "task-0")
+    change(module)
+    archive.apply_(module, task)
+    assert same({name: _state(module)[name] for name in base}, archive.state_dict(task))
+
+
+def test_copies_and_inference_tensors_are_written_whole() -> None:
+    base, tuned = toy_models(2)
+    archive = TallArchive.build(base, tuned)
+    module = archive.apply_(Toy(), "task-0")
+    other = copy.deepcopy(module)
+    other.norm.data.zero_()
+    archive.apply_(other, "task-1")
+    assert same({name: _state(other)[name] for name in base}, archive.state_dict("task-1"))
+    assert same({name: _state(module)[name] for name in base}, archive.state_dict("task-0"))
+    with torch.inference_mode():
+        frozen = Toy()
+        for task in ("task-0", "task-1", "task-0"):
+            archive.apply_(frozen, task)
+            assert same({name: _state(frozen)[name] for name in base}, archive.state_dict(task))
+
+
+def test_a_module_of_another_dtype_strides_and_tied_weights() -> None:
+    base, tuned = toy_models(2)
+    archive = TallArchive.build(base, tuned)
+    module = Toy(BF16)
+    module.embed.weight = nn.Parameter(torch.empty(5, 13, dtype=BF16).T)
+    for task in ("task-0", "task-1", "task-0"):
+        archive.apply_(module, task)
+        for name, values in archive.state_dict(task).items():
+            assert torch.equal(module.state_dict()[name], values.to(BF16) if values.is_floating_point() else values)
+    assert module.embed.weight.stride() == (1, 13)
+
+    tied = nn.ModuleDict({"a": nn.Linear(3, 2, bias=False), "b": nn.Linear(3, 2, bias=False)})
+    tied["b"].weight = tied["a"].weight
+    models = {"one": copy.deepcopy(tied), "two": copy.deepcopy(tied)}
+    for seed, model in enumerate(models.values()):
+        nn.init.normal_(next(model.parameters()), generator=torch.Generator().manual_seed(seed))
+    both = TallArchive.build(tied, models, method="ties", trim=1.0)
+    for task in ("one", "two", "one"):
+        both.apply_(tied, task)
+        assert same(_state(tied), both.state_dict(task))
+
+
+def test_the_archive_owns_its_memory() -> None:
+    module = Toy()
+    base, tuned = _state(module), {}
+    for number in range(2):
+        tuned[f"task-{number}"] = {
+            name: values + (0.1 * number + 0.1 if values.is_floating_point() else 0) for name, values in base.items()
+        }
+    live = {name: values for name, values in module.state_dict().items() if not name.startswith("head")}
+    archive = TallArchive.build(live, tuned)
+    archive.apply_(module, "task-0")
+    assert same(dict(archive.base), base)
+    archive.state_dict("task-0")["norm"].zero_()
+    assert archive.state_dict("task-0")["norm"].any()
+
+
+def test_modules_are_not_kept_alive() -> None:
+    base, tuned = toy_models(2)
+    archive = TallArchive.build(base, tuned)
+    archive.apply_(Toy(), "task-0")
+    gc.collect()
+    assert not archive._applied
+
+
+def test_bad_modules_stay_as_they_were() -> None:
+    base, tuned = toy_models(2)
+    archive = TallArchive.build(base, tuned)
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (nn.Linear(2, 2), KeyError, "apply_: module: expected the archive's tensors; it lacks 'embed.weight', 'norm', 'scale' and 1 more"),
+        (Toy().to("meta"), ValueError, "'embed.weight': expected it on cpu as the archive, got meta"),
+    ]
+    narrow, whole = Toy(), Toy()
+    narrow.norm = nn.Parameter(torch.zeros(3))
+    whole.norm = nn.Parameter(torch.zeros(9, dtype=torch.int64), requires_grad=False)
+    cases.append((narrow, ValueError, r"'norm': expected shape \(9,\), got \(3,\)"))
+    cases.append((whole, TypeError, r"'norm': expected floating point, got torch.int64"))
+    for module, error, message in cases:
+        before = {name: values.clone() for name, values in module.state_dict().items()}
+        with pytest.raises(error, match=message):
+            archive.apply_(module, "task-0")
+        assert all(values.is_meta or torch.equal(values, before[name]) for name, values in module.state_dict().items())
+    for call in (lambda: archive.apply_(Toy(), "task-9"), lambda: archive.state_dict("task-9")):
+        with pytest.raises(KeyError, match="has no task 'task-9'; its tasks are task-0, task-1; did you mean 'task-"):
+            call()
+
+
+def test_bad_builds() -> None:
+    base, tuned = make_models(2)
+    with pytest.raises(ValueError, match="finetuned: expected at least one task, got none"):
+        TallArchive.build(base, {})
+    with pytest.raises(ValueError, match=r"task name 'a/b' must not contain a slash"):
+        TallArchive.build(base, {"a/b": tuned["task-0"]})
+    numbered: Any = {1: tuned["task-0"]}
+    with pytest.raises(ValueError, match="task name 1 must be text"):
+        TallArchive.build(base, numbered)
+    with pytest.raises(ValueError, match="tall_mask_lambda: expected none beside evaluate"):
+        TallArchive.build(base, tuned, tall_mask_lambda=0.4, evaluate=lambda task, state: 1.0)
+    with pytest.raises(ValueError, match="tall_mask_lambda: expected a finite number > 0, got -1"):
+        TallArchive.build(base, tuned, tall_mask_lambda=-1)
+    with pytest.raises(ValueError, match="tensor 'position_ids' differs from the base's"):
+        TallArchive.build(base, {"a": {**tuned["task-0"], "position_ids": torch.zeros(6, dtype=torch.int64)}})
+
+
+def test_bad_parts() -> None:
+    base, tuned = make_models(2)
+    good = TallArchive.build(base, tuned)
+    masks = dict(good.masks)
+    with pytest.raises(ValueError, match="masks: expected those of"):
+        TallArchive(good.info, good.base, good.vector, {"task-0": masks["task-0"]})
+    part = PackedMask({"norm": masks["task-0"].bits["norm"]}, {"norm": (9,)})
+    with pytest.raises(ValueError, match="masks: task 'task-0': expected the vector's tensors and shapes"):
+        TallArchive(good.info, good.base, good.vector, {**masks, "task-0": part})
+    with pytest.raises(ValueError, match="vector: 'other': expected a tensor of the base"):
+        TallArchive(good.info, good.base, {**good.vector, "other": torch.zeros(2)}, masks)
+    with pytest.raises(ValueError, match="tensor 'norm' holds NaN"):
+        TallArchive(good.info, good.base, {**good.vector, "norm": torch.full((9,), float("nan"))}, masks)
+
+
+def _save_models(folder: Path, base: State, tuned: dict[str, State]) -> dict[str, Any]:
+    for name, state in {"base": base, **tuned}.items():
+        (folder / name).mkdir(parents=True)
+        save_file(state, folder / name / "model.safetensors", metadata={"format": "pt"})
+    models = [{"model": str(folder / task), "parameters": {"tall_mask_lambda": LAMBDAS[task]}} for task in tuned]
+    return {"merge_method": "tall_masks", "base_model": str(folder / "base"), "models": models}
+
+
+@pytest.mark.parametrize("method", ["sum", "ties"])
+@pytest.mark.parametrize(("dtype", "last"), [(F32, F32), (BF16, F32), (F64, F64), (F32, F64)])
+def test_one_format_in_both_directions(tmp_path: Path, method: Any, dtype: torch.dtype, last: torch.dtype) -> None:
+    base, tuned = make_models(3, dtype)
+    tuned["task-2"] = {name: values.to(last) if values.is_floating_point() else values for name, values in tuned["task-2"].items()}
+    recipe = _save_models(tmp_path, base, tuned)
+    settings = {"vector": "ties", "density": 0.3} if method == "ties" else {"vector": "sum"}
+    compress_checkpoints({**recipe, "parameters": settings}, tmp_path / "compressed")
+    built = TallArchive.build(base, tuned, method=method, trim=0.3, tall_mask_lambda=LAMBDAS)
+    assert built.save(tmp_path / "saved") == tmp_path / "saved"
+    ours, theirs = (load_file(tmp_path / folder / "tall_masks.safetensors") for folder in ("saved", "compressed"))
+    assert same({name: ours[name] for name in sorted(ours)}, {name: theirs[name] for name in sorted(theirs)})
+    first, second = (read_metadata(tmp_path / folder / "tall_masks.safetensors") for folder in ("saved", "compressed"))
+    assert {key: first[key] for key in ("vector", "density", "tensors", "parameters")} == {
+        key: second[key] for key in ("vector", "density", "tensors", "parameters")
+    }
+    loaded = TallArchive.load(tmp_path / "compressed")
+    assert dict(loaded.masks) == dict(built.masks)
+    assert same({name: loaded.vector[name] for name in built.vector}, dict(built.vector))
+    for task in tuned:
+        expected = built.state_dict(task)
+        extract_task(tmp_path / "saved", task, tmp_path / f"restored-{task}")
+        restored = load_file(tmp_path / f"restored-{task}" / "model.safetensors")
+        for found in (
+            loaded.state_dict(task),
+            open_archive(tmp_path / "saved").state_dict(task),
+            open_archive(tmp_path / "saved").load().state_dict(task),
+            restored,
+        ):
+            assert same({name: found[name] for name in expected}, expected)
+
+
+def test_the_recipe_in_a_saved_archive_makes_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = make_models(3)
+    _save_models(tmp_path, base, tuned)
+    TallArchive.build(base, tuned, method="ties", trim=0.3, tall_mask_lambda=LAMBDAS).save(tmp_path / "saved")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yml").write_text(open_archive(tmp_path / "saved").info.recipe)
+    compress_checkpoints(tmp_path / "recipe.yml", tmp_path / "again")
+    ours, theirs = (load_file(tmp_path / folder / "tall_masks.safetensors") for folder in ("saved", "again"))
+    assert same({name: ours[name] for name in sorted(ours)}, {name: theirs[name] for name in sorted(theirs)})
+
+
+def test_shards_and_overwriting(tmp_path: Path) -> None:
+    base, tuned = make_models(2)
+    archive = TallArchive.build(base, tuned)
+    archive.save(tmp_path / "out", shard_size=200)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
+    assert TallArchive.load(tmp_path / "out").masks == archive.masks
+    with pytest.raises(OutputError, match="is not empty"):
+        archive.save(tmp_path / "out")
+    archive.save(tmp_path / "out", overwrite=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tall_masks.safetensors"]
+    strange = TallArchive(archive.info, {**archive.base, "c": torch.zeros(2, dtype=torch.complex128)}, archive.vector, archive.masks)
+    with pytest.raises(TypeError, match=r"tensor 'c' is torch.complex128, which a safetensors file cannot hold"):
+        strange.save(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_size_is_that_of_the_formula(tmp_path: Path) -> None:
+    tasks = 5
+    base = {"w": torch.randn(40, 8), "v": torch.randn(16)}
+    tuned = {f"task-{number}": {name: values + torch.randn(values.shape) for name, values in base.items()} for number in range(tasks)}
+    archive = TallArchive.build(base, tuned)
+    parameters = sum(values.numel() for values in base.values())
+    assert 8 * archive.nbytes == (64 + tasks) * parameters
+    header = open_archive(archive.save(tmp_path / "out")).nbytes - archive.nbytes
+    assert 0 < header < 4000
+    assert sum(values.size for values in floats(base).values()) == archive.info.parameters == parameters
+
+
+def _damage(path: Path, change: Any) -> None:
+    file = path / "tall_masks.safetensors"
+    tensors, metadata = load_file(file), read_metadata(file)
+    change(tensors)
+    save_file(tensors, file, metadata=metadata)
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    base, tuned = make_models(2)
+    archive = TallArchive.build(base, tuned)
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (
+            lambda stored: stored.update({"mask/task-0/norm": torch.zeros(3, dtype=torch.uint8)}),
+            ValueError,
+            r"expected U8 \[2\] for the 9 entries",
+        ),
+        (lambda stored: stored.pop("vector/norm"), ValueError, "belongs to no task or vector"),
+        (
+            lambda stored: stored.update({"mask/task-0/norm": torch.full((2,), 255, dtype=torch.uint8)}),
+            CheckpointError,
+            "mask of task 'task-0' is damaged",
+        ),
+        (
+            lambda stored: stored.update({"vector/norm": torch.full((9,), float("inf"))}),
+            CheckpointError,
+            "tensor 'norm' holds NaN or infinity",
+        ),
+    ]
+    for place, (change, error, message) in enumerate(cases):
+        path = archive.save(tmp_path / str(place))
+        _damage(path, change)
+        with pytest.raises(error, match=message) as caught:
+            TallArchive.load(path)
+        assert isinstance(caught.value, CheckpointError)
+    with pytest.raises(CheckpointError, match="no-such-archive"):
+        TallArchive.load(tmp_path / "no-such-archive")
+
+
+def test_task_vectors_that_stay_in_their_checkpoints(tmp_path: Path) -> None:
+    base, tuned = make_models(3)
+    _save_models(tmp_path, base, tuned)
+    vectors = {task: TaskVector.from_checkpoints(tmp_path / "base", tmp_path / task) for task in tuned}
+    for method in ("sum", "ties"):
+        kind: Any = method
+        streamed = TallArchive.build(base, vectors, method=kind)
+        whole = TallArchive.build(base, tuned, method=kind)
+        assert same(dict(streamed.vector), dict(whole.vector))
+        assert dict(streamed.masks) == dict(whole.masks)
+    still = TaskVector.from_deltas({name: torch.zeros_like(values) for name, values in base.items() if values.is_floating_point()})
+    with pytest.raises(KeyError, match=r"task 'task-1': expected the base's tensors; it lacks 'embed.weight'"):
+        TallArchive.build(base, {"task-0": still, "task-1": TaskVector.from_deltas({"norm": torch.zeros(9)})})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("method", ["sum", "ties"])
+def test_the_same_bits_on_a_gpu(method: Any) -> None:
+    base, tuned = toy_models(3)
+    expected = TallArchive.build(base, tuned, method=method)
+    there = {name: values.cuda() for name, values in base.items()}
+    built = TallArchive.build(
+        there, {task: {name: values.cuda() for name, values in state.items()} for task, state in tuned.items()}, method=method
+    )
+    module = Toy().cuda()
+    with pytest.raises(ValueError, match="move the archive with to"):
+        expected.apply_(module, "task-0")
+    for archive in (built, expected.to("cuda")):
+        assert same({name: values.cpu() for name, values in archive.vector.items()}, dict(expected.vector))
+        for task in ("task-0", "task-1", "task-0", "task-2"):
+            archive.apply_(module, task)
+            assert same({name: _state(module)[name].cpu() for name in base}, expected.state_dict(task))
