@@ -427,3 +427,16 @@ def test_linear_training_fits_what_the_expansion_can(poisoned_memory: None) -> N
     assert all(torch.equal(buffer, base[name]) for name, buffer in linear.base.named_buffers())
     state = {**dict(linear.base.named_buffers()), **linear.task_vector().apply_to(dict(linear.base.named_buffers()))}
     assert torch.isfinite(functional_call(linear.base, state, (x,))).all()
+
+
+def test_a_layer_that_the_model_has_twice_stays_the_bases() -> None:
+    layer = nn.Linear(5, 5)
+    linearized = LinearizedModel(nn.Sequential(layer, nn.Tanh(), layer))
+    with torch.no_grad():
+        for tau in linearized.params.parameters():
+            tau.fill_(0.1)
+    x = torch.randn(3, 5)
+    own = list(linearized.base.buffers())
+    expected = linearized(x)
+    assert all(one is other for one, other in zip(own, linearized.base.buffers(), strict=True))
+    assert torch.equal(copy.deepcopy(linearized)(x), expected)

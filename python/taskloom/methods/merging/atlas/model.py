@@ -18,7 +18,8 @@ from taskloom.methods.merging.atlas.compose import Composer
 from taskloom.methods.merging.atlas.held import HeldWeights
 from taskloom.methods.merging.atlas.linearize import taylor
 from taskloom.methods.merging.atlas.partition import Partition
-from taskloom.methods.merging.atlas.recompute import Place, Recomputing
+from taskloom.methods.merging.atlas.recompute import Recomputing
+from taskloom.methods.merging.places import one_a_place, place_of
 from taskloom.ops._backends import active_transform
 
 
@@ -102,11 +103,11 @@ class AtlasModel(Coefficients):
         self._pool, self._groups = pool, groups
         self._compose_blocks = Composer(pool, groups)
         self._aliases = blocks.aliases
-        self._swapped = tuple(_one_a_place(model, aliases) for aliases in blocks.aliases)
+        self._swapped = tuple(one_a_place(model, aliases) for aliases in blocks.aliases)
         self.matrices_only, self.target_modules = matrices_only, target_modules
         self.linearized = linearized
         self._statistics = _statistics(model)
-        places = [[_place(model, name) for name in names] for names in self._swapped]
+        places = [[place_of(model, name) for name in names] for names in self._swapped]
         self._recomputing = Recomputing(places, [module for _, module in self._statistics])
         self._held: HeldWeights | None = None
 
@@ -297,19 +298,6 @@ class AtlasModel(Coefficients):
 def _named(names: Sequence[Sequence[str]], weights: Sequence[Tensor]) -> dict[str, Tensor]:
     """Each weight by all of its names."""
     return {name: one for own, one in zip(names, weights, strict=True) for name in own}
-
-
-def _place(model: nn.Module, name: str) -> Place:
-    path, _, own = name.rpartition(".")
-    return model.get_submodule(path), own
-
-
-def _one_a_place(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """The first name of each place: a module that the model has twice is one place, which functional_call would not give back."""
-    found: dict[Place, str] = {}
-    for name in names:
-        found.setdefault(_place(model, name), name)
-    return tuple(found.values())
 
 
 def _statistics(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -10,8 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-# A parameter's place: the module that holds it, and its name there.
-Place = tuple[nn.Module, str]
+from taskloom.methods.merging.places import Place
 
 # What a tensor in a module knows: the base's in whose place it is, and whether it was put there by hand. Several adapters may have one
 # base, and a backward pass through them ends them in another order than it began them.
