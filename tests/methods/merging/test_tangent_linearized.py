@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from taskloom.merge import TaskVector
-from taskloom.methods.merging.tangent_arithmetic import LinearizedModel
+from taskloom.methods.merging.tangent_arithmetic import EditedModel, LinearizedModel
 
 F64 = torch.float64
 
@@ -440,3 +440,12 @@ def test_a_layer_that_the_model_has_twice_stays_the_bases() -> None:
     expected = linearized(x)
     assert all(one is other for one, other in zip(own, linearized.base.buffers(), strict=True))
     assert torch.equal(copy.deepcopy(linearized)(x), expected)
+
+
+def test_edits_of_a_layer_that_the_model_has_twice_do_not_stay() -> None:
+    layer = nn.Linear(5, 5)
+    model, x = nn.Sequential(layer, nn.Tanh(), layer), torch.randn(3, 5)
+    vector = TaskVector.from_deltas({name: torch.full_like(one, 0.1) for name, one in model.state_dict().items()})
+    edited = EditedModel(model)
+    for factor in (1.0, 2.0, 3.0, 4.0, 1.0):
+        assert torch.equal(edited(factor * vector, x, 0), vector.apply_to(model, factor)(x))
