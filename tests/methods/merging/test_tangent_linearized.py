@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from taskloom.merge import TaskVector
-from taskloom.methods.merging.tangent_arithmetic import EditedModel, LinearizedModel
+from taskloom.methods.merging.tangent_arithmetic import EditedModel, LinearizedModel, ntk_matrix
 
 F64 = torch.float64
 
@@ -449,3 +449,11 @@ def test_edits_of_a_layer_that_the_model_has_twice_do_not_stay() -> None:
     edited = EditedModel(model)
     for factor in (1.0, 2.0, 3.0, 4.0, 1.0):
         assert torch.equal(edited(factor * vector, x, 0), vector.apply_to(model, factor)(x))
+
+
+def test_a_kernel_leaves_a_layer_that_the_model_has_twice() -> None:
+    layer = nn.Linear(5, 5)
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    own = list(model.parameters())
+    ntk_matrix(model, torch.randn(3, 5))
+    assert all(one is other for one, other in zip(own, model.parameters(), strict=True))

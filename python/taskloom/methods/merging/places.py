@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
 # A parameter's place: the module that holds it, and its name there.
 Place = tuple[nn.Module, str]
@@ -22,3 +24,12 @@ def one_a_place(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         found.setdefault(place_of(model, name), name)
     return tuple(found.values())
+
+
+def call_with(model: nn.Module, parameters: Mapping[str, Tensor], args: tuple[Any, ...]) -> Any:
+    """Call a model with other parameters, by their first names; it has its own again afterwards, also where a module is there twice."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, one in model.named_parameters(remove_duplicate=False):
+        names.setdefault(one, []).append(name)
+    every = {name: parameters[own[0]] for own in names.values() if own[0] in parameters for name in one_a_place(model, own)}
+    return functional_call(model, every, args, tie_weights=False)
