@@ -42,6 +42,26 @@ def test_an_adapter_comes_back_from_its_files(settings: dict[str, Any], tmp_path
         assert torch.equal(again(x), adapter(x))
 
 
+class _Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(7, 5), nn.Linear(7, 5)
+        self.second.weight = self.first.weight
+
+
+def test_a_block_of_two_modules_of_which_one_is_meant(tmp_path: Path) -> None:
+    pool = vectors(_Tied())
+    save_atlas(AtlasModel(_Tied(), pool, target_modules=["second"]), tmp_path)
+    assert load_atlas(tmp_path, _Tied(), pool).block_names == ("first.weight", "second.bias")
+
+
+def test_ids_differ_as_text() -> None:
+    one, two = vectors(encoder(), 2)
+    pool: Any = {1: one, "1": two}
+    with pytest.raises(ValueError, match="expected ids that differ as text, got '1', '1'"):
+        AtlasModel(encoder(), pool)
+
+
 def test_float16_vectors_are_known_again(tmp_path: Path) -> None:
     model = encoder()
     save_atlas(AtlasModel(model, vectors(model)), tmp_path)

@@ -195,8 +195,45 @@ def test_a_tied_weight_is_not_merged() -> None:
     model = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
     model["head"].weight = model["embedding"].weight
     adapter = LowRankAtlasModel(model, [LowRankTaskVector({"head.weight": (torch.ones(1, 3), torch.ones(5, 1), 1.0)})])
-    with pytest.raises(RuntimeError, match=r"'embedding\.weight' would change with a block"):
+    with pytest.raises(RuntimeError, match=r"'embedding\.weight', 'head\.weight' are one weight"):
         adapter.merge_()
+
+
+def test_a_weight_of_two_blocks_is_not_merged() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 7))
+    model[2].weight = model[0].weight
+    factors = {name: (torch.randn(2, 7), torch.randn(7, 2), 1.0) for name in ("0.weight", "2.weight")}
+    adapter = LowRankAtlasModel(model, [LowRankTaskVector(factors)])
+    spread(adapter.coef)
+    before = model[0].weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"'0\.weight', '2\.weight' are one weight"):
+        adapter.merge_()
+    with torch.no_grad():
+        adapter.coef[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"LowRankAtlasModel\.merge_: expected finite coefficients"):
+        adapter.merge_()
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_layer_that_the_model_has_twice_changes_in_both_places() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(7, 7)
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    adapter = LowRankAtlasModel(model, [LowRankTaskVector({"0.weight": (torch.randn(2, 7), torch.randn(7, 2), 1.0)})])
+    spread(adapter.coef)
+    expected = adapter(rows())
+    changed = nn.Sequential(nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 7))
+    changed.load_state_dict(adapter.materialize())
+    assert error(changed(rows()), expected) <= 1e-6
+    assert error(adapter.merge_()(rows()), expected) <= 1e-6
+
+
+def test_factors_are_copied() -> None:
+    A, B = torch.ones(2, 7), torch.ones(13, 2)
+    vector = LowRankTaskVector({"0.weight": (A, B, 1.0)})
+    A.zero_()
+    assert vector["0.weight"][0].all()
 
 
 def test_bad_input() -> None:

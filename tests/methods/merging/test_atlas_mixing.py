@@ -37,6 +37,14 @@ def test_block_gradients_are_the_coefficients_gradients_at_zero() -> None:
     assert torch.equal(block_gradients(model, pool, _loss, target_modules=["3"]), got[:, 4:])
 
 
+def test_running_statistics_are_left_as_they_are() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 4), nn.BatchNorm1d(4)).train()
+    before = copy.deepcopy(model.state_dict())
+    block_gradients(model, vectors(model), _loss)
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
 def test_a_block_without_a_part_in_the_loss_has_gradient_zero() -> None:
     model = encoder()
     got = block_gradients(model, vectors(model), lambda model: model.get_submodule("0")(rows()).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -152,6 +153,19 @@ def test_merging_and_materializing_equal_forward() -> None:
         adapter.merge_()
     with pytest.raises(RuntimeError, match="does not require grad"):
         adapter(x).sum().backward()
+
+
+def test_what_is_not_finite_is_not_merged() -> None:
+    model = encoder(torch.float16)
+    before = copy.deepcopy(model.state_dict())
+    adapter = AtlasModel(model, [{name: torch.full_like(one, 1000) for name, one in model.named_parameters()}])
+    for value, message in ((1000.0, "composed weights: expected finite values, '0.weight'"), (float("nan"), "finite coefficients")):
+        with torch.no_grad():
+            adapter.coef.fill_(value)
+        with pytest.raises(ValueError, match=message):
+            adapter.merge_()
+    assert not adapter.merged
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
 
 
 def test_the_penalty_is_the_mean_of_the_blocks_norms() -> None:

@@ -86,6 +86,53 @@ def test_tied_parameters_are_one_block() -> None:
         AtlasModel(_Tied(), [{"embedding.weight": delta, "head.weight": 2 * delta}])
 
 
+def test_a_module_that_the_model_has_twice_stays_the_bases() -> None:
+    torch.manual_seed(0)
+    layer, norm = nn.Linear(7, 7), nn.BatchNorm1d(7)
+    model = nn.Sequential(layer, norm, nn.Tanh(), layer, norm)
+    own, before = [*model.parameters(), *model.buffers()], copy.deepcopy(model.state_dict())
+    adapter = AtlasModel(model, vectors(model))
+    spread(adapter.coef)
+    adapter(rows()).sum().backward()
+    assert all(one is other for one, other in zip(own, [*model.parameters(), *model.buffers()], strict=True))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    changed = copy.deepcopy(model).eval()
+    changed.load_state_dict(adapter.materialize())
+    assert torch.equal(adapter.eval()(rows()), changed(rows()))
+
+
+def test_what_changes_inside_compose_is_seen() -> None:
+    model, x = encoder(), rows()
+    adapter = AtlasModel(model, vectors(model))
+    spread(adapter.coef)
+    with adapter.compose(), torch.no_grad():
+        before = adapter(x)
+        model[0].bias.add_(1)
+        after = adapter(x)
+        assert torch.equal(after, torch.func.functional_call(model, adapter.materialize(), x))
+        assert not torch.equal(after, before)
+        assert torch.equal(torch.compile(adapter, fullgraph=True, backend="eager")(x), after)
+        assert adapter.double()(x.double()).dtype == torch.float64
+        other = copy.deepcopy(adapter)
+    assert torch.equal(other(x.double()), adapter(x.double()))
+    with other.compose(accumulate=True):
+        other(x.double()).sum().backward()
+    assert other.coef.grad is not None
+
+
+def test_gradients_stay_in_the_coefficients_dtype() -> None:
+    model = encoder()
+    adapter = AtlasModel(model, vectors(model))
+    adapter(1e4 * rows()).square().sum().backward()
+    before = adapter.coef.grad
+    assert before is not None
+    before = before.clone()
+    adapter.half()
+    assert adapter.coef.grad is not None
+    assert torch.equal(adapter.coef.grad, before)
+    assert before.dtype == adapter.coef.dtype == torch.float32
+
+
 def test_copies_share_the_vectors_and_train_apart() -> None:
     model, x = encoder(), rows()
     adapter = AtlasModel(model, vectors(model), partitions=3)
@@ -159,6 +206,27 @@ def test_the_state_is_the_coefficients_and_what_they_belong_to() -> None:
         with pytest.raises(ValueError, match=message):
             other.load_state_dict(adapter.state_dict())
         assert not other.coef.any()
+
+
+def test_other_modules_missing_tensors_are_missing() -> None:
+    around = nn.ModuleDict({"teacher": nn.ModuleDict({"model": encoder()}), "student": AtlasModel(encoder(), vectors(encoder()))})
+    state = around.state_dict()
+    del state["teacher.model.0.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"teacher\.model\.0\.weight\"\."):
+        around.load_state_dict(state)
+
+
+def test_coefficients_are_not_loaded_into_a_merged_adapter() -> None:
+    model = encoder()
+    adapter = AtlasModel(model, vectors(model))
+    spread(adapter.coef)
+    state, zeros = copy.deepcopy(adapter.state_dict()), copy.deepcopy(adapter.state_dict())
+    zeros["coef"].zero_()
+    adapter.merge_()
+    adapter.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="other coefficients are merged into the base already"):
+        adapter.load_state_dict(zeros)
+    assert adapter.coef.any()
 
 
 class _Unused(nn.Module):

@@ -85,8 +85,138 @@ def test_a_backward_pass_that_raised_leaves_no_other_weights_behind() -> None:
     expected = adapter(x)["logits"][0]
     with pytest.raises(KeyError, match="stop"):
         adapter(x)["logits"][0].sum().backward()
-    assert torch.equal(adapter(x)["logits"][0], expected)
     assert all(one is other for one, other in zip(own, model.parameters(), strict=True))
+    assert torch.equal(adapter(x)["logits"][0], expected)
+    assert copy.deepcopy(adapter).double()(x.double())["logits"][0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_backward_passes_of_forward_passes_with_one_composition(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model, x = _Checkpointed(None), rows().requires_grad_()
+    gradients = []
+    for model.reentrant in (None, reentrant):
+        adapter = AtlasModel(model, vectors(model))
+        spread(adapter.coef)
+        with adapter.compose():
+            outputs = [adapter(x)["logits"][0], adapter(x + 1)["logits"][0]]
+            for output in outputs:
+                output.square().sum().backward()
+        assert adapter.coef.grad is not None
+        gradients.append(adapter.coef.grad)
+    assert error(gradients[1], gradients[0]) <= 1e-6
+
+
+class _Two(nn.Module):
+    """A model whose two outputs have nothing in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(7, 5), nn.Linear(7, 3)
+        self.reentrant: bool | None = None
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        parts: list[Callable[[Tensor], Tensor]] = [lambda x: self.first(x).tanh(), lambda x: self.second(x).tanh()]
+        return [part(x) if self.reentrant is None else checkpoint(part, x, use_reentrant=self.reentrant) for part in parts]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("retain", [False, True])
+def test_several_backward_passes_of_one_forward_pass(reentrant: bool, retain: bool) -> None:
+    torch.manual_seed(0)
+    model, x = _Two(), rows().requires_grad_()
+    gradients = []
+    for model.reentrant in (None, reentrant):
+        adapter = AtlasModel(model, vectors(model))
+        spread(adapter.coef)
+        outputs = adapter(x)
+        if retain:
+            loss = outputs[0].square().sum() + outputs[1].square().sum()
+            loss.backward(retain_graph=True)
+            loss.backward()
+        else:
+            for output in outputs:
+                output.square().sum().backward()
+        assert adapter.coef.grad is not None
+        gradients.append(adapter.coef.grad)
+    assert error(gradients[1], gradients[0]) <= 1e-6
+
+
+def test_a_backward_pass_after_another_ones_step_is_an_error() -> None:
+    model = _Two()
+    model.reentrant = False
+    adapter = AtlasModel(model, vectors(model))
+    first, second = adapter(rows())
+    first.sum().backward()
+    with torch.no_grad():
+        adapter.coef.add_(1)
+    with pytest.raises(RuntimeError, match="coef was changed since the forward pass"):
+        second.sum().backward()
+    assert all(isinstance(one, nn.Parameter) for one in model.parameters())
+
+
+class _Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(7, 5), nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = checkpoint(lambda x: self.norm(self.layer(x)).tanh(), x, use_reentrant=False)
+        return result
+
+
+def test_running_statistics_stay_the_bases_in_checkpointed_parts() -> None:
+    torch.manual_seed(0)
+    model = _Normalised().train()
+    own, before = list(model.buffers()), copy.deepcopy(dict(model.named_buffers()))
+    adapter = AtlasModel(model, vectors(model))
+    adapter(rows()).square().sum().backward()
+    assert adapter.coef.grad is not None
+    assert all(one is other for one, other in zip(own, model.buffers(), strict=True))
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+@pytest.mark.parametrize("reentrant", [None, False])
+def test_adapters_of_one_base(reentrant: bool | None) -> None:
+    torch.manual_seed(0)
+    model, norms, x = _Checkpointed(reentrant), _Normalised().train(), rows()
+    own = [*model.parameters(), *norms.parameters(), *norms.buffers()]
+    adapters = [AtlasModel(model, vectors(model)), AtlasModel(model, vectors(model)[:2], granularity="vector")]
+    normalised = [AtlasModel(norms, vectors(norms)) for _ in range(2)]
+    expected = []
+    for adapter in adapters:
+        spread(adapter.coef)
+        adapter(x)["logits"][0].square().sum().backward()
+        expected.append(adapter.coef.grad)
+        adapter.coef.grad = None
+    sum((one(x)["logits"][0].square().sum() for one in adapters), torch.zeros(())).backward()
+    sum((one(x).square().sum() for one in normalised), torch.zeros(())).backward()
+    assert all(one is other for one, other in zip(own, [*model.parameters(), *norms.parameters(), *norms.buffers()], strict=True))
+    for adapter, gradient in zip(adapters, expected, strict=True):
+        assert adapter.coef.grad is not None
+        assert gradient is not None
+        assert error(adapter.coef.grad, gradient) <= 1e-6
+    first, second = (adapter(x)["logits"][0] for adapter in adapters)
+    with adapters[0].installed():
+        assert torch.equal(adapters[1](x)["logits"][0], second)
+        second.sum().backward()
+        with adapters[1].installed():
+            assert torch.equal(model(x)["logits"][0], second)
+        assert torch.equal(model(x)["logits"][0], first)
+    assert all(one is other for one, other in zip(own, [*model.parameters(), *norms.parameters(), *norms.buffers()], strict=True))
+
+
+def test_what_is_installed_is_neither_copied_nor_moved() -> None:
+    model = encoder()
+    adapter, other = AtlasModel(model, vectors(model)), AtlasModel(model, vectors(model))
+    with adapter.installed():
+        with pytest.raises(RuntimeError, match="cannot be copied while composed weights are in the model"):
+            copy.deepcopy(adapter)
+        with pytest.raises(RuntimeError, match="cannot be moved or converted while composed weights are in the model"):
+            adapter.double()
+        with pytest.raises(RuntimeError, match="cannot be copied while composed weights are in the model"):
+            copy.deepcopy(other)
+    assert copy.deepcopy(adapter).double().coef.dtype == torch.float64
 
 
 def test_weights_can_be_installed_for_a_while() -> None:

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from taskloom.merge import TaskVector
-from taskloom.methods.merging.tangent_arithmetic import LinearizedModel
+from taskloom.methods.merging.tangent_arithmetic import EditedModel, LinearizedModel, ntk_matrix
 
 F64 = torch.float64
 
@@ -427,3 +427,33 @@ def test_linear_training_fits_what_the_expansion_can(poisoned_memory: None) -> N
     assert all(torch.equal(buffer, base[name]) for name, buffer in linear.base.named_buffers())
     state = {**dict(linear.base.named_buffers()), **linear.task_vector().apply_to(dict(linear.base.named_buffers()))}
     assert torch.isfinite(functional_call(linear.base, state, (x,))).all()
+
+
+def test_a_layer_that_the_model_has_twice_stays_the_bases() -> None:
+    layer = nn.Linear(5, 5)
+    linearized = LinearizedModel(nn.Sequential(layer, nn.Tanh(), layer))
+    with torch.no_grad():
+        for tau in linearized.params.parameters():
+            tau.fill_(0.1)
+    x = torch.randn(3, 5)
+    own = list(linearized.base.buffers())
+    expected = linearized(x)
+    assert all(one is other for one, other in zip(own, linearized.base.buffers(), strict=True))
+    assert torch.equal(copy.deepcopy(linearized)(x), expected)
+
+
+def test_edits_of_a_layer_that_the_model_has_twice_do_not_stay() -> None:
+    layer = nn.Linear(5, 5)
+    model, x = nn.Sequential(layer, nn.Tanh(), layer), torch.randn(3, 5)
+    vector = TaskVector.from_deltas({name: torch.full_like(one, 0.1) for name, one in model.state_dict().items()})
+    edited = EditedModel(model)
+    for factor in (1.0, 2.0, 3.0, 4.0, 1.0):
+        assert torch.equal(edited(factor * vector, x, 0), vector.apply_to(model, factor)(x))
+
+
+def test_a_kernel_leaves_a_layer_that_the_model_has_twice() -> None:
+    layer = nn.Linear(5, 5)
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    own = list(model.parameters())
+    ntk_matrix(model, torch.randn(3, 5))
+    assert all(one is other for one, other in zip(own, model.parameters(), strict=True))

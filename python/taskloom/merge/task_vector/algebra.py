@@ -186,8 +186,10 @@ class Combination(Mapping[str, Tensor]):
         return math.sqrt(self._products(self, [(0, 0)], "norm")[0])
 
     def cosine(self, other: Combination) -> float:
-        """The cosine of the angle to another vector, as :meth:`dot`; ValueError where either is zero."""
+        """The cosine of the angle to another vector, as :meth:`dot`; ValueError where either is zero or its square overflows float64."""
         product, *squares = self._products(other, [(0, 1), (0, 0), (1, 1)], "cosine")
         if 0 in squares:
             raise ValueError(f"TaskVector: cosine: the {'first' if squares[0] == 0 else 'second'} vector is zero, which has no direction")
+        if not all(map(math.isfinite, squares)):
+            raise ValueError("TaskVector: cosine: the square of a norm overflows float64; divide the vectors by a large number first")
         return max(-1.0, min(1.0, product / math.sqrt(squares[0]) / math.sqrt(squares[1])))

@@ -32,6 +32,8 @@ def over_pieces(pieces: Iterator[tuple[int, int]], opened: Callable[[], Abstract
         The first that the work of any thread raises; the others stop after their piece.
     """
     lock, stop = threading.Lock(), threading.Event()
+    # A tensor that the caller made in inference mode can be written to in inference mode only, which every thread has for itself.
+    inference = torch.is_inference_mode_enabled()
 
     def take() -> tuple[int, int] | None:
         with lock:
@@ -40,7 +42,7 @@ def over_pieces(pieces: Iterator[tuple[int, int]], opened: Callable[[], Abstract
     def loop() -> None:
         try:
             torch.set_num_threads(1)
-            with torch.no_grad(), opened() as work:
+            with torch.inference_mode(inference), torch.no_grad(), opened() as work:
                 while (piece := take()) is not None:
                     work(*piece)
         except BaseException:

@@ -96,6 +96,8 @@ def by_id(task_vectors: Sequence[Vector] | Mapping[str, Vector]) -> dict[str, Ve
     """The vectors by id: a mapping's keys, or ``task-0``, ``task-1``, ...; each is a mapping itself."""
     if isinstance(task_vectors, Mapping):
         named = {str(key): vector for key, vector in task_vectors.items()}
+        if len(named) < len(task_vectors):
+            raise ValueError(f"task_vectors: expected ids that differ as text, got {shown(map(str, task_vectors))}")
     else:
         named = {f"task-{place}": vector for place, vector in enumerate(task_vectors)}
     if not named:
@@ -128,11 +130,12 @@ def _delta(key: str, vector: Mapping[str, Tensor], aliases: Sequence[str], param
     return delta.detach().to(parameter.device).contiguous()
 
 
-def _check_finite(key: str, names: Sequence[str], deltas: Sequence[Tensor]) -> None:
-    finite = torch.stack([torch.isfinite(one).all() for one in deltas])
+def check_finite(where: str, names: Sequence[str], blocks: Sequence[Tensor]) -> None:
+    """Raise ValueError where a block holds NaN or infinity."""
+    finite = torch.stack([torch.isfinite(one).all() for one in blocks])
     if not finite.all():
         bad = [name for name, fine in zip(names, finite.tolist(), strict=True) if not fine]
-        raise ValueError(f"task_vectors: {key}: expected finite values, {shown(bad)} {'has' if len(bad) == 1 else 'have'} NaN or infinity")
+        raise ValueError(f"{where}: expected finite values, {shown(bad)} {'has' if len(bad) == 1 else 'have'} NaN or infinity")
 
 
 def _check_regime(key: str, vector: Mapping[str, Tensor], regime: str) -> None:
@@ -178,7 +181,7 @@ def read_vectors(model: nn.Module, blocks: Blocks, task_vectors: Vectors, regime
                 f"{type(model).__name__}; target_modules= chooses the modules that have blocks"
             )
         task = tuple(_delta(key, vector, aliases, parameter) for aliases, parameter in zip(blocks.aliases, own, strict=True))
-        _check_finite(key, blocks.names, task)
+        check_finite(f"task_vectors: {key}", blocks.names, task)
         beyond = sorted(present - parameters)
         if beyond:
             warnings.warn(

@@ -49,6 +49,7 @@ class Coefficients(nn.Module, ABC):
         self.model = model
         self.merged = False
         self.granularity: Granularity = granularity
+        self._prefix = ""
         self._ids, self._names = tuple(ids), tuple(names)
         n, m = len(self._ids), len(self._names)
         shape = (n,) if granularity == "vector" else (n, m) if partitions == 1 else (n, m, partitions)
@@ -120,20 +121,32 @@ class Coefficients(nn.Module, ABC):
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # For the hook that is called at the end, which is not told.
+        self._prefix = prefix
         state = state_dict.get(prefix + _EXTRA)
         if state is not None:
             check_same(self.belongs_to(), state, "state_dict")
+        coef = state_dict.get(f"{prefix}coef")
+        if self.merged and coef is not None and not torch.equal(coef.to(self.coef), self.coef):
+            raise RuntimeError("state_dict: other coefficients are merged into the base already, these would do nothing")
         module: Any = super()
         module._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = self.coef.data
+        before, gradient = self.coef.data, None if self.coef.grad is None else self.coef.grad.data
         module: Any = super()
         module._apply(fn, recurse)
         # The ops take coefficients in float32 or float64, and the vectors keep their dtypes: half() and the like mean the model.
         if self.coef.dtype not in (torch.float32, torch.float64):
             self.coef.data = before.to(self.coef.device)
+            self.coef.grad = None if gradient is None else gradient.to(self.coef.device)
         return self
+
+    def _check_mergeable(self) -> None:
+        """Raise before the base's weights are lost."""
+        self._check_not_merged("merge_")
+        if not torch.isfinite(self.coef).all():
+            raise ValueError(f"{type(self).__name__}.merge_: expected finite coefficients, coef has NaN or infinity")
 
     def _begin_merge(self) -> None:
         """Say that the base's weights hold the coefficients from now on."""
@@ -161,5 +174,5 @@ def check_same(own: Mapping[str, Any], other: Mapping[str, Any], where: str) -> 
 
 def _expect_no_model(module: nn.Module, incompatible: Any) -> None:
     """The base's tensors are not in an adapter's state, so none is missing."""
-    own = tuple(f"model.{name}" for name in module.get_submodule("model").state_dict())
-    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not name.endswith(own)]
+    own = f"{module._prefix}model."
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not name.startswith(own)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from taskloom.merge.task_vector import TaskVector
 from taskloom.methods.merging.atlas.blocks import shown
-from taskloom.methods.merging.atlas.coefficients import Coefficients, Granularity, check_same
+from taskloom.methods.merging.atlas.coefficients import Granularity, check_same
 from taskloom.methods.merging.atlas.lowrank import LowRankTaskVector
 from taskloom.methods.merging.atlas.lowrank_model import LowRankAtlasModel
 from taskloom.methods.merging.atlas.model import AtlasModel
@@ -46,7 +45,7 @@ def _read_all(sources: Mapping[str, Source] | Sequence[Source]) -> dict[str, Rea
     if isinstance(sources, (str, PathLike)):
         raise TypeError("task_vectors: expected a sequence of task vectors or of paths, or a mapping from an id to each, got one path")
     if isinstance(sources, Mapping):
-        return {str(key): _read(source) for key, source in sources.items()}
+        return {key: _read(source) for key, source in sources.items()}
     found: dict[str, Read] = {}
     for place, source in enumerate(sources):
         key = fspath(source) if _is_path(source) else f"task-{place}"
@@ -107,7 +106,7 @@ class AtlasConfig:
         return LowRankAtlasModel(model, lowrank, granularity=self.granularity, target_modules=self.target_modules)
 
 
-def save_atlas(adapter: Coefficients, folder: str | PathLike[str]) -> None:
+def save_atlas(adapter: AtlasModel | LowRankAtlasModel, folder: str | PathLike[str]) -> None:
     """Write an adapter: its coefficients, and the ids of the vectors and names of the blocks that they belong to.
 
     Parameters
@@ -123,7 +122,9 @@ def save_atlas(adapter: Coefficients, folder: str | PathLike[str]) -> None:
         If the adapter gave its layers back (``unload`` or ``merge_`` of LoRA vectors).
     """
     prints = adapter.fingerprints()
-    config = {"peft_type": _KIND, **adapter.belongs_to(), "norms": prints, "low_rank": isinstance(adapter, LowRankAtlasModel)}
+    meant = adapter.target_modules
+    targets = meant if meant is None or isinstance(meant, str) else list(meant)
+    config = {"peft_type": _KIND, **adapter.belongs_to(), "target_modules": targets, "norms": prints}
     if isinstance(adapter, AtlasModel):
         config |= {"matrices_only": adapter.matrices_only}
     write_adapter({"coef": adapter.coef.detach()}, config, folder)
@@ -194,15 +195,13 @@ def _chosen(ids: Sequence[str], given: Mapping[str, Source] | Sequence[Source] |
 
 
 def _described(config: Mapping[str, Any], vectors: Mapping[str, Source]) -> AtlasConfig:
-    """The configuration of an adapter's file; its blocks' modules are named one by one."""
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in config["blocks"])
+    """The configuration of an adapter's file."""
     return AtlasConfig(
         task_vectors=vectors,
         granularity=config["granularity"],
         partitions=config.get("partitions", 1),
         partition_seed=config.get("partition_seed", 0),
         matrices_only=config.get("matrices_only", False),
-        # Not a list of paths: each would mean modules whose path ends in it too.
-        target_modules="|".join(map(re.escape, modules)),
+        target_modules=config["target_modules"],
         linearized=config.get("linearized", False),
     )

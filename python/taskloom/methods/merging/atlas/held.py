@@ -9,28 +9,27 @@ from torch import Tensor
 
 
 class HeldWeights:
-    """The weights of one composition, for as long as coefficients and what autograd needs are the same.
+    """The weights of one composition, for as long as coefficients, base and what autograd needs are the same.
 
     With ``accumulate`` forward passes see leaves with the weights' values, whose gradients add up over any number of backward passes;
     :meth:`flush` carries them on to the coefficients.
     """
 
-    def __init__(self, compose: Callable[[], list[Tensor]], accumulate: bool) -> None:
-        self._compose, self._accumulate = compose, accumulate
+    def __init__(self, compose: Callable[[], list[Tensor]], base: Callable[[], list[Tensor]], accumulate: bool) -> None:
+        self._compose, self._base, self._accumulate = compose, base, accumulate
         self._composed: list[Tensor] | None = None
         self._leaves: list[Tensor] = []
-        self._coef: Tensor | None = None
-        self._version = 0
+        self._versions: list[tuple[int, int, int]] = []
         self._with_grad = False
 
     def weights(self, coef: Tensor) -> Sequence[Tensor]:
         """Those of the present coefficients."""
         grad = torch.is_grad_enabled()
-        changed = coef is not self._coef or coef._version != self._version
-        if self._composed is None or changed or (grad and not self._with_grad):
+        versions = [_version(one) for one in (coef, *self._base())]
+        if self._composed is None or versions != self._versions or (grad and not self._with_grad):
             self.flush()
             self._composed = self._compose()
-            self._coef, self._version, self._with_grad = coef, coef._version, grad
+            self._versions, self._with_grad = versions, grad
             if self._accumulate and self._composed[0].requires_grad:
                 self._leaves = [one.detach().requires_grad_() for one in self._composed]
         return self._leaves or self._composed
@@ -44,3 +43,8 @@ class HeldWeights:
             if found:
                 torch.autograd.backward([one for one, _ in found], [gradient for _, gradient in found])
         self._composed, self._leaves = None, []
+
+
+def _version(tensor: Tensor) -> tuple[int, int, int]:
+    # What was made in inference mode does not count its changes.
+    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

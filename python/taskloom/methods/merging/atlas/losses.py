@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
+
+from taskloom.methods.merging.places import call_with
 
 Batch = tuple[Tensor, Tensor]
 Head = Callable[[Tensor], Tensor]
@@ -18,7 +19,7 @@ def _apply_frozen(head: Head, features: Tensor) -> Tensor:
     """A head's logits; its parameters get no gradient, whatever their ``requires_grad``."""
     if not isinstance(head, nn.Module):
         return head(features)
-    logits = functional_call(head, {name: value.detach() for name, value in head.named_parameters()}, (features,))
+    logits = call_with(head, {name: value.detach() for name, value in head.named_parameters()}, (features,))
     if not isinstance(logits, Tensor):
         raise TypeError(f"multi_task_loss: heads: expected a head that returns a tensor, got {type(logits).__name__}")
     return logits

@@ -24,7 +24,7 @@ class LowRankTaskVector(Mapping[str, Factors]):
     Parameters
     ----------
     factors
-        By parameter name: A ``[r, in]``, B ``[out, r]``, floating point, and a number.
+        By parameter name: A ``[r, in]``, B ``[out, r]``, floating point, and a number. Copied.
 
     Raises
     ------
@@ -54,7 +54,7 @@ class LowRankTaskVector(Mapping[str, Factors]):
                 raise ValueError(f"{where}: expected A [r, in] and B [out, r], got {tuple(right.shape)} and {tuple(left.shape)}")
             if isinstance(scale, bool) or not isinstance(scale, (int, float)):
                 raise TypeError(f"{where}: scale: expected a number, got {type(scale).__name__}")
-            self._factors[name] = right.detach(), left.detach(), float(scale)
+            self._factors[name] = right.detach().clone(), left.detach().clone(), float(scale)
 
     @classmethod
     def from_peft(cls, folder: str | PathLike[str]) -> LowRankTaskVector:

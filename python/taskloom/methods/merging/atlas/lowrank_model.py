@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any, Self, cast
@@ -98,10 +98,15 @@ def _norms(factors: Tensor) -> Tensor:
     return norms
 
 
-def _tied(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Other names of the parameters that are blocks."""
-    own = {model.get_parameter(name) for name in names}
-    return [name for name, one in model.named_parameters(remove_duplicate=False) if one in own and name not in names]
+def _tied(model: nn.Module, layers: Iterable[nn.Module]) -> list[str]:
+    """The names of the layers' weights that are parameters of other modules as well."""
+    places: dict[nn.Parameter, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, one in module.named_parameters(prefix=path, recurse=False):
+            places.setdefault(one, []).append(name)
+    return sorted(
+        {name for layer in layers for name in places[layer.get_parameter("weight")] if len(places[layer.get_parameter("weight")]) > 1}
+    )
 
 
 class LowRankAtlasModel(Coefficients):
@@ -158,6 +163,7 @@ class LowRankAtlasModel(Coefficients):
         device = next(iter(layers.values())).weight.device
         like = torch.empty(0, dtype=torch.float64 if double else torch.float32, device=device)
         super().__init__(model, tuple(named), tuple(layers), granularity, 1, like)
+        self.target_modules = target_modules
         for place, (name, layer) in enumerate(layers.items()):
             adapted: Any = layer
             adapted.atlas = _Adapted(self, place, [vector[name] for vector in named.values()], layer.weight.device)
@@ -168,16 +174,20 @@ class LowRankAtlasModel(Coefficients):
         return self.model(*args, **kwargs)
 
     @contextmanager
-    def compose(self) -> Iterator[Self]:
-        """Nothing to do once for all: there is for :meth:`AtlasModel.compose`."""
+    def compose(self, *, accumulate: bool = False) -> Iterator[Self]:
+        """Nothing: each forward pass has its own part of the graph; it is there for :meth:`AtlasModel.compose`, with its argument."""
         yield self
 
     def materialize(self) -> dict[str, Tensor]:
         """The state dict of the model with the composed weights; what is no block shares memory with the base's."""
         state = cast(dict[str, Tensor], dict(self.model.state_dict()))
+        paths: dict[nn.Module, list[str]] = {}
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            paths.setdefault(module, []).append(f"{path}.weight" if path else "weight")
         with torch.no_grad():
             for name, adapted in self._adapted():
-                state[name] = lowrank_merge(state[name], list(adapted.A), list(adapted.B), adapted.weights())
+                merged = lowrank_merge(state[name], list(adapted.A), list(adapted.B), adapted.weights())
+                state |= dict.fromkeys(paths[self.model.get_submodule(name.rpartition(".")[0])], merged)
         return state
 
     def merge_(self) -> nn.Module:
@@ -186,14 +196,15 @@ class LowRankAtlasModel(Coefficients):
         Raises
         ------
         RuntimeError
-            If the adapter was merged or unloaded before, or a block's weight is another module's too, such as an embedding's.
+            If the adapter was merged or unloaded before, or a block's weight is another module's too, such as an embedding's or another
+            block's.
+        ValueError
+            If a coefficient is not finite.
         """
-        self._check_not_merged("merge_")
-        tied = _tied(self.model, self.block_names)
+        self._check_mergeable()
+        tied = _tied(self.model, self._layers())
         if tied:
-            raise RuntimeError(
-                f"LowRankAtlasModel.merge_: {shown(tied)} would change with a block whose weight it shares; use materialize()"
-            )
+            raise RuntimeError(f"LowRankAtlasModel.merge_: {shown(tied)} are one weight, which would change for all; use materialize()")
         with torch.no_grad():
             for name, adapted in self._adapted():
                 lowrank_merge_(self.model.get_parameter(name), list(adapted.A), list(adapted.B), adapted.weights())

@@ -34,8 +34,10 @@ class BlockGradients(Tensor):
 
 
 @contextmanager
-def _requiring_grad(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def _requiring_grad(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Have parameters require grad inside the block; buffers that a forward pass changes, as running statistics, are restored too."""
     before = [one.requires_grad for one in parameters]
+    buffers = [(one, one.clone()) for one in model.buffers()]
     try:
         for one in parameters:
             one.requires_grad_(True)
@@ -43,6 +45,11 @@ def _requiring_grad(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for one, required in zip(parameters, before, strict=True):
             one.requires_grad_(required)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                # Others may be in a graph, which would take it for a change.
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def block_gradients(
@@ -58,7 +65,7 @@ def block_gradients(
     Parameters
     ----------
     model
-        The base. It is left as it is, its gradients too.
+        The base. It is left as it is, its gradients and buffers too.
     task_vectors
         n of them, as of :class:`AtlasModel`. They are read one after the other, so that a pool in checkpoints takes the memory of one.
     loss_fn
@@ -80,7 +87,7 @@ def block_gradients(
     blocks = find_blocks(model, target_modules, matrices_only)
     named = by_id(task_vectors)
     parameters = [model.get_parameter(name) for name in blocks.names]
-    with _requiring_grad(parameters), torch.enable_grad():
+    with _requiring_grad(model, parameters), torch.enable_grad():
         loss = loss_fn(model)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             got = f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}" if isinstance(loss, Tensor) else type(loss).__name__

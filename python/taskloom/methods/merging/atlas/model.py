@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self, cast
 
 import torch
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _NormBase
 
-from taskloom.methods.merging.atlas.blocks import Vectors, find_blocks, read_vectors
+from taskloom.methods.merging.atlas.blocks import Vectors, check_finite, find_blocks, read_vectors
 from taskloom.methods.merging.atlas.coefficients import Coefficients, Granularity, check_granularity
 from taskloom.methods.merging.atlas.compose import Composer
 from taskloom.methods.merging.atlas.held import HeldWeights
 from taskloom.methods.merging.atlas.linearize import taylor
 from taskloom.methods.merging.atlas.partition import Partition
-from taskloom.methods.merging.atlas.recompute import Place, Recomputing
+from taskloom.methods.merging.atlas.recompute import Recomputing
+from taskloom.methods.merging.places import one_a_place, place_of
 from taskloom.ops._backends import active_transform
 
 
@@ -30,7 +32,7 @@ class AtlasModel(Coefficients):
         The base. It is held, not copied, and its parameters stop requiring grad.
     task_vectors
         n of them: :class:`taskloom.TaskVector` or other mappings from a parameter's name to its change, in a sequence or by id. They are
-        kept in their own dtypes, on the model's device.
+        kept in their own dtypes, on the model's device; what is there already is not copied, and is not to be written to afterwards.
     granularity
         ``"block"`` (default): a coefficient for each vector and block. ``"vector"``: one for each vector.
     partitions
@@ -101,10 +103,12 @@ class AtlasModel(Coefficients):
         self._pool, self._groups = pool, groups
         self._compose_blocks = Composer(pool, groups)
         self._aliases = blocks.aliases
-        self.matrices_only = matrices_only
+        self._swapped = tuple(one_a_place(model, aliases) for aliases in blocks.aliases)
+        self.matrices_only, self.target_modules = matrices_only, target_modules
         self.linearized = linearized
-        self._recomputing = Recomputing([[_place(model, name) for name in aliases] for aliases in blocks.aliases])
         self._statistics = _statistics(model)
+        places = [[place_of(model, name) for name in names] for names in self._swapped]
+        self._recomputing = Recomputing(places, [module for _, module in self._statistics])
         self._held: HeldWeights | None = None
 
     @property
@@ -129,7 +133,11 @@ class AtlasModel(Coefficients):
         return super().belongs_to() | grouped | {"linearized": self.linearized}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward pass with the composed weights; arguments and result are the model's."""
+        """The model's forward pass with the composed weights; arguments and result are the model's.
+
+        A backward pass has to begin at what it returns where parts of the model are checkpointed: from an inner tensor that a hook took
+        away, they would run again with the base's weights.
+        """
         if self.merged:
             return self.model(*args, **kwargs)
         weights = self._composed()
@@ -137,12 +145,25 @@ class AtlasModel(Coefficients):
             return taylor(self._run, self._recomputing.base(), weights, args, kwargs)
         outputs = self._run(weights, args, kwargs)
         if torch.is_grad_enabled() and not is_compiling() and active_transform() is None:
-            self._recomputing.watch(outputs, weights)
+            self._recomputing.watch(
+                (args, kwargs), outputs, weights, self._held is not None, partial(self._compose_again, self.coef._version)
+            )
         return outputs
+
+    def _compose_again(self, version: int) -> list[Tensor]:
+        """The weights of an earlier forward pass, for another backward pass through it."""
+        if self.coef._version != version:
+            raise RuntimeError(
+                "AtlasModel: coef was changed since the forward pass, whose weights an earlier backward pass has freed; "
+                "make all of its backward passes before the optimizer's step"
+            )
+        with torch.enable_grad():
+            return self._compose()
 
     def _run(self, weights: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's forward pass with other blocks."""
-        return torch.func.functional_call(self.model, self._named(weights) | self._kept_statistics(), args, kwargs, tie_weights=False)
+        tensors = _named(self._swapped, weights) | self._kept_statistics()
+        return torch.func.functional_call(self.model, tensors, args, kwargs, tie_weights=False)
 
     def materialize(self) -> dict[str, Tensor]:
         """The state dict of the model with the composed weights; what is no block shares memory with the base's.
@@ -162,7 +183,7 @@ class AtlasModel(Coefficients):
         if self.merged:
             return state
         with torch.no_grad():
-            return state | {name: one for name, one in self._named(self._compose()).items() if name in state}
+            return state | {name: one for name, one in _named(self._aliases, self._compose()).items() if name in state}
 
     def merge_(self) -> nn.Module:
         """Write the composed weights into the base, in place, and return it; from then on the adapter only calls it.
@@ -171,11 +192,15 @@ class AtlasModel(Coefficients):
         ------
         RuntimeError
             If it was done before, or the model is linearised.
+        ValueError
+            If a coefficient or a composed weight is not finite; the base is unchanged.
         """
         self._refuse_linearized("merge_")
-        self._check_not_merged("merge_")
+        self._check_mergeable()
         with torch.no_grad():
-            for parameter, weight in zip(self._recomputing.base(), self._compose(), strict=True):
+            weights = self._compose()
+            check_finite("AtlasModel.merge_: composed weights", self.block_names, weights)
+            for parameter, weight in zip(self._recomputing.base(), weights, strict=True):
                 parameter.copy_(weight)
         self._begin_merge()
         return self.model
@@ -184,7 +209,8 @@ class AtlasModel(Coefficients):
     def compose(self, *, accumulate: bool = False) -> Iterator[Self]:
         """Compose the weights once for all forward passes in the block, instead of once for each.
 
-        A change of ``coef`` inside, by an optimizer's step, is seen: the weights are composed anew for the next forward pass.
+        A change of ``coef`` or of the base inside, by an optimizer's step, is seen: the weights are composed anew for the next forward
+        pass. What is written through ``.data`` is not. Inside another such block, and for a compiled forward pass, this one does nothing.
 
         Parameters
         ----------
@@ -196,7 +222,7 @@ class AtlasModel(Coefficients):
         if self._held is not None:
             yield self
             return
-        held = self._held = HeldWeights(self._compose, accumulate)
+        held = self._held = HeldWeights(self._compose, self._recomputing.base, accumulate)
         try:
             yield self
             held.flush()
@@ -236,7 +262,8 @@ class AtlasModel(Coefficients):
             raise RuntimeError(f"AtlasModel.{name}: a linearized model is no model with other weights")
 
     def _composed(self) -> Sequence[Tensor]:
-        return self._compose() if self._held is None else self._held.weights(self.coef)
+        # Whether a tensor has changed since is nothing that compiled code can ask.
+        return self._compose() if self._held is None or is_compiling() else self._held.weights(self.coef)
 
     def _compose(self) -> list[Tensor]:
         """The weights of the blocks; of a linearised model, what is added to them."""
@@ -244,10 +271,6 @@ class AtlasModel(Coefficients):
         if self.linearized:
             base = [torch.zeros_like(one) for one in base]
         return self._compose_blocks(base, self.expanded())
-
-    def _named(self, weights: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The weights by every name that the model has for them."""
-        return {name: one for aliases, one in zip(self._aliases, weights, strict=True) for name in aliases}
 
     def _kept_statistics(self) -> dict[str, Tensor]:
         """Copies of the running statistics that a forward pass in training would change."""
@@ -257,7 +280,14 @@ class AtlasModel(Coefficients):
                 found |= {f"{path}.{name}" if path else name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)}
         return found
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is in no compose() block, whose end would have to come for it too.
+        return {**self.__dict__, "_held": None}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._recomputing.expect_base("moved or converted")
+        if self._held is not None:
+            self._held.flush()
         super()._apply(fn, recurse)
         self._pool = self._pool.to(self.coef.device)
         self._groups = self._groups.to(self.coef.device)
@@ -265,11 +295,11 @@ class AtlasModel(Coefficients):
         return self
 
 
-def _place(model: nn.Module, name: str) -> Place:
-    path, _, own = name.rpartition(".")
-    return model.get_submodule(path), own
+def _named(names: Sequence[Sequence[str]], weights: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Each weight by all of its names."""
+    return {name: one for own, one in zip(names, weights, strict=True) for name in own}
 
 
 def _statistics(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The layers with running statistics, by path."""
-    return [(path, one) for path, one in model.named_modules(remove_duplicate=False) if isinstance(one, _NormBase)]
+    """The layers with running statistics, by their first path."""
+    return [(path, one) for path, one in model.named_modules() if isinstance(one, _NormBase)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from taskloom.merge import TaskVector
+from taskloom.methods.merging.places import one_a_place
 from taskloom.methods.merging.tangent_arithmetic.linearized import LinearizedModel
 
 Head = Callable[[Any], Tensor]
@@ -38,6 +39,7 @@ class EditedModel:
         self.linear = model if isinstance(model, LinearizedModel) else None
         self._model = copy.deepcopy(model).eval() if self.linear is None else model
         self._heads = heads
+        self._swapped = one_a_place(self._model, list(self._model.state_dict())) if self.linear is None else ()
         self._edited: list[tuple[TaskVector, dict[str, Tensor]]] = []
 
     def _head(self, outputs: Any, task: int) -> Tensor:
@@ -69,7 +71,9 @@ class EditedModel:
         if self.linear is not None:
             at_p0, change = self.linear.expand_along(vector, inputs)
             return self._head(at_p0 + change, task)
-        return self._head(functional_call(self._model, self._weights(vector), (inputs,)), task)
+        weights = self._weights(vector)
+        swapped = {name: weights[name] for name in self._swapped}
+        return self._head(functional_call(self._model, swapped, (inputs,), tie_weights=False), task)
 
     @torch.no_grad()
     def changes(self, vectors: Sequence[TaskVector], inputs: Any, task: int) -> Callable[[Sequence[float]], Tensor]:

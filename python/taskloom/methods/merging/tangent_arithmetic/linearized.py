@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from taskloom.merge import TaskVector
+from taskloom.methods.merging.places import one_a_place
 from taskloom.methods.merging.tangent_arithmetic.derivative_check import check_derivatives
 from taskloom.methods.merging.tangent_arithmetic.forward_mode import Expansion, expand
 from taskloom.methods.merging.tangent_arithmetic.frozen import Differences, check_same, frozen_copy, tau_dtype, tied_names
@@ -75,6 +76,7 @@ class LinearizedModel(nn.Module):
             taus[name] = nn.Parameter(tau, requires_grad=ends[name].requires_grad)
         self.params = Differences(taus)
         self.base = frozen_copy(start)
+        self._swapped = {name: one_a_place(self.base, aliases) for name, aliases in self._names.items()}
 
     @classmethod
     def from_pretrained_pair(cls, base: nn.Module, finetuned: nn.Module) -> Self:
@@ -104,8 +106,8 @@ class LinearizedModel(nn.Module):
         """The base's outputs as a function of its parameters."""
 
         def outputs(point: Mapping[str, Tensor]) -> Any:
-            # Every name is given: what was one tensor may have become several, as buffers do where a module is moved.
-            every = {alias: point[name] for name, aliases in self._names.items() for alias in aliases}
+            # Every place is given: what was one tensor may have become several, as buffers do where a module is moved.
+            every = {alias: point[name] for name, aliases in self._swapped.items() for alias in aliases}
             return functional_call(self.base, every, args, kwargs, tie_weights=False)
 
         return outputs

@@ -8,7 +8,9 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import jacrev, vmap
+
+from taskloom.methods.merging.places import call_with
 
 Reduce = Literal["trace", "none"] | int
 
@@ -42,7 +44,7 @@ def _jacobian(model: nn.Module, block: Mapping[str, Tensor], inputs: Tensor, out
     """Derivatives [n, outputs, size of the block] of every point's outputs by the parameters of a block."""
 
     def one(parameters: Mapping[str, Tensor], point: Tensor) -> Tensor:
-        outputs: Tensor = functional_call(model, dict(parameters), (point[None],))[0]
+        outputs: Tensor = call_with(model, parameters, (point[None],))[0]
         return outputs if output is None else outputs[output : output + 1]
 
     rows = vmap(jacrev(one), in_dims=(None, 0))
