@@ -67,6 +67,12 @@ def per_task(name: str, value: float | Mapping[str, float], tasks: Iterable[str]
     return [float(number) for number in numbers]
 
 
+def change_counts(states: TaskStates) -> list[int]:
+    """How often torch has seen each tensor of the states change; tensors made in inference mode count nothing."""
+    held = [state for state in (states.base, *states.tasks.values()) if not isinstance(state, TaskVector)]
+    return [values._version for state in held for values in state.values() if not values.is_inference()]
+
+
 def thresholds_of(value: float | Mapping[str, float], tasks: Iterable[str]) -> list[float]:
     """The tasks' ``tall_mask_lambda``; raises ValueError unless each is above zero."""
     found = per_task("tall_mask_lambda", value, tasks)

@@ -222,6 +222,30 @@ def test_lambda_is_the_best_and_the_smallest_of_ties() -> None:
             select_lambda(base, tuned, tau, closeness, grid)
 
 
+@pytest.mark.parametrize("of_base", [True, False])
+def test_evaluate_must_not_load_into_the_models(of_base: bool) -> None:
+    base = torch.nn.Linear(5, 3)
+    tuned = torch.nn.Linear(5, 3)
+    module = base if of_base else tuned
+
+    def load(task: str, state: dict[str, Tensor]) -> float:
+        module.load_state_dict(state)
+        return 1.0
+
+    tau = multi_task_vector(base, {"one": tuned})
+    with pytest.raises(ValueError, match="evaluate: task 'one': expected base and fine-tuned models to stay as they are"):
+        select_lambda(base, {"one": tuned}, tau, load)
+
+
+def test_bad_vectors() -> None:
+    base, tuned = make_models(2)
+    tau = multi_task_vector(base, tuned)
+    with pytest.raises(TypeError, match="tau: 'norm': expected float32 or float64, got torch.bfloat16"):
+        tall_masks(base, tuned, {**tau, "norm": tau["norm"].bfloat16()})
+    with pytest.raises(ValueError, match="tau: 'norm' holds NaN or infinity"):
+        tall_masks(base, tuned, {**tau, "norm": torch.full((9,), float("nan"))})
+
+
 def test_magnitude_masks_keep_the_largest_of_the_whole_model() -> None:
     base, tuned = make_models(2)
     for task, mask in magnitude_masks(base, tuned, 0.1).items():
