@@ -133,8 +133,8 @@ class Reader:
         self._fill(entry.file, entry.offset + begin, read.numpy().data)
         return read
 
-    def read_whole(self, entry: TensorEntry) -> Tensor:
-        """A tensor of any dtype, in memory of its own.
+    def read_whole(self, entry: TensorEntry, name: str) -> Tensor:
+        """A tensor of any dtype, in memory of its own; ``name`` is what errors call it.
 
         Raises
         ------
@@ -142,7 +142,7 @@ class Reader:
             If torch has no such dtype.
         """
         if entry.dtype not in COPIED_DTYPES:
-            raise CheckpointError(f"{entry.file}: a tensor is {entry.dtype}, which torch has no dtype for")
+            raise CheckpointError(f"{entry.file}: tensor {name!r} is {entry.dtype}, which torch has no dtype for")
         whole = torch.empty(entry.nbytes, dtype=torch.uint8)
         self._fill(entry.file, entry.offset, whole.numpy().data)
         return whole.view(COPIED_DTYPES[entry.dtype]).reshape(entry.shape)

@@ -35,8 +35,8 @@ def select_lambdas(states: TaskStates, vector: Mapping[str, Tensor], evaluate: E
             score = float(evaluate(task, restore_task(states.base, vector, masks_of(states, vector, task, threshold))))
             if change_counts(states) != counts:
                 raise ValueError(
-                    f"evaluate: task {task!r}: expected base and fine-tuned models to stay as they are, but it changed their tensors; load the "
-                    "state dict into a module of its own"
+                    f"evaluate: task {task!r}: expected base and fine-tuned models to stay as they are, but it changed their tensors; "
+                    "load the state dict into a module of its own"
                 )
             if math.isnan(score):
                 raise ValueError(f"evaluate: task {task!r}, tall_mask_lambda {threshold:g}: expected a score, got NaN")

@@ -231,14 +231,15 @@ def test_bad_modules_stay_as_they_were() -> None:
 
 
 def test_tied_weights_of_which_the_archive_has_two() -> None:
-    tied = nn.ModuleDict({"a": nn.Linear(3, 2, bias=False), "b": nn.Linear(3, 2, bias=False)})
-    tuned = {"one": {name: values + torch.randn_like(values) for name, values in tied.state_dict().items()}}
+    first, second = nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False)
+    tied = nn.ModuleDict({"a": first, "b": second})
+    tuned = {"one": {name: values + torch.randn_like(values) for name, values in _state(tied).items()}}
     archive = TallArchive.build(tied, tuned)
-    tied["b"].weight = tied["a"].weight
-    before = tied["a"].weight.detach().clone()
-    with pytest.raises(ValueError, match="'a.weight' and 'b.weight' are one tensor, of which the archive has two different ones"):
+    second.weight = first.weight
+    before = first.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"'a\.weight' and 'b\.weight' are one tensor, of which the archive has two different ones"):
         archive.apply_(tied, "one")
-    assert torch.equal(tied["a"].weight, before)
+    assert torch.equal(first.weight, before)
 
 
 def test_bad_builds() -> None:
@@ -338,6 +339,16 @@ def test_shards_and_overwriting(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"tensor 'c' is torch.complex128, which a safetensors file cannot hold"):
         strange.save(tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_an_opened_archive_is_not_read_once_another_has_its_place(tmp_path: Path) -> None:
+    base, tuned = make_models(2)
+    TallArchive.build(base, tuned).save(tmp_path / "archive")
+    opened = open_archive(tmp_path / "archive")
+    TallArchive.build(base, {"task-0": tuned["task-1"], "task-1": tuned["task-0"]}).save(tmp_path / "archive", overwrite=True)
+    for read in (lambda: opened.state_dict("task-0"), lambda: opened.masks("task-0"), opened.load):
+        with pytest.raises(CheckpointError, match="another file has taken its place"):
+            read()
 
 
 def test_size_is_that_of_the_formula(tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_evaluate_must_not_load_into_the_models(of_base: bool) -> None:
 def test_bad_vectors() -> None:
     base, tuned = make_models(2)
     tau = multi_task_vector(base, tuned)
-    with pytest.raises(TypeError, match="tau: 'norm': expected float32 or float64, got torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"tau: 'norm': expected float32 or float64, got torch\.bfloat16"):
         tall_masks(base, tuned, {**tau, "norm": tau["norm"].bfloat16()})
     with pytest.raises(ValueError, match="tau: 'norm' holds NaN or infinity"):
         tall_masks(base, tuned, {**tau, "norm": torch.full((9,), float("nan"))})
