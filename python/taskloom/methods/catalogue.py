@@ -73,6 +73,30 @@ def _add(method: Method) -> None:
 
 _add(
     Method(
+        name="atlas",
+        wing="merging",
+        title="Anisotropic scaling of task vectors (aTLAS)",
+        paper="Knowledge Composition using Task Vectors with Learned Anisotropic Scaling, NeurIPS 2024, arXiv 2407.02880",
+        family="masked",
+        claim="A learned coefficient for each task vector and parameter block composes vectors better than one for each vector.",
+        needs=(("sklearn", "scikit-learn"),),
+    )
+)
+
+_add(
+    Method(
+        name="breadcrumbs",
+        wing="merging",
+        title="Model Breadcrumbs",
+        paper="Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks, 2023, arXiv 2312.06795",
+        family="masked",
+        claim="Task vectors without their largest and small entries merge better; settings found on few tasks serve for more.",
+        needs=(("sklearn", "scikit-learn"),),
+    )
+)
+
+_add(
+    Method(
         name="controllable_mtl",
         wing="channels",
         title="Controllable multi-task networks (ECMT)",
@@ -148,6 +172,19 @@ _add(
         paper="Localizing Task Information for Improved Model Merging and Compression, ICML 2024, arXiv 2405.07813",
         family="masked",
         claim="Fine-tunings come back from one shared vector and a bit per parameter each; what fewer than two tasks need harms a merge.",
+        needs=(("sklearn", "scikit-learn"),),
+    )
+)
+
+
+_add(
+    Method(
+        name="tangent_arithmetic",
+        wing="merging",
+        title="Task arithmetic in the tangent space",
+        paper="Task Arithmetic in the Tangent Space: Improved Editing of Pre-Trained Models, NeurIPS 2023, arXiv 2305.12827",
+        family="masked",
+        claim="Task vectors of a model fine-tuned in its tangent space add up and subtract with less harm to each other's tasks.",
         needs=(("sklearn", "scikit-learn"),),
     )
 )

@@ -81,6 +81,16 @@ def test_two_builds_are_equal_to_the_bit_whatever_the_global_generator() -> None
     assert not _equal(first.base, _tiny(1).base)
 
 
+def test_a_head_as_a_module_is_the_frozen_one() -> None:
+    digits = _tiny()
+    encoder, test = projected_digits.load_encoder(digits.tuned[1]), digits.tasks[1].splits["test"]
+    head = digits.head(1)
+    assert not any(parameter.requires_grad for parameter in head.parameters())
+    with torch.no_grad():
+        right = head(encoder(test.inputs)).argmax(1) == test.labels
+    assert float(right.double().mean()) == digits.accuracy(digits.tuned[1], 1)
+
+
 def test_the_number_of_threads_does_not_matter_and_is_left_alone() -> None:
     before = torch.get_num_threads()
     try:

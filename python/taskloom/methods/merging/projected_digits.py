@@ -140,7 +140,8 @@ def build_network(tasks: int = 8, width: int = 256, seed: int = 0) -> tuple[Enco
         return Encoder(width), [nn.Linear(width, CLASSES) for _ in range(tasks)]
 
 
-def _batch(split: Split, size: int, generator: torch.Generator) -> Split:
+def draw_batch(split: Split, size: int, generator: torch.Generator) -> Split:
+    """So many random examples of a split, some of them perhaps twice."""
     chosen = torch.randint(len(split.labels), (size,), generator=generator)
     return Split(split.inputs[chosen], split.labels[chosen])
 
@@ -153,14 +154,14 @@ def pretrain(encoder: Encoder, heads: list[nn.Linear], tasks: tuple[Task, ...], 
     for _ in range(steps):
         losses = []
         for head, task in zip(heads, tasks, strict=True):
-            batch = _batch(task.splits["train"], 32, generator)
+            batch = draw_batch(task.splits["train"], 32, generator)
             losses.append(functional.cross_entropy(head(encoder(batch.inputs)), batch.labels))
         optimizer.zero_grad()
         torch.stack(losses).mean().backward()
         optimizer.step()
 
 
-def _encoder(state: State) -> Encoder:
+def load_encoder(state: State) -> Encoder:
     """An encoder with a copy of these weights, made without drawing initial ones from the global generator."""
     with torch.device("meta"):
         encoder = Encoder(width=len(state["layers.0.linear.bias"]))
@@ -168,43 +169,58 @@ def _encoder(state: State) -> Encoder:
     return encoder
 
 
-def finetune(base: State, head: State, task: Task, *, steps: int = 150, seed: int = 0) -> State:
-    """Fine-tune an encoder on one task with its head frozen: AdamW, batch 128, learning rate 5e-4 with a cosine to zero.
+def train_on_task(encoder: nn.Module, head: State, task: Task, *, steps: int = 150, seed: int = 0) -> None:
+    """Train a module in place on one task with its head frozen: AdamW, batch 128, learning rate 5e-4 with a cosine to zero.
 
     Parameters
     ----------
-    base, head
-        State dicts of the encoder and of the task's head; left as they are.
+    encoder
+        An :class:`Encoder`, or another module from its inputs to its outputs.
+    head
+        State dict of the task's head; left as it is.
     task
         Its ``train`` split is used.
     steps
         Number of updates.
     seed
         Of the batches.
+    """
+    generator = _generator(seed)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=5e-4, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+    for _ in range(steps):
+        batch = draw_batch(task.splits["train"], 128, generator)
+        logits = functional.linear(encoder(batch.inputs), head["weight"], head["bias"])
+        optimizer.zero_grad()
+        functional.cross_entropy(logits, batch.labels).backward()
+        optimizer.step()
+        schedule.step()
+
+
+def finetune(base: State, head: State, task: Task, *, steps: int = 150, seed: int = 0) -> State:
+    """A copy of an encoder, trained by :func:`train_on_task`.
+
+    Parameters
+    ----------
+    base, head
+        State dicts of the encoder and of the task's head; left as they are.
+    task, steps, seed
+        As there.
 
     Returns
     -------
     dict[str, Tensor]
         The encoder's new state dict.
     """
-    generator = _generator(seed)
-    encoder = _encoder(base)
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=5e-4, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
-    for _ in range(steps):
-        batch = _batch(task.splits["train"], 128, generator)
-        logits = functional.linear(encoder(batch.inputs), head["weight"], head["bias"])
-        optimizer.zero_grad()
-        functional.cross_entropy(logits, batch.labels).backward()
-        optimizer.step()
-        schedule.step()
+    encoder = load_encoder(base)
+    train_on_task(encoder, head, task, steps=steps, seed=seed)
     return _state(encoder)
 
 
 def evaluate(encoder: State, head: State, split: Split) -> float:
     """Share of a split's examples that an encoder with a head classifies correctly."""
     with torch.no_grad():
-        logits = functional.linear(_encoder(encoder)(split.inputs), head["weight"], head["bias"])
+        logits = functional.linear(load_encoder(encoder)(split.inputs), head["weight"], head["bias"])
     return float((logits.argmax(1) == split.labels).double().mean())
 
 
@@ -241,6 +257,13 @@ class ProjectedDigits:
         """Accuracy of an encoder with the head of a task, on one of that task's splits."""
         with one_thread():
             return evaluate(encoder, self.heads[task], self.tasks[task].splits[split])
+
+    def head(self, task: int) -> nn.Linear:
+        """The frozen head of a task as a module."""
+        with torch.device("meta"):
+            head = nn.Linear(self.width, CLASSES)
+        head.load_state_dict(self.heads[task], assign=True)
+        return head.requires_grad_(False)
 
     def accuracies(self, encoder: State, split: SplitName = "test") -> list[float]:
         """Accuracy of one encoder on every task."""

@@ -1,0 +1,71 @@
+"""The page's code, run as it stands there, and the page's heat map."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from taskloom.methods.merging.tangent_arithmetic import heat_map
+
+PAGE = Path(__file__).parents[3] / "docs" / "methods" / "tangent_arithmetic.md"
+TASKS = 2
+
+
+def _names() -> dict[str, Any]:
+    """What the page takes for granted: an encoder, frozen heads, loaders and validation sets."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+
+    def drawn(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.randn(count, 6, generator=generator)
+        return x, x[:, :3].argmax(1)
+
+    val_sets = [drawn(20) for _ in range(TASKS)]
+    return {
+        "torch": torch,
+        "encoder": nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU()),
+        "heads": [nn.Linear(8, 3).requires_grad_(False) for _ in range(TASKS)],
+        "train_loaders": [[drawn(10) for _ in range(3)] for _ in range(TASKS)],
+        "val_sets": val_sets,
+        "val_loaders": [[batch] for batch in val_sets],
+    }
+
+
+@pytest.mark.filterwarnings("ignore:search_alpha. alpha 0 won")
+def test_the_code_of_the_page() -> None:
+    if not PAGE.is_file():
+        pytest.skip("the documentation is not beside the tests")
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
+    names = _names()
+    before = {name: value.clone() for name, value in names["encoder"].state_dict().items()}
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
+    assert all(torch.equal(value, before[name]) for name, value in names["encoder"].state_dict().items())
+    assert all(vector.regime == "linear" and vector.norm() > 0 for vector in names["vectors"])
+    assert 0 <= float(names["xi"]) <= TASKS
+    assert len(names["table"]) == 21
+    # The edited model is what the search saw.
+    chosen = next(row for row in names["table"] if row.alpha == names["alpha"])
+    edited, pairs = names["edited"], zip(names["heads"], names["val_sets"], strict=True)
+    accuracies = [float((head(edited(x)).argmax(1) == y).float().mean()) for head, (x, y) in pairs]
+    assert fmean(accuracies) == pytest.approx(chosen.score, abs=0.06)
+
+
+def test_heat_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    assert heat_map.grid(3) == [-3, 0, 3]
+    found = heat_map.errors(0, heat_map.grid(3), finetune_steps=2)
+    for error in found.values():
+        assert tuple(error.shape) == (3, 3)
+        assert error[1, 1] == 0
+        assert 0 < error.max() <= 1
+    heat_map.picture(found, tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
