@@ -237,6 +237,14 @@ def test_evaluate_must_not_load_into_the_models(of_base: bool) -> None:
         select_lambda(base, {"one": tuned}, tau, load)
 
 
+def test_task_vectors_are_of_one_regime() -> None:
+    base, tuned = make_models(2)
+    vectors = {task: TaskVector(base, state) for task, state in tuned.items()}
+    vectors["task-1"] = vectors["task-1"].as_regime("linear")
+    with pytest.raises(ValueError, match="finetuned: expected task vectors of one regime, got both"):
+        multi_task_vector(base, vectors)
+
+
 def test_bad_vectors() -> None:
     base, tuned = make_models(2)
     tau = multi_task_vector(base, tuned)
