@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import taskloom
+from taskloom.archive.tasks import restored_tensor
 from taskloom.merge.align import is_recomputed, some
 from taskloom.ops._checks import FLOATING, check_writable
 
@@ -22,8 +23,8 @@ def module_tensors(module: nn.Module, base: Tensors, vector: Tensors, bits: Tens
     KeyError
         If the module lacks one.
     ValueError
-        If one has another shape, lies on another device, repeats elements, is memory of the archive, or is tied to one that the task
-        has other values of.
+        If one has another shape, lies on another device, repeats elements, is memory of the archive, is tied to one that the task has
+        other values of, or is float16 where the task has values too large for it.
     TypeError
         If it is no module, or a tensor is not floating point where the base's is, or of another dtype where the base's is not.
     """
@@ -38,6 +39,9 @@ def module_tensors(module: nn.Module, base: Tensors, vector: Tensors, bits: Tens
         _check_target(name, target, base[name])
     _check_apart(targets, (*base.values(), *vector.values()))
     _check_tied(targets, base, vector, bits)
+    for name, target in targets.items():
+        if target.dtype == torch.float16 and name in vector:
+            restored_tensor(name, base[name], bits[name], vector[name], torch.float16)
     return targets
 
 

@@ -15,10 +15,9 @@ from taskloom.archive.live import module_tensors, write_
 from taskloom.archive.opened import open_archive
 from taskloom.archive.packed import PackedMask
 from taskloom.archive.pieces import TORCH_DTYPES
-from taskloom.archive.restore import restore_values
 from taskloom.archive.select import LAMBDA_GRID, select_lambdas
 from taskloom.archive.states import Weights, is_finite, read_states, thresholds_of
-from taskloom.archive.tasks import DEFAULT_LAMBDA, DEFAULT_TRIM, VectorKind, masks_of, vector_of
+from taskloom.archive.tasks import DEFAULT_LAMBDA, DEFAULT_TRIM, VectorKind, masks_of, restored_tensor, vector_of
 from taskloom.merge.errors import near_miss
 
 
@@ -88,8 +87,8 @@ class TallArchive:
         Raises
         ------
         TypeError, ValueError, KeyError
-            As :func:`tall_masks` and :func:`select_lambda`; ValueError too if a task has a name that cannot be stored, or both a threshold
-            and ``evaluate`` are given.
+            As :func:`tall_masks` and :func:`select_lambda`; ValueError too if a task has a name that cannot be stored or values too large
+            for float16, or both a threshold and ``evaluate`` are given.
         """
         for task in finetuned:
             wrong = why_no_task_name(task) if isinstance(task, str) else "must be text"
@@ -106,7 +105,13 @@ class TallArchive:
         masks = {task: masks_of(states, vector, task, threshold) for task, threshold in zip(states.tasks, thresholds, strict=True)}
         info = info_of(states, method, trim, thresholds)
         copied = {name: values.clone(memory_format=torch.contiguous_format) for name, values in states.base.items()}
-        return cls(info, copied, vector, masks)
+        archive = cls(info, copied, vector, masks)
+        for archived in info.tasks:
+            for name in vector:
+                if archive._dtype(archived, name) == torch.float16:
+                    # Its range is small enough for the sum of the tasks' changes to leave it.
+                    archive._restored(archived, name)
+        return archive
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -150,16 +155,18 @@ class TallArchive:
         ------
         KeyError
             If there is no such task.
+        ValueError
+            If a value is too large for its dtype.
         """
-        dtypes, mask = self._task(task).dtypes, self._masks[task]
-        state = {}
-        for name, values in self._base.items():
-            if name in self._vector:
-                dtype = TORCH_DTYPES[dtypes[name]] if name in dtypes else values.dtype
-                state[name] = restore_values(values, mask.bits[name], self._vector[name], dtype)
-            else:
-                state[name] = values.clone()
-        return state
+        found = self._task(task)
+        return {name: self._restored(found, name) if name in self._vector else values.clone() for name, values in self._base.items()}
+
+    def _dtype(self, task: ArchivedTask, name: str) -> torch.dtype:
+        return TORCH_DTYPES[task.dtypes[name]] if name in task.dtypes else self._base[name].dtype
+
+    def _restored(self, task: ArchivedTask, name: str) -> Tensor:
+        bits = self._masks[task.name].bits[name]
+        return restored_tensor(name, self._base[name], bits, self._vector[name], self._dtype(task, name))
 
     def apply_(self, module: nn.Module, task: str) -> nn.Module:
         """Give a module the weights of a task, in place and in one pass over them.
@@ -185,8 +192,8 @@ class TallArchive:
         KeyError
             If there is no such task, or the module lacks a tensor.
         ValueError
-            If a tensor has another shape, lies on another device, repeats elements, is the archive's own memory, or is tied to one that
-            the task has other values of.
+            If a tensor has another shape, lies on another device, repeats elements, is the archive's own memory, is tied to one that the
+            task has other values of, or is float16 where the task has values too large for it.
         TypeError
             If it is no module, or a tensor is not floating point where the base's is, or of another dtype where the base's is not. After
             any of these errors the module is as it was.

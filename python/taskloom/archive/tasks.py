@@ -206,6 +206,20 @@ def tall_masks(
     return {task: masks_of(states, tau, task, threshold) for task, threshold in zip(states.tasks, thresholds, strict=True)}
 
 
+def restored_tensor(name: str, base: Tensor, bits: Tensor, vector: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of a task, in fresh memory.
+
+    Raises
+    ------
+    ValueError
+        If a value is too large for the dtype.
+    """
+    restored = restore_values(base, bits, vector, dtype)
+    if not is_finite(restored):
+        raise ValueError(f"tensor {name!r}: base + vector overflows {dtype}")
+    return restored
+
+
 def restore_task(base: Weights, tau: Mapping[str, Tensor], mask: PackedMask) -> dict[str, Tensor]:
     """A task's weights: ``base + mask * tau``, with the coefficient 1.
 
@@ -225,7 +239,7 @@ def restore_task(base: Weights, tau: Mapping[str, Tensor], mask: PackedMask) -> 
     Raises
     ------
     KeyError, ValueError
-        If base, vector and mask do not fit each other.
+        If base, vector and mask do not fit each other; ValueError too if a value is too large for its dtype.
     """
     origin = state_of("base", base)
     if tau.keys() != mask.shapes.keys() or not tau.keys() <= origin.keys():
@@ -237,5 +251,5 @@ def restore_task(base: Weights, tau: Mapping[str, Tensor], mask: PackedMask) -> 
             continue
         if values.dtype not in FLOATING or not values.shape == tau[name].shape == mask.shapes[name]:
             raise ValueError(f"restore_task: {name!r}: expected floating point of shape {tuple(mask.shapes[name])} in base and tau")
-        restored[name] = restore_values(values, mask.bits[name], tau[name], values.dtype)
+        restored[name] = restored_tensor(name, values, mask.bits[name], tau[name], values.dtype)
     return restored

@@ -217,6 +217,11 @@ def test_bad_modules_stay_as_they_were() -> None:
     cases.append((small, TypeError, "'position_ids': expected torch.int64, got torch.uint8"))
     cases.append((expanded, ValueError, "'norm': expected a tensor that can be written to"))
     cases.append((aliased, ValueError, "'embed.weight': is the archive's own memory"))
+    half = Toy(F16)
+    large = {name: values * 1e6 if values.is_floating_point() else values for name, values in base.items()}
+    with pytest.raises(ValueError, match=r"tensor 'embed.weight': base \+ vector overflows torch\.float16"):
+        TallArchive.build(large, {"task-0": large}).apply_(half, "task-0")
+    assert all(values.isfinite().all() for values in half.state_dict().values())
     tensors: Any = base
     cases.append((tensors, TypeError, "module: expected an nn.Module, got dict"))
     for module, error, message in cases:

@@ -17,7 +17,9 @@ from taskloom.merge import merge_state_dicts
 from taskloom.methods.merging.tall_masks import (
     LAMBDA_GRID,
     PackedMask,
+    TallArchive,
     magnitude_masks,
+    merge_consensus,
     multi_task_vector,
     restore_task,
     select_lambda,
@@ -243,6 +245,21 @@ def test_task_vectors_are_of_one_regime() -> None:
     vectors["task-1"] = vectors["task-1"].as_regime("linear")
     with pytest.raises(ValueError, match="finetuned: expected task vectors of one regime, got both"):
         multi_task_vector(base, vectors)
+
+
+def test_values_too_large_for_their_dtype() -> None:
+    base = {"w": torch.full((9,), 6e4, dtype=torch.float16)}
+    tuned = {task: {"w": torch.full((9,), 6.3e4, dtype=torch.float16)} for task in ("a", "b")}
+    tau = multi_task_vector(base, tuned)
+    for call in (
+        lambda: restore_task(base, tau, tall_masks(base, tuned, tau)["a"]),
+        lambda: TallArchive.build(base, tuned),
+        lambda: TallArchive.build({"w": base["w"].float()}, {"a": tuned["a"], "b": tuned["b"]}),
+    ):
+        with pytest.raises(ValueError, match=r"tensor 'w': base \+ vector overflows torch\.float16"):
+            call()
+    with pytest.raises(ValueError, match=r"tensor 'w': a merged value is too large for torch\.float16"):
+        merge_consensus(base, tuned, lambda_=1.0)
 
 
 def test_bad_vectors() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import taskloom
 from taskloom.archive.packed import PackedMask, check_same_tensors
-from taskloom.archive.states import Weights, per_task, read_states, thresholds_of
+from taskloom.archive.states import Weights, is_finite, per_task, read_states, thresholds_of
 from taskloom.archive.tasks import DEFAULT_LAMBDA, DEFAULT_TRIM, VectorKind, masks_of, vector_of
 from taskloom.merge.align import some
 
@@ -136,7 +136,7 @@ def merge_consensus(
     Raises
     ------
     TypeError, ValueError, KeyError
-        As :func:`tall_masks` and :func:`consensus_mask`.
+        As :func:`tall_masks` and :func:`consensus_mask`; ValueError too if a merged value is too large for its dtype.
 
     Notes
     -----
@@ -155,7 +155,9 @@ def merge_consensus(
     else:
         _check_fit(masks, list(states.tasks), states.names, states.base)
     agreed = consensus_mask(masks, k).bits
-    return {
-        name: taskloom.masked_update(values, agreed[name], vector[name], scale) if name in vector else values.clone()
-        for name, values in states.base.items()
-    }
+    merged = {}
+    for name, values in states.base.items():
+        merged[name] = taskloom.masked_update(values, agreed[name], vector[name], scale) if name in vector else values.clone()
+        if name in vector and not is_finite(merged[name]):
+            raise ValueError(f"tensor {name!r}: a merged value is too large for {values.dtype}")
+    return merged
