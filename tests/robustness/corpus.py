@@ -219,8 +219,13 @@ def write_folder(folder: Path, content: dict[str, Content], outside: Path) -> Pa
         elif what.kind == "folder":
             path.mkdir()
         else:
-            with socket.socket(socket.AF_UNIX) as listener:
-                listener.bind(str(path))
+            # A socket's path has 107 bytes at most, the folder's own may have more.
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                with socket.socket(socket.AF_UNIX) as listener:
+                    listener.bind(f"/proc/self/fd/{descriptor}/{name}")
+            finally:
+                os.close(descriptor)
     return folder
 
 

@@ -191,8 +191,7 @@ def run_extraction(
                     counter.add(read + restored.nbytes)
 
                 run_pieces(cut_pieces([part.base.numel for part in parts]), restore, thread_count(threads), counter.tell)
-            for identity in archive.checkpoint.files:
-                identity.check_unchanged()
+            archive.check_unchanged()
             counter.tell()
             seconds = time.perf_counter() - start
             notes = copy_side_files(archive.checkpoint, folder, dtype=_config_dtype(parts), copy_tokenizer=copy_tokenizer)
@@ -262,7 +261,9 @@ def extract_task(
 def read_masks(archive: OpenedArchive, task: ArchivedTask) -> dict[str, Tensor]:
     """A task's packed masks by tensor."""
     with Reader() as reader:
-        return {part.name: reader.read_whole(part.mask) for part in _parts(archive, task)}
+        masks = {part.name: reader.read_whole(part.mask, part.name) for part in _parts(archive, task)}
+    archive.check_unchanged()
+    return masks
 
 
 def restored_state(archive: OpenedArchive, task: ArchivedTask) -> dict[str, Tensor]:
@@ -273,11 +274,12 @@ def restored_state(archive: OpenedArchive, task: ArchivedTask) -> dict[str, Tens
         _check_tails(parts.values(), reader)
         for name, entry in archive.tensors().items():
             if name not in parts:
-                state[name] = reader.read_whole(entry)
+                state[name] = reader.read_whole(entry, name)
                 continue
             part = parts[name]
             whole = torch.empty(entry.numel, dtype=TORCH_DTYPES[part.dtype])
             for piece in cut_pieces([entry.numel]):
                 whole[piece.begin : piece.begin + piece.count] = _restore_piece(reader, part, piece)[0]
             state[name] = whole.reshape(entry.shape)
+    archive.check_unchanged()
     return state

@@ -26,17 +26,16 @@ def load_archive(opened: OpenedArchive) -> TallArchive:
     shared = [name for name in entries if opened.has_mask(name)]
     shapes = {name: entries[name].shape for name in shared}
     with Reader() as reader:
-        base = {name: reader.read_whole(entry) for name, entry in entries.items()}
-        vector = {name: reader.read_whole(stored[vector_name(name)]) for name in shared}
+        base = {name: reader.read_whole(entry, name) for name, entry in entries.items()}
+        vector = {name: reader.read_whole(stored[vector_name(name)], name) for name in shared}
         masks = {}
         for task in opened.tasks:
-            bits = {name: reader.read_whole(stored[mask_name(task, name)]) for name in shared}
+            bits = {name: reader.read_whole(stored[mask_name(task, name)], name) for name in shared}
             try:
                 masks[task] = PackedMask(bits, shapes)
             except ValueError as error:
                 raise CheckpointError(f"{opened.path}: mask of task {task!r} is damaged: {error}") from error
-    for identity in opened.checkpoint.files:
-        identity.check_unchanged()
+    opened.check_unchanged()
     try:
         return TallArchive(opened.info, base, vector, masks)
     except ValueError as error:

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from taskloom.archive.describe import info_of
 from taskloom.archive.format import ArchivedTask, ArchiveInfo, why_no_task_name
-from taskloom.archive.live import Applied, module_tensors, switch_, write_
+from taskloom.archive.live import module_tensors, write_
 from taskloom.archive.opened import open_archive
 from taskloom.archive.packed import PackedMask
 from taskloom.archive.pieces import TORCH_DTYPES
-from taskloom.archive.restore import restore_values
 from taskloom.archive.select import LAMBDA_GRID, select_lambdas
 from taskloom.archive.states import Weights, is_finite, read_states, thresholds_of
-from taskloom.archive.tasks import DEFAULT_LAMBDA, DEFAULT_TRIM, VectorKind, masks_of, vector_of
+from taskloom.archive.tasks import DEFAULT_LAMBDA, DEFAULT_TRIM, VectorKind, masks_of, restored_tensor, vector_of
 from taskloom.merge.errors import near_miss
 
 
@@ -50,7 +48,6 @@ class TallArchive:
     ) -> None:
         self.info = info
         self._base, self._vector, self._masks = dict(base), dict(vector), dict(masks)
-        self._applied: WeakKeyDictionary[nn.Module, Applied] = WeakKeyDictionary()
         if list(masks) != [task.name for task in info.tasks]:
             raise ValueError(f"TallArchive: masks: expected those of {[task.name for task in info.tasks]}, got {list(masks)}")
         for name, values in self._vector.items():
@@ -83,15 +80,15 @@ class TallArchive:
         tall_mask_lambda
             As in :func:`tall_masks`. Default: picked by ``evaluate``, or 0.4 without it.
         evaluate
-            Validation score of a task's weights, higher is better; called as ``evaluate(task, state_dict)``.
+            Validation score of a task's weights, higher is better; as in :func:`select_lambda`.
         grid
             What ``evaluate`` picks from.
 
         Raises
         ------
         TypeError, ValueError, KeyError
-            As :func:`tall_masks` and :func:`select_lambda`; ValueError too if a task has a name that cannot be stored, or both a threshold
-            and ``evaluate`` are given.
+            As :func:`tall_masks` and :func:`select_lambda`; ValueError too if a task has a name that cannot be stored or values too large
+            for float16, or both a threshold and ``evaluate`` are given.
         """
         for task in finetuned:
             wrong = why_no_task_name(task) if isinstance(task, str) else "must be text"
@@ -108,7 +105,13 @@ class TallArchive:
         masks = {task: masks_of(states, vector, task, threshold) for task, threshold in zip(states.tasks, thresholds, strict=True)}
         info = info_of(states, method, trim, thresholds)
         copied = {name: values.clone(memory_format=torch.contiguous_format) for name, values in states.base.items()}
-        return cls(info, copied, vector, masks)
+        archive = cls(info, copied, vector, masks)
+        for archived in info.tasks:
+            for name in vector:
+                if archive._dtype(archived, name) == torch.float16:
+                    # Its range is small enough for the sum of the tasks' changes to leave it.
+                    archive._restored(archived, name)
+        return archive
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -152,55 +155,52 @@ class TallArchive:
         ------
         KeyError
             If there is no such task.
+        ValueError
+            If a value is too large for its dtype.
         """
-        dtypes, mask = self._task(task).dtypes, self._masks[task]
-        state = {}
-        for name, values in self._base.items():
-            if name in self._vector:
-                dtype = TORCH_DTYPES[dtypes[name]] if name in dtypes else values.dtype
-                state[name] = restore_values(values, mask.bits[name], self._vector[name], dtype)
-            else:
-                state[name] = values.clone()
-        return state
+        found = self._task(task)
+        return {name: self._restored(found, name) if name in self._vector else values.clone() for name, values in self._base.items()}
 
-    def apply_(self, module: nn.Module, task: str, *, full: bool = False) -> nn.Module:
-        """Give a module the weights of a task, in place.
+    def _dtype(self, task: ArchivedTask, name: str) -> torch.dtype:
+        return TORCH_DTYPES[task.dtypes[name]] if name in task.dtypes else self._base[name].dtype
 
-        The first call writes everything. Later ones touch only the entries in which the two tasks' masks differ, where nothing else has
-        changed the weights meanwhile (torch counts changes of each tensor; an optimizer, ``load_state_dict`` and ``copy_`` are noticed),
-        else again everything. From A to B and back to A restores every bit.
+    def _restored(self, task: ArchivedTask, name: str) -> Tensor:
+        bits = self._masks[task.name].bits[name]
+        return restored_tensor(name, self._base[name], bits, self._vector[name], self._dtype(task, name))
+
+    def apply_(self, module: nn.Module, task: str) -> nn.Module:
+        """Give a module the weights of a task, in place and in one pass over them.
+
+        Every entry is written, whatever the module held before, so nothing that was done to it meanwhile remains, and from A to B and
+        back to A restores every bit.
 
         Parameters
         ----------
         module
-            Has the base's tensors under the same names and shapes, on the archive's device, in any floating dtype; what it has besides,
-            such as heads, stays as it is.
+            Has the base's tensors under the same names and shapes, on the archive's device; floating-point ones in any of its dtypes. What
+            it has besides, such as heads, stays as it is.
         task
             The task.
-        full
-            Write everything in any case: after a change through ``tensor.data``, which torch does not count.
 
         Returns
         -------
         nn.Module
-            The module. Values are computed in the vector's dtype and rounded once to the module's.
+            The module. Values are computed in the vector's dtype (float64 in a float64 module) and rounded once to the module's.
 
         Raises
         ------
         KeyError
             If there is no such task, or the module lacks a tensor.
-        ValueError, TypeError
-            If a tensor has another shape, lies on another device, or is not floating point. The module is left as it was.
+        ValueError
+            If a tensor has another shape, lies on another device, repeats elements, is the archive's own memory, is tied to one that the
+            task has other values of, or is float16 where the task has values too large for it.
+        TypeError
+            If it is no module, or a tensor is not floating point where the base's is, or of another dtype where the base's is not. After
+            any of these errors the module is as it was.
         """
         self._task(task)
-        targets = module_tensors(module, self._base, self._vector)
-        before = self._applied.pop(module, None)
         mask = self._masks[task].bits
-        if before is None or full or not before.holds(targets):
-            write_(targets, self._base, self._vector, mask)
-        elif before.task != task:
-            switch_(targets, self._base, self._vector, self._masks[before.task].bits, mask)
-        self._applied[module] = Applied.of(task, targets)
+        write_(module_tensors(module, self._base, self._vector, mask), self._base, self._vector, mask)
         return module
 
     def to(self, device: torch.device | str) -> TallArchive:

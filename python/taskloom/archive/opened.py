@@ -72,6 +72,11 @@ class OpenedArchive:
                 return task
         raise CheckpointError(f"{self.path}: has no task {name!r}; its tasks are {', '.join(self.tasks)}{near_miss(name, self.tasks)}")
 
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if a file is not the one that was opened, or was written to since."""
+        for identity in self.checkpoint.files:
+            identity.check_unchanged()
+
     def tensors(self) -> dict[str, TensorEntry]:
         """The base's tensors, by the names that a restored checkpoint has."""
         return {name.removeprefix(BASE): entry for name, entry in self.checkpoint.tensors.items() if name.startswith(BASE)}
@@ -86,7 +91,7 @@ class OpenedArchive:
         Raises
         ------
         CheckpointError
-            If there is no such task or a file cannot be read.
+            If there is no such task, or a file cannot be read or has changed since it was opened.
         """
         from taskloom.archive.extract import read_masks
 
@@ -98,7 +103,7 @@ class OpenedArchive:
         Raises
         ------
         CheckpointError
-            If there is no such task, a file cannot be read, or the archive is damaged.
+            If there is no such task, a file cannot be read or has changed since it was opened, or the archive is damaged.
         """
         from taskloom.archive.extract import restored_state
 

@@ -1,7 +1,6 @@
 """Streams tensors in pieces: read into reused buffers, worked on by a team of threads, written in place by position.
 
-Files are read by position instead of mapped: a file that shrinks meanwhile is then an error and not a signal, nothing depends on how
-a header aligns its tensors, and a piece stays in the cache between the ops on it.
+A piece stays in the cache between the ops on it.
 """
 
 from __future__ import annotations
@@ -9,8 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from taskloom.merge.errors import CheckpointError, OutputError
 from taskloom.merge.header import BITS, TensorEntry
+from taskloom.merge.pieces import open_to_read, read_at, share_out
 from taskloom.merge.plan import TensorTarget
 from taskloom.merge.shards import Layout
 
@@ -107,34 +106,19 @@ class Reader:
     def _descriptor(self, path: Path) -> int:
         with self._lock:
             if path not in self._descriptors:
-                try:
-                    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+                descriptor = open_to_read(path)
                 self._stack.callback(os.close, descriptor)
                 self._descriptors[path] = descriptor
             return self._descriptors[path]
 
-    def _fill(self, path: Path, offset: int, target: memoryview) -> None:
-        descriptor = self._descriptor(path)
-        done = 0
-        while done < len(target):
-            try:
-                count = os.preadv(descriptor, [target[done:]], offset + done)
-            except OSError as error:
-                raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-            if count == 0:
-                raise CheckpointError(f"{path}: changed while it was read: it ends at byte {offset + done}")
-            done += count
-
     def read_bytes(self, entry: TensorEntry, begin: int, count: int, slot: int = 0) -> Tensor:
         """Bytes of a tensor as uint8 [count]; valid until this thread reads into the same slot again."""
         read = self._buffers.take(count, torch.uint8, slot)
-        self._fill(entry.file, entry.offset + begin, read.numpy().data)
+        read_at(self._descriptor(entry.file), entry.offset + begin, read.numpy().data, entry.file)
         return read
 
-    def read_whole(self, entry: TensorEntry) -> Tensor:
-        """A tensor of any dtype, in memory of its own.
+    def read_whole(self, entry: TensorEntry, name: str) -> Tensor:
+        """A tensor of any dtype, in memory of its own; ``name`` is what errors call it.
 
         Raises
         ------
@@ -142,9 +126,9 @@ class Reader:
             If torch has no such dtype.
         """
         if entry.dtype not in COPIED_DTYPES:
-            raise CheckpointError(f"{entry.file}: a tensor is {entry.dtype}, which torch has no dtype for")
+            raise CheckpointError(f"{entry.file}: tensor {name!r} is {entry.dtype}, which torch has no dtype for")
         whole = torch.empty(entry.nbytes, dtype=torch.uint8)
-        self._fill(entry.file, entry.offset, whole.numpy().data)
+        read_at(self._descriptor(entry.file), entry.offset, whole.numpy().data, entry.file)
         return whole.view(COPIED_DTYPES[entry.dtype]).reshape(entry.shape)
 
     def read(self, entry: TensorEntry, piece: Piece, slot: int = 0) -> Tensor:
@@ -213,16 +197,6 @@ class Progress:
             self._tell(self.done)
 
 
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def run_pieces(
     pieces: Iterator[Piece], work: Callable[[Piece], None], threads: int, on_done: Callable[[Piece], None] | None = None
 ) -> None:
@@ -244,30 +218,4 @@ def run_pieces(
     Exception
         The first that the work of any thread raises; the others stop after their piece.
     """
-    lock = threading.Lock()
-    stop = threading.Event()
-
-    def take() -> Piece | None:
-        with lock:
-            return None if stop.is_set() else next(pieces, None)
-
-    def loop(own: Callable[[Piece], None] | None) -> None:
-        try:
-            torch.set_num_threads(1)
-            while (piece := take()) is not None:
-                work(piece)
-                if own is not None:
-                    own(piece)
-        except BaseException:
-            stop.set()
-            raise
-
-    with _one_thread_each(), ThreadPoolExecutor(max(1, threads - 1)) as pool:
-        try:
-            others = [pool.submit(loop, None) for _ in range(threads - 1)]
-            loop(on_done)
-            for other in others:
-                other.result()
-        except BaseException:
-            stop.set()
-            raise
+    share_out(pieces, lambda: nullcontext(work), threads, on_done)

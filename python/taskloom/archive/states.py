@@ -67,6 +67,12 @@ def per_task(name: str, value: float | Mapping[str, float], tasks: Iterable[str]
     return [float(number) for number in numbers]
 
 
+def change_counts(states: TaskStates) -> list[int]:
+    """How often torch has seen each tensor of the states change; tensors made in inference mode count nothing."""
+    held = [state for state in (states.base, *states.tasks.values()) if not isinstance(state, TaskVector)]
+    return [values._version for state in held for values in state.values() if not values.is_inference()]
+
+
 def thresholds_of(value: float | Mapping[str, float], tasks: Iterable[str]) -> list[float]:
     """The tasks' ``tall_mask_lambda``; raises ValueError unless each is above zero."""
     found = per_task("tall_mask_lambda", value, tasks)
@@ -205,8 +211,8 @@ def read_states(base: Weights, finetuned: Mapping[str, Weights]) -> TaskStates:
     TypeError
         If an argument is something else, or a task's tensor is not floating point where the base's is.
     ValueError
-        If there is no task or nothing that could have a mask, shapes or devices differ, a weight is not finite, or a tensor without a
-        mask differs from the base's.
+        If there is no task or nothing that could have a mask, task vectors are of both regimes, shapes or devices differ, a weight is not
+        finite, or a tensor without a mask differs from the base's.
     KeyError
         If the names differ.
     """
@@ -215,6 +221,8 @@ def read_states(base: Weights, finetuned: Mapping[str, Weights]) -> TaskStates:
         raise TypeError(f"finetuned: expected a mapping from tasks to state dicts, modules or task vectors, got {type(finetuned).__name__}")
     if not finetuned:
         raise ValueError("finetuned: expected at least one task, got none")
+    if len({weights.regime for weights in finetuned.values() if isinstance(weights, TaskVector)}) > 1:
+        raise ValueError("finetuned: expected task vectors of one regime, got both; convert some with as_regime()")
     names = tuple(name for name, values in origin.items() if values.dtype in FLOATING and not is_recomputed(name))
     if not names:
         raise ValueError("base: expected at least one floating-point tensor, got none")

@@ -149,7 +149,7 @@ def check_vector(states: TaskStates, tau: Mapping[str, Tensor]) -> None:
     Raises
     ------
     TypeError, KeyError, ValueError
-        If it names tensors that have no masks, lacks some, or has another shape.
+        If it names tensors that have no masks, lacks some, has another shape or dtype, or is not finite.
     """
     for name in tau:
         if name in states.base and name not in states.names:
@@ -157,8 +157,13 @@ def check_vector(states: TaskStates, tau: Mapping[str, Tensor]) -> None:
     if tau.keys() != set(states.names):
         raise KeyError(f"tau: expected the tensors {some(list(states.names))}, got {some(list(tau))}")
     for name in states.names:
-        if tau[name].shape != states.base[name].shape:
-            raise ValueError(f"tau: {name!r}: expected shape {tuple(states.base[name].shape)}, got {tuple(tau[name].shape)}")
+        own = tau[name]
+        if own.shape != states.base[name].shape:
+            raise ValueError(f"tau: {name!r}: expected shape {tuple(states.base[name].shape)}, got {tuple(own.shape)}")
+        if own.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"tau: {name!r}: expected float32 or float64, got {own.dtype}; a sum of nearly cancelling terms needs them")
+        if not is_finite(own):
+            raise ValueError(f"tau: {name!r} holds NaN or infinity")
 
 
 def tall_masks(
@@ -186,9 +191,10 @@ def tall_masks(
     Raises
     ------
     TypeError
-        If ``tau`` holds a tensor that is not floating point in the base: it is copied and has no mask.
+        As :func:`multi_task_vector`; if ``tau`` holds a tensor that is not floating point in the base (it is copied and has no mask), or
+        one that is not float32 or float64.
     ValueError, KeyError
-        As :func:`multi_task_vector`, or if ``tau`` does not fit the base.
+        As :func:`multi_task_vector`, or if ``tau`` does not fit the base or is not finite.
 
     Notes
     -----
@@ -198,6 +204,20 @@ def tall_masks(
     check_vector(states, tau)
     thresholds = thresholds_of(tall_mask_lambda, states.tasks)
     return {task: masks_of(states, tau, task, threshold) for task, threshold in zip(states.tasks, thresholds, strict=True)}
+
+
+def restored_tensor(name: str, base: Tensor, bits: Tensor, vector: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of a task, in fresh memory.
+
+    Raises
+    ------
+    ValueError
+        If a value is too large for the dtype.
+    """
+    restored = restore_values(base, bits, vector, dtype)
+    if not is_finite(restored):
+        raise ValueError(f"tensor {name!r}: base + vector overflows {dtype}")
+    return restored
 
 
 def restore_task(base: Weights, tau: Mapping[str, Tensor], mask: PackedMask) -> dict[str, Tensor]:
@@ -219,7 +239,7 @@ def restore_task(base: Weights, tau: Mapping[str, Tensor], mask: PackedMask) -> 
     Raises
     ------
     KeyError, ValueError
-        If base, vector and mask do not fit each other.
+        If base, vector and mask do not fit each other; ValueError too if a value is too large for its dtype.
     """
     origin = state_of("base", base)
     if tau.keys() != mask.shapes.keys() or not tau.keys() <= origin.keys():
@@ -231,5 +251,5 @@ def restore_task(base: Weights, tau: Mapping[str, Tensor], mask: PackedMask) -> 
             continue
         if values.dtype not in FLOATING or not values.shape == tau[name].shape == mask.shapes[name]:
             raise ValueError(f"restore_task: {name!r}: expected floating point of shape {tuple(mask.shapes[name])} in base and tau")
-        restored[name] = restore_values(values, mask.bits[name], tau[name], values.dtype)
+        restored[name] = restored_tensor(name, values, mask.bits[name], tau[name], values.dtype)
     return restored

@@ -112,6 +112,17 @@ dtype: float32
 LAYER = {"model.layers.0.": 0.0, "model.layers.1.": 1.0}
 
 
+def test_buffers_that_models_recompute_are_the_bases(tmp_path: Path) -> None:
+    base, tuned = models()
+    name = "model.layers.0.rotary_emb.inv_freq"
+    base[name], tuned[0][name], tuned[2][name] = torch.arange(9.0), torch.ones(9), torch.zeros(3)
+    recipe = {**_save(tmp_path, base, tuned), "merge_method": "breadcrumbs", "parameters": {"weight": 0.3, "density": 0.5, "gamma": 0.1}}
+    got = _by_library(base, tuned, density=0.5, gamma=0.1)
+    assert torch.equal(got[name], base[name])
+    by_recipe = _merged(tmp_path, recipe)
+    assert_same_bits({each: by_recipe[each] for each in base}, got)
+
+
 def _gradient(first: float, last: float, name: str) -> float:
     place = next((place for prefix, place in LAYER.items() if name.startswith(prefix)), 0.0)
     return (1 - place) * first + place * last

@@ -101,6 +101,12 @@ def test_bad_k(k: Any) -> None:
             call()
 
 
+def test_k_may_be_any_integer_above_the_tasks() -> None:
+    base, tuned = make_models(2)
+    masks = tall_masks(base, tuned, multi_task_vector(base, tuned))
+    assert consensus_mask(masks, 2**70).count() == 0
+
+
 def test_bad_masks() -> None:
     base, tuned = make_models(2)
     for call in (lambda: consensus_mask({}), lambda: mask_profile([]), lambda: merge_consensus(base, tuned, {})):
@@ -115,6 +121,10 @@ def test_bad_masks() -> None:
     other = PackedMask(masks["task-0"].bits, {**masks["task-0"].shapes, "norm": (3, 3)})
     with pytest.raises(ValueError, match=r"masks: 'norm': expected shape \(9,\), got \(3, 3\)"):
         merge_consensus(base, tuned, [other])
+    with pytest.raises(KeyError, match="masks: expected those of the tasks 'task-0', 'task-1', got 'task-0', 'task-9'"):
+        merge_consensus(base, tuned, {"task-0": masks["task-0"], "task-9": masks["task-1"]})
+    with pytest.raises(ValueError, match="masks: expected one for each of 2 tasks, got 1"):
+        merge_consensus(base, tuned, [masks["task-0"]])
     plain: Any = [torch.zeros(3)]
     with pytest.raises(TypeError, match="masks: expected PackedMask, got Tensor"):
         consensus_mask(plain)

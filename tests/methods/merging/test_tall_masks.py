@@ -17,7 +17,9 @@ from taskloom.merge import merge_state_dicts
 from taskloom.methods.merging.tall_masks import (
     LAMBDA_GRID,
     PackedMask,
+    TallArchive,
     magnitude_masks,
+    merge_consensus,
     multi_task_vector,
     restore_task,
     select_lambda,
@@ -220,6 +222,53 @@ def test_lambda_is_the_best_and_the_smallest_of_ties() -> None:
     for grid in ((), (0.2, 0.0), (float("inf"),)):
         with pytest.raises(ValueError, match="grid: expected"):
             select_lambda(base, tuned, tau, closeness, grid)
+
+
+@pytest.mark.parametrize("of_base", [True, False])
+def test_evaluate_must_not_load_into_the_models(of_base: bool) -> None:
+    base = torch.nn.Linear(5, 3)
+    tuned = torch.nn.Linear(5, 3)
+    module = base if of_base else tuned
+
+    def load(task: str, state: dict[str, Tensor]) -> float:
+        module.load_state_dict(state)
+        return 1.0
+
+    tau = multi_task_vector(base, {"one": tuned})
+    with pytest.raises(ValueError, match="evaluate: task 'one': expected base and fine-tuned models to stay as they are"):
+        select_lambda(base, {"one": tuned}, tau, load)
+
+
+def test_task_vectors_are_of_one_regime() -> None:
+    base, tuned = make_models(2)
+    vectors = {task: TaskVector(base, state) for task, state in tuned.items()}
+    vectors["task-1"] = vectors["task-1"].as_regime("linear")
+    with pytest.raises(ValueError, match="finetuned: expected task vectors of one regime, got both"):
+        multi_task_vector(base, vectors)
+
+
+def test_values_too_large_for_their_dtype() -> None:
+    base = {"w": torch.full((9,), 6e4, dtype=torch.float16)}
+    tuned = {task: {"w": torch.full((9,), 6.3e4, dtype=torch.float16)} for task in ("a", "b")}
+    tau = multi_task_vector(base, tuned)
+    for call in (
+        lambda: restore_task(base, tau, tall_masks(base, tuned, tau)["a"]),
+        lambda: TallArchive.build(base, tuned),
+        lambda: TallArchive.build({"w": base["w"].float()}, {"a": tuned["a"], "b": tuned["b"]}),
+    ):
+        with pytest.raises(ValueError, match=r"tensor 'w': base \+ vector overflows torch\.float16"):
+            call()
+    with pytest.raises(ValueError, match=r"tensor 'w': a merged value is too large for torch\.float16"):
+        merge_consensus(base, tuned, lambda_=1.0)
+
+
+def test_bad_vectors() -> None:
+    base, tuned = make_models(2)
+    tau = multi_task_vector(base, tuned)
+    with pytest.raises(TypeError, match=r"tau: 'norm': expected float32 or float64, got torch\.bfloat16"):
+        tall_masks(base, tuned, {**tau, "norm": tau["norm"].bfloat16()})
+    with pytest.raises(ValueError, match="tau: 'norm' holds NaN or infinity"):
+        tall_masks(base, tuned, {**tau, "norm": torch.full((9,), float("nan"))})
 
 
 def test_magnitude_masks_keep_the_largest_of_the_whole_model() -> None:

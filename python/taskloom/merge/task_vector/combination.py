@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
+from taskloom.merge.pieces import share_out
 from taskloom.merge.task_vector.checks import check_overflow, some
 from taskloom.merge.task_vector.sources import MemorySource, Slot, Source, cut
-from taskloom.merge.task_vector.team import Work, over_pieces
 from taskloom.ops import block_scale_merge
 
 # Coefficients by source, in the order of the sum.
@@ -78,13 +78,13 @@ def each_piece(terms: Terms, name: str, numel: int, work: Callable[[int, int, li
         return
 
     @contextmanager
-    def opened() -> Iterator[Work]:
+    def opened() -> Iterator[Callable[[tuple[int, int]], None]]:
         with ExitStack() as stack:
             values = [stack.enter_context(source.opened(name)) for source in terms]
-            yield lambda begin, count: work(begin, count, [one.piece(begin, count) for one in values])
+            yield lambda piece: work(*piece, [one.piece(*piece) for one in values])
 
     size = length or PIECE
-    over_pieces(cut(numel, size), opened, min(torch.get_num_threads(), -(-numel // size)))
+    share_out(cut(numel, size), opened, min(torch.get_num_threads(), -(-numel // size)))
 
 
 def is_plain(terms: Terms, name: str, slot: Slot) -> bool:

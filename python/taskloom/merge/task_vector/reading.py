@@ -17,6 +17,7 @@ from taskloom.merge.errors import CheckpointError
 from taskloom.merge.header import BITS, FLOATING, TensorEntry
 from taskloom.merge.identity import FileIdentity
 from taskloom.merge.locate import locate
+from taskloom.merge.pieces import open_to_read, read_at
 from taskloom.merge.task_vector.checks import check_overflow, first_nonfinite, some
 from taskloom.merge.task_vector.difference import subtract
 from taskloom.merge.task_vector.sources import Slot, Source, Values
@@ -24,10 +25,7 @@ from taskloom.merge.torch_dtypes import TORCH_DTYPES
 
 
 class _Pieces:
-    """Reads pieces of one tensor of an open file into memory that the next piece takes again.
-
-    By position instead of mapped: a file that shrinks meanwhile is then an error and not a signal.
-    """
+    """Reads pieces of one tensor of an open file into memory that the next piece takes again."""
 
     def __init__(self, descriptor: int, entry: TensorEntry, name: str, label: str) -> None:
         self._descriptor, self._entry = descriptor, entry
@@ -46,23 +44,12 @@ class _Pieces:
         size = count * width
         if self._buffer.numel() < size:
             self._buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
-        self._fill(self._buffer[:size].numpy().data, self._entry.offset + begin * width)
+        read_at(self._descriptor, self._entry.offset + begin * width, self._buffer[:size].numpy().data, self._entry.file)
         values = self._buffer[:size].view(TORCH_DTYPES[self._entry.dtype])
         bad = first_nonfinite(values)
         if bad is not None:
             raise CheckpointError(f"{self._where} holds {bad[1]} at entry {begin + bad[0]}; only finite weights have a task vector")
         return values
-
-    def _fill(self, target: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(target):
-            try:
-                count = os.preadv(self._descriptor, [target[done:]], offset + done)
-            except OSError as error:
-                raise CheckpointError(f"{self._entry.file}: cannot be read: {error.strerror}") from error
-            if count == 0:
-                raise CheckpointError(f"{self._entry.file}: changed while it was read: it ends at byte {offset + done}")
-            done += count
 
 
 @contextmanager
@@ -71,10 +58,7 @@ def _open_entry(entry: TensorEntry, name: str, label: str) -> Iterator[_Pieces]:
     identity = entry.identity
     assert identity is not None
     identity.check_unchanged()
-    try:
-        descriptor = os.open(identity.file, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise CheckpointError(f"{entry.file}: cannot be read: {error.strerror}") from error
+    descriptor = open_to_read(identity.file)
     try:
         yield _Pieces(descriptor, entry, name, label)
         identity.check_unchanged()

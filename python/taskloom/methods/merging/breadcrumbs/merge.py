@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taskloom.merge.align import some
 from taskloom.methods.merging.breadcrumbs.bands import (
     BandRule,
     Granularity,
@@ -20,7 +21,7 @@ from taskloom.methods.merging.breadcrumbs.bands import (
     check_real,
     is_finite,
 )
-from taskloom.methods.merging.breadcrumbs.models import Model, Tuned, common_names, second_names, some, tensors_of, tuned_models
+from taskloom.methods.merging.breadcrumbs.models import Model, Tuned, common_names, second_names, tensors_of, tuned_models
 from taskloom.ops import sparse_merge
 from taskloom.ops._checks import FLOATING
 
@@ -158,9 +159,9 @@ def merge_breadcrumbs(
     Returns
     -------
     dict[str, Tensor]
-        The base's names in its order, with its dtypes and devices, in fresh memory. What is no floating-point tensor, and with
-        ``strict=False`` what a model lacks, is a copy of the base's. Names that are one tensor in all models (tied weights) are one in
-        the result, merged by its first name.
+        The base's names in its order, with its dtypes and devices, in fresh memory. What is no floating-point tensor or is recomputed by
+        models (``rotary_emb.inv_freq``), and with ``strict=False`` what a model lacks, is a copy of the base's. Names that are one tensor
+        in all models (tied weights) are one in the result, merged by its first name.
 
     Raises
     ------

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from taskloom.merge.align import is_recomputed, some
 from taskloom.merge.task_vector import TaskVector
 from taskloom.ops._checks import FLOATING
 
 Model = Mapping[str, Tensor] | nn.Module | TaskVector
-
-_SHOWN = 3
-
-
-def some(names: Collection[str]) -> str:
-    """The first few names, and how many more there are."""
-    first = ", ".join(repr(name) for name in list(names)[:_SHOWN])
-    return first + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def tensors_of(op: str, argument: str, model: object) -> Mapping[str, Tensor]:
@@ -80,10 +73,13 @@ class Tuned:
         return torch.equal(one, two) if self.is_vector else _memory(one) == _memory(two)
 
     def difference(self, base: Mapping[str, Tensor]) -> str:
-        """What it lacks of the base's names, or has beside them, in words; a vector has none of what is no floating-point tensor."""
+        """What it lacks of the base's names, or has beside them, in words.
+
+        A vector has none of what is no floating-point tensor, and buffers that models recompute may be missing anywhere.
+        """
         expected = [name for name, tensor in base.items() if tensor.is_floating_point() or not self.is_vector]
-        missing = [name for name in expected if name not in self.tensors]
-        extra = [name for name in self.tensors if name not in base]
+        missing = [name for name in expected if name not in self.tensors and not is_recomputed(name)]
+        extra = [name for name in self.tensors if name not in base and not is_recomputed(name)]
         parts = [f"lacks {some(missing)}"] if missing else []
         return " and ".join(parts + ([f"has {some(extra)}, which base lacks"] if extra else []))
 
@@ -124,7 +120,7 @@ def tuned_models(op: str, finetuned: object) -> list[Tuned]:
 
 
 def common_names(op: str, base: Mapping[str, Tensor], models: Sequence[Tuned], strict: bool) -> list[str]:
-    """Names of the base's floating-point tensors that every model has, in the base's order.
+    """Names of the base's floating-point tensors that every model has, in the base's order, without buffers that models recompute.
 
     Raises
     ------
@@ -132,7 +128,8 @@ def common_names(op: str, base: Mapping[str, Tensor], models: Sequence[Tuned], s
         If the models' names differ from the base's and ``strict`` is true, or no name is common.
     """
     different = [f"{model.argument} {words}" for model in models if (words := model.difference(base))]
-    names = [name for name in base if all(name in model.tensors for model in models) and base[name].is_floating_point()]
+    floating = [name for name, tensor in base.items() if tensor.is_floating_point() and not is_recomputed(name)]
+    names = [name for name in floating if all(name in model.tensors for model in models)]
     if different and (strict or not names):
         hint = "; strict=False merges what all have" if names else ""
         raise KeyError(f"{op}: {different[0]}{hint}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import taskloom
 from taskloom.archive.packed import PackedMask, check_same_tensors
-from taskloom.archive.states import Weights, per_task, read_states, thresholds_of
+from taskloom.archive.states import Weights, is_finite, per_task, read_states, thresholds_of
 from taskloom.archive.tasks import DEFAULT_LAMBDA, DEFAULT_TRIM, VectorKind, masks_of, vector_of
 from taskloom.merge.align import some
 
@@ -58,7 +58,8 @@ def consensus_mask(masks: Masks, k: int = 2) -> PackedMask:
     _check_k(k)
     found = _listed(masks)
     shapes = found[0].shapes
-    bits = {name: taskloom.mask_count([mask.bits[name] for mask in found], shape.numel(), k)[0] for name, shape in shapes.items()}
+    agreeing = min(k, len(found) + 1)
+    bits = {name: taskloom.mask_count([mask.bits[name] for mask in found], shape.numel(), agreeing)[0] for name, shape in shapes.items()}
     return PackedMask(bits, shapes)
 
 
@@ -86,13 +87,17 @@ def mask_profile(masks: Masks) -> Tensor:
     return profile
 
 
-def _check_fit(masks: Masks, names: Sequence[str], base: Mapping[str, Tensor]) -> None:
+def _check_fit(masks: Masks, tasks: Sequence[str], names: Sequence[str], base: Mapping[str, Tensor]) -> None:
     shapes = _listed(masks)[0].shapes
     if shapes.keys() != set(names):
         raise KeyError(f"masks: expected those of the base's tensors {some(list(names))}, got {some(list(shapes))}")
     for name in names:
         if shapes[name] != base[name].shape:
             raise ValueError(f"masks: {name!r}: expected shape {tuple(base[name].shape)}, got {tuple(shapes[name])}")
+    if isinstance(masks, Mapping) and masks.keys() != set(tasks):
+        raise KeyError(f"masks: expected those of the tasks {some(list(tasks))}, got {some(list(masks))}")
+    if len(masks) != len(tasks):
+        raise ValueError(f"masks: expected one for each of {len(tasks)} tasks, got {len(masks)}")
 
 
 def merge_consensus(
@@ -131,7 +136,7 @@ def merge_consensus(
     Raises
     ------
     TypeError, ValueError, KeyError
-        As :func:`tall_masks` and :func:`consensus_mask`.
+        As :func:`tall_masks` and :func:`consensus_mask`; ValueError too if a merged value is too large for its dtype.
 
     Notes
     -----
@@ -148,9 +153,11 @@ def merge_consensus(
         settings = zip(states.tasks, thresholds, weights, strict=True)
         masks = [masks_of(states, vector, task, threshold, factor) for task, threshold, factor in settings]
     else:
-        _check_fit(masks, states.names, states.base)
+        _check_fit(masks, list(states.tasks), states.names, states.base)
     agreed = consensus_mask(masks, k).bits
-    return {
-        name: taskloom.masked_update(values, agreed[name], vector[name], scale) if name in vector else values.clone()
-        for name, values in states.base.items()
-    }
+    merged = {}
+    for name, values in states.base.items():
+        merged[name] = taskloom.masked_update(values, agreed[name], vector[name], scale) if name in vector else values.clone()
+        if name in vector and not is_finite(merged[name]):
+            raise ValueError(f"tensor {name!r}: a merged value is too large for {values.dtype}")
+    return merged
