@@ -199,6 +199,8 @@ def test_alpha_with_the_best_normalised_mean_wins_and_the_first_of_equals() -> N
     assert table[1].values == (0.5, 0.5)
     assert search_alpha(lambda alpha: -((alpha - 0.35) ** 2))[0] == 0.35
     assert len(search_alpha(lambda alpha: alpha)[1]) == 21
+    as_tensors: Any = (lambda alpha: torch.tensor(alpha), lambda alpha: torch.tensor([alpha, 1.0]))
+    assert [search_alpha(evaluate, [0.0, 0.5])[0] for evaluate in as_tensors] == [0.5, 0.5]
 
 
 def test_negation_keeps_its_control() -> None:
