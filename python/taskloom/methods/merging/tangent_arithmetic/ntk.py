@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
@@ -167,18 +168,30 @@ def local_energy(K: Tensor, groups: Sequence[int] | Tensor, f: Tensor | None = N
 
     Raises
     ------
+    TypeError
+        If ``groups`` are no integers.
     ValueError
         If shapes do not fit, K is not symmetric or not finite, f is zero, or ``energy`` is out of range.
 
+    Warns
+    -----
+    UserWarning
+        If some are chosen of eigenvectors whose eigenvalues are equal up to rounding, and others are not.
+
     Notes
     -----
+    Eigenvectors of equal eigenvalues are any basis of their space: their ``shares`` are one choice of many. ``energy`` does not depend on
+    it as long as all of them are chosen, or none.
+
     Source: Ortiz-Jimenez et al., NeurIPS 2023, arXiv 2305.12827, section 6; that eigenvectors are chosen by the function they carry is
     inferred.
     """
-    count = len(K)
-    member = torch.as_tensor(groups, dtype=torch.int64)
-    if K.ndim != 2 or K.shape[1] != count or not count:
+    if K.ndim != 2 or K.shape[0] != K.shape[1] or not len(K):
         raise ValueError(f"local_energy: K: expected shape [n, n], got {tuple(K.shape)}")
+    count, member = len(K), torch.as_tensor(groups).cpu()
+    if member.is_floating_point() or member.is_complex():
+        raise TypeError(f"local_energy: groups: expected integers, got {member.dtype}")
+    member = member.long()
     if tuple(member.shape) != (count,) or int(member.min()) < 0:
         raise ValueError(f"local_energy: groups: expected {count} numbers from 0, got {tuple(member.shape)}")
     if not 0 < energy <= 1:
@@ -189,8 +202,9 @@ def local_energy(K: Tensor, groups: Sequence[int] | Tensor, f: Tensor | None = N
     ascending, vectors = torch.linalg.eigh(kernel)
     eigenvalues, vectors = ascending.flip(0), vectors.flip(1)
     squares = vectors.square()
-    shares = torch.zeros(count, int(member.max()) + 1, dtype=torch.float64).index_add_(1, member.cpu(), squares.T.contiguous())
+    shares = torch.zeros(count, int(member.max()) + 1, dtype=torch.float64).index_add_(1, member, squares.T.contiguous())
     chosen = _chosen(eigenvalues.clamp(min=0) if f is None else _carried(vectors, f), energy)
+    _warn_of_equals(eigenvalues, chosen, count * torch.finfo(K.dtype).eps)
     return LocalEnergy(squares[:, chosen].sum(1), shares, eigenvalues, chosen)
 
 
@@ -198,6 +212,21 @@ def _carried(vectors: Tensor, f: Tensor) -> Tensor:
     if tuple(f.shape) != (len(vectors),):
         raise ValueError(f"local_energy: f: expected shape {(len(vectors),)}, got {tuple(f.shape)}")
     return (vectors.T @ f.detach().double().cpu()).square()
+
+
+def _warn_of_equals(eigenvalues: Tensor, chosen: Tensor, rounding: float) -> None:
+    """Warn if the choice goes through a run of eigenvalues that are as good as equal."""
+    steps = eigenvalues[:-1] - eigenvalues[1:] > rounding * float(eigenvalues.abs().max())
+    run = torch.cat([torch.zeros(1, dtype=torch.int64), steps.cumsum(0)])
+    sizes, taken = run.bincount(), run[chosen].bincount(minlength=int(run[-1]) + 1)
+    parted = ((taken > 0) & (taken < sizes)).nonzero()
+    if len(parted):
+        value = float(eigenvalues[run == parted[0]][0])
+        warnings.warn(
+            f"local_energy: {int(taken[parted[0]])} of {int(sizes[parted[0]])} eigenvectors of the eigenvalue {value:.6g} were chosen: "
+            "they are any basis of their space, and the energy depends on which",
+            stacklevel=3,
+        )
 
 
 def _chosen(weights: Tensor, energy: float) -> Tensor:

@@ -90,8 +90,8 @@ def search_alpha(
     Raises
     ------
     ValueError
-        If the grid is empty, a value is not finite, ``normalise`` holds a number that is not above 0 or is of another length, or the
-        control allows no coefficient.
+        If the grid is empty, a value is not finite, coefficients have different numbers of values, ``normalise`` holds a number that is
+        not above 0 or is of another length, or the control allows no coefficient.
 
     Warns
     -----
@@ -111,6 +111,9 @@ def search_alpha(
         if _finite(unit, "normalise") <= 0:
             raise ValueError(f"search_alpha: normalise: expected accuracies above 0, got {unit}")
     table = [_row(alpha, evaluate, normalise, constraint) for alpha in alphas]
+    for row in table:
+        if len(row.values) != len(table[0].values):
+            raise ValueError(f"search_alpha: evaluate({row.alpha}): expected {len(table[0].values)} values, got {len(row.values)}")
     allowed = [row for row in table if row.allowed]
     if not allowed:
         assert constraint is not None
