@@ -231,6 +231,9 @@ def test_inference_mode_and_gradients_of_inputs() -> None:
         expected = linear(x)
     with torch.inference_mode():
         assert torch.equal(linear(x.detach()), expected)
+        built = LinearizedModel(model).apply_task_vector_(_vector(model))
+        assert torch.equal(built(x.detach()), expected)
+    built(x.detach()).sum().backward()
     linear(x).sum().backward()
     assert x.grad is not None
     moved = linear((x + 1e-3 * x.grad).detach()).sum() - linear(x.detach()).sum()

@@ -58,6 +58,8 @@ class LinearizedModel(nn.Module):
     that of the weights.
     """
 
+    # What is made in inference mode cannot be trained afterwards.
+    @torch.inference_mode(False)
     def __init__(self, model: nn.Module, init_model: nn.Module | None = None) -> None:
         super().__init__()
         start = model if init_model is None else init_model
