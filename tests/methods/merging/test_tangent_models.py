@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from taskloom.merge import TaskVector
-from taskloom.methods.merging.tangent_arithmetic import EditedModel, LinearizedModel
+from taskloom.methods.merging.tangent_arithmetic import EditedModel, LinearizedModel, ntk_matrix
 
 
 def _vector(model: nn.Module, scale: float = 0.05) -> TaskVector:
@@ -337,8 +337,11 @@ def test_a_weight_that_is_used_past_its_name_is_found() -> None:
     linear = LinearizedModel(model)
     with pytest.warns(UserWarning, match=r"no output depends on second\.weight; a tensor that the model uses past its parameter's name"):
         linear.check_derivatives(x)
+    with pytest.warns(UserWarning, match=r"ntk_matrix: no output depends on second\.weight; a tensor that the model uses past"):
+        ntk_matrix(model, x)
     model.second.weight.requires_grad_(False)
     LinearizedModel(model).check_derivatives(x)
+    ntk_matrix(model, x)
     vector = _vector(model).as_regime("nonlinear")
     assert torch.equal(EditedModel(model)(vector, x, 0), vector.apply_to(model)(x))
 

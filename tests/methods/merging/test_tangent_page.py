@@ -109,3 +109,10 @@ def test_the_table_is_the_shipped_result() -> None:
     assert f"mean of the seeds ({coarse['linear']} against {coarse['ordinary']})" in text
     assert f"({kernel.means['pre-trained']:.3f} in the mean of |2s - 1|) as at random weights ({kernel.means['random']:.3f})" in text
     assert [claim.held for claim in (addition, interference, negation, kernel)] == [True, True, True, False]
+
+
+def test_a_heat_map_of_one_point_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["heat_map", "out.png", "--steps", "1"])
+    with pytest.raises(SystemExit):
+        heat_map.main()
+    assert "--steps: expected 2 or more, got 1" in capsys.readouterr().err

@@ -39,19 +39,22 @@ def _blocks(parameters: Mapping[str, Tensor]) -> list[list[str]]:
     return blocks
 
 
-def _jacobian(model: nn.Module, block: Mapping[str, Tensor], inputs: Tensor, output: int | None, batch_size: int) -> Tensor:
-    """Derivatives [n, outputs, size of the block] of every point's outputs by the parameters of a block."""
+def _jacobian(
+    model: nn.Module, block: Mapping[str, Tensor], inputs: Tensor, output: int | None, batch_size: int
+) -> tuple[Tensor, set[str]]:
+    """Derivatives [n, outputs, size of the block] of every point's outputs by the parameters of a block, and which are not all zero."""
 
     def one(parameters: Mapping[str, Tensor], point: Tensor) -> Tensor:
         outputs: Tensor = functional_call(model, dict(parameters), (point[None],))[0]
         return outputs if output is None else outputs[output : output + 1]
 
     rows = vmap(jacrev(one), in_dims=(None, 0))
-    parts = []
+    parts, used = [], set[str]()
     for points in inputs.split(batch_size):
         derivatives = rows(dict(block), points)
+        used |= {name for name, derivative in derivatives.items() if bool(derivative.any())}
         parts.append(torch.cat([derivative.flatten(2) for derivative in derivatives.values()], 2))
-    return torch.cat(parts)
+    return torch.cat(parts), used
 
 
 def _outputs(model: nn.Module, inputs: Tensor, argument: str) -> int:
@@ -95,6 +98,12 @@ def ntk_matrix(model: nn.Module, x1: Tensor, x2: Tensor | None = None, reduce: R
     ValueError
         If the outputs are not [n, C], there is no point or no trainable parameter, or ``reduce`` or ``batch_size`` is out of range.
 
+    Warns
+    -----
+    UserWarning
+        If the outputs at all points have no derivative by a trainable parameter: it is unused, or used past its name (from a list of the
+        module's own, or by ``.data``).
+
     Notes
     -----
     The Jacobian of all points is never formed: it is computed for a block of parameters at a time, no larger than the largest parameter,
@@ -118,13 +127,21 @@ def ntk_matrix(model: nn.Module, x1: Tensor, x2: Tensor | None = None, reduce: R
             raise ValueError(f"ntk_matrix: reduce: expected an output from 0 to {count - 1}, got {output}")
         form = "icp,jdp->ijcd" if reduce == "none" else "icp,jcp->ij"
         total: Tensor | None = None
+        unused: list[str] = []
         for names in _blocks(parameters):
             block = {name: parameters[name] for name in names}
-            first = _jacobian(model, block, x1, output, batch_size)
-            second = first if x2 is None else _jacobian(model, block, x2, output, batch_size)
+            first, used = _jacobian(model, block, x1, output, batch_size)
+            second, others = (first, used) if x2 is None else _jacobian(model, block, x2, output, batch_size)
+            unused += [name for name in names if name not in used | others]
             product = torch.einsum(form, first, second).double()
             total = product if total is None else total.add_(product)
     assert total is not None
+    if unused:
+        some = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
+        warnings.warn(
+            f"ntk_matrix: no output depends on {some}; a tensor that the model uses past its parameter's name counts as constant",
+            stacklevel=2,
+        )
     if x2 is None:
         total = (total + (total.transpose(0, 1) if reduce != "none" else total.permute(1, 0, 3, 2))) / 2
     return (total / count if reduce == "trace" else total).to(next(iter(parameters.values())).dtype)
