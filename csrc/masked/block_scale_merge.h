@@ -20,13 +20,22 @@ struct ScaleBlock {
   void* out;                 // of base's dtype; forward only
 };
 
-constexpr int64_t scale_lanes = 4;  // running sums for each group
+// Tensors that are read side by side. A core follows about a dozen streams through memory; of many more it loses most.
+constexpr int64_t scale_streams = 12;
+// Sums that more tasks than that are added to in turn stay in the second-level cache.
+constexpr int64_t scale_piece_bytes = 1 << 17;
+// Bytes of scratch that `merge` uses for so many tasks.
+inline int64_t scale_merge_scratch(int64_t tasks) { return tasks > 1 ? scale_piece_bytes : 0; }
+
+// Running sums of one task over a block without groups.
+constexpr int64_t dot_lanes = 16;
+// Doubles of scratch that `dots` uses.
+inline int64_t scale_dots_scratch(int64_t tasks) { return tasks * dot_lanes; }
 
 // Both return the largest group number among entries begin .. begin + n; from `groups` on they count as the last group.
 struct BlockScaleMergeLoops {
-  int32_t (*merge)(bool wide, const ScaleBlock& block, int64_t begin, int64_t n);
-  // sums[t * groups + k] = the inner product of gradient and delta t over group k, in double; scratch holds scale_lanes * groups doubles
-  // for each task.
+  int32_t (*merge)(bool wide, const ScaleBlock& block, int64_t begin, int64_t n, void* scratch);
+  // sums[t * groups + k] = the inner product of gradient and delta t over group k, in double.
   int32_t (*dots)(const ScaleBlock& block, int64_t begin, int64_t n, double* sums, double* scratch);
 };
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "common/thread_scratch.h"
 #include "masked/block_scale_merge.h"
 #include "masked/block_scale_merge_checks.h"
 
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int64_t chunk = 1 << 18;
 
-// The blocks of one call: contiguous copies where needed, and the pieces that threads take.
+// The blocks of one call: contiguous copies where needed, and their pieces, small ones in spans of about a chunk that threads take.
 struct Blocks {
   struct Piece {
     int64_t block, begin, n;
@@ -23,6 +24,7 @@ struct Blocks {
   std::vector<Elements> deltas;
   std::vector<ScaleBlock> blocks;
   std::vector<Piece> pieces;
+  std::vector<size_t> spans{0};  // where each begins among the pieces, and the end of all
   int64_t tasks = 0;
 
   Elements keep(const Tensor& tensor, const char* name) {
@@ -47,6 +49,13 @@ struct Blocks {
       blocks.push_back(block);
       for (int64_t begin = 0; begin < numel; begin += chunk) pieces.push_back({b, begin, std::min(chunk, numel - begin)});
     }
+    int64_t entries = 0;
+    for (size_t index = 0; index < pieces.size(); ++index) {
+      entries += pieces[index].n;
+      if (entries < chunk && index + 1 < pieces.size()) continue;
+      spans.push_back(index + 1);
+      entries = 0;
+    }
   }
 
   bool wide(int64_t b) const {
@@ -60,9 +69,11 @@ struct Blocks {
   template <class Work>
   void run(const Work& work) const {
     std::vector<int32_t> largest(pieces.size());
-    torch_parallel()(static_cast<int64_t>(pieces.size()), [&](int64_t index) {
-      const Piece& piece = pieces[static_cast<size_t>(index)];
-      largest[static_cast<size_t>(index)] = work(index, piece, blocks[static_cast<size_t>(piece.block)]);
+    torch_parallel()(static_cast<int64_t>(spans.size()) - 1, [&](int64_t span) {
+      for (size_t index = spans[static_cast<size_t>(span)]; index < spans[static_cast<size_t>(span) + 1]; ++index) {
+        const Piece& piece = pieces[index];
+        largest[index] = work(static_cast<int64_t>(index), piece, blocks[static_cast<size_t>(piece.block)]);
+      }
     });
     for (const int32_t group : largest) {
       STD_TORCH_CHECK(group < blocks[0].groups, "partition: expected values below ", blocks[0].groups, ", got ", group);
@@ -97,7 +108,9 @@ std::vector<Tensor> block_scale_merge_cpu(std::vector<Tensor> base, std::vector<
     block.coef_stride = count * groups;
   }
   all.run([&](int64_t, const Blocks::Piece& piece, const ScaleBlock& block) {
-    return block_scale_merge_loops().merge(is_wide[static_cast<size_t>(piece.block)] != 0, block, piece.begin, piece.n);
+    const ThreadScratch scratch(ScratchUse::stages, scale_merge_scratch(block.tasks));
+    const bool in_double = is_wide[static_cast<size_t>(piece.block)] != 0;
+    return block_scale_merge_loops().merge(in_double, block, piece.begin, piece.n, scratch.data());
   });
   return out;
 }
@@ -108,8 +121,8 @@ Tensor block_scale_merge_backward_cpu(std::vector<Tensor> gradients, std::vector
   const int64_t count = static_cast<int64_t>(gradients.size()), size = all.tasks * groups;
   std::vector<double> parts(all.pieces.size() * static_cast<size_t>(size));
   all.run([&](int64_t index, const Blocks::Piece& piece, const ScaleBlock& block) {
-    std::vector<double> scratch(static_cast<size_t>(groups > 1 ? size * scale_lanes : 0));
-    return block_scale_merge_loops().dots(block, piece.begin, piece.n, parts.data() + index * size, scratch.data());
+    const ThreadScratch scratch(ScratchUse::stages, scale_dots_scratch(block.tasks) * static_cast<int64_t>(sizeof(double)));
+    return block_scale_merge_loops().dots(block, piece.begin, piece.n, parts.data() + index * size, scratch.as<double>());
   });
   Tensor out = empty_cpu({all.tasks, count, groups}, ScalarType::Double);
   auto* sums = static_cast<double*>(out.mutable_data_ptr());

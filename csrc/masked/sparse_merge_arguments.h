@@ -90,13 +90,16 @@ inline void bind_ranks(const MergeArguments& arguments, BoundMerge* bound) {
   }
   check_count(arguments.rank_begin.size(), arguments, "rank_begin");
   check_count(arguments.rank_end.size(), arguments, "rank_end");
-  const int64_t length = arguments.by_row ? merge.row_length : merge.numel;
+  // Rows of which there are none have a length too.
+  const Tensor& first = arguments.tuned[0];
+  const int64_t row = first.dim() == 0 ? 1 : first.size(first.dim() - 1);
+  const int64_t length = arguments.by_row ? row : merge.numel;
   for (size_t t = 0; t < merge.tasks.size(); ++t) {
     const int64_t begin = arguments.rank_begin[t], end = arguments.rank_end[t];
     STD_TORCH_CHECK(0 <= begin && begin <= end && end <= length, "rank: expected 0 <= rank_begin <= rank_end <= ", length, ", got ", begin,
                     " and ", end);
-    merge.tasks[t].rank_begin = begin;
-    merge.tasks[t].rank_end = end;
+    merge.tasks[t].rank_begin = merge.numel == 0 ? 0 : begin;
+    merge.tasks[t].rank_end = merge.numel == 0 ? 0 : end;
   }
   // One row is spread over the device's threads as a tensor is.
   if (arguments.by_row && merge.row_length != merge.numel) merge.select = Select::row_magnitude;

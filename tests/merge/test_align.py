@@ -149,6 +149,19 @@ def test_a_band_that_keeps_nothing_is_noted(models: dict[str, Path]) -> None:
     assert "and 6 more" in note
 
 
+def test_a_band_that_is_clipped_is_noted(models: dict[str, Path]) -> None:
+    def notes(**parameters: Any) -> list[str]:
+        _, planned = prepare(recipe_of(models, "breadcrumbs", parameters=parameters))
+        return [note for note in planned.notes if "fewer entries than density says" in note]
+
+    assert notes(density=0.9, gamma=0.3) == []
+    assert notes(density=0.9, gamma=0.3, on_overflow="drop", outliers_first=False) == []
+    assert notes(density=0.5, gamma=0.1, on_overflow="drop") == []
+    for scope in ("tensor", "row", "model"):
+        (note,) = notes(density=0.9, gamma=0.3, on_overflow="drop", scope=scope)
+        assert "in 9 tensors" in note
+
+
 def test_sharded_inputs_in_another_order_give_the_same_bits(models: dict[str, Path], tmp_path: Path) -> None:
     tensors = load_file(models["b"] / "model.safetensors")
     names = sorted(tensors, reverse=True)

@@ -137,11 +137,13 @@ def _bands(deltas: dict[str, Array], scope: str, density: float, gamma: float | 
     if scope == "tensor":
         return {name: keep_band(np.abs(delta), *band(delta.size)) for name, delta in deltas.items()}
     if scope == "row":
+        # What has no dimension is no row: the official Breadcrumbs code leaves it whole.
         return {
             name: np.array(
                 [keep_band(np.abs(row), *band(row.size)) for row in np.atleast_1d(delta).reshape(-1, delta.shape[-1] if delta.ndim else 1)],
                 bool,
             ).reshape(delta.shape)
+            | (delta.ndim == 0)
             for name, delta in deltas.items()
         }
     order = sorted(deltas)

@@ -6,6 +6,7 @@ import errno
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -80,6 +81,11 @@ def test_a_claim_that_does_not_hold_is_said_so(claims: list[Claim]) -> None:
     assert result.verdict == NOT_REPRODUCED
     assert not result.held
     assert [one.held for one in result.claims[0].inequalities] == [False, True]
+
+
+def test_a_verdict_names_the_claims_where_some_hold(claims: list[Claim]) -> None:
+    claims[:] = [_claim(OURS_IS_SMALLER), replace(_claim(OURS_IS_SMALLER, scale=2.0), name="C2"), replace(_claim(MEAN_IS_SMALLER), name="C3")]
+    assert run_method(TOY, seeds=1).verdict == "C1, C3 reproduced; C2 not reproduced at this size"
 
 
 def test_a_quick_run_has_its_own_settings_and_claims_nothing(claims: list[Claim]) -> None:

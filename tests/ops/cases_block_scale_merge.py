@@ -34,6 +34,16 @@ def block_scale_merge_cases() -> Iterator[Case]:
     yield Case("two chunks", (weights(numel), [weights(numel, seed=1), weights(numel, seed=2)], weights(2)))
     grouped = random_partition(numel, groups=256)
     yield Case("two chunks in groups", (weights(numel), [weights(numel, seed=1)], weights(1, 1, 256), grouped))
+    # More tasks than are read side by side, dtypes that change from task to task, and groups that do or do not fit in registers.
+    alike = [weights(300, seed=seed, dtype=torch.float16) for seed in range(1, 14)]
+    yield Case("13 tasks", (weights(300), alike, weights(13)))
+    turns = [weights(300, seed=seed, dtype=torch.float16 if seed % 3 else torch.bfloat16) for seed in range(1, 6)]
+    yield Case("tasks of two dtypes", (weights(300, dtype=torch.bfloat16), turns, weights(5)))
+    for groups in (16, 17, 33):
+        grouped = random_partition(300, groups=groups)
+        yield Case(f"{groups} groups", (weights(300), alike[:2], weights(2, 1, groups), grouped))
+    wide = [weights(300, seed=seed, dtype=torch.float64 if seed % 2 else torch.float32) for seed in range(1, 6)]
+    yield Case("float64 in groups", (weights(300), wide, weights(5, 1, 7), random_partition(300, groups=7)))
     strided = (weights(31, 7).t(), [weights(7, 62)[:, ::2]], weights(4)[::4], random_partition(31, 7, groups=1).t())
     yield Case("strided", strided)
     gradient = weights(2, 1, 3).requires_grad_()

@@ -26,6 +26,7 @@ def merge_cases() -> Iterator[Case]:
     yield Case("ties of one tensor", (low, low_tuned), {**TIES, "zero_sign": "majority"})
     yield Case("breadcrumbs", (low, low_tuned, 0.3), {**BREADCRUMBS, "density": [0.3, 0.9, 1.0]})
     yield Case("breadcrumbs of rows", (base, tuned, 0.3), {**BREADCRUMBS, "scope": "row", "on_overflow": "drop"})
+    yield Case("ranks", (low, low_tuned, 0.3), {"select": "magnitude", "rank": [(10, 300), 500, (0, 0)], "elect": "sign_sum"})
     yield Case("dare", (base, tuned, 0.5), {"select": "dropout", "density": [0.2, 0.5, 1.0], "rescale": "density", "seed": 7})
     yield Case("dare l1", (base, tuned, 0.5), {"select": "dropout", "density": 0.3, "rescale": "l1", "elect": "sign_sum"})
     yield Case("della", (base, tuned, 0.5), DELLA)
@@ -41,6 +42,7 @@ def merge_cases() -> Iterator[Case]:
     yield Case("non-contiguous", (base.t(), [task.t() for task in tuned], 0.4), TIES)
     yield Case("offset", (base[1::2], [task[::2][:18] for task in tuned], 0.4), {**BREADCRUMBS, "scope": "row"})
     yield Case("empty", (torch.empty(3, 0), [torch.empty(3, 0)]), {**BREADCRUMBS, "scope": "row"})
+    yield Case("no rows", (torch.empty(0, 7), [torch.empty(0, 7)]), {**BREADCRUMBS, "scope": "row"})
     yield Case("scalar", (torch.tensor(1.0), [torch.tensor(3.0), torch.tensor(0.0)]), {**TIES, "density": 1.0})
     yield Case("ties of equal magnitude", (torch.zeros(1001), [torch.ones(1001), -torch.ones(1001)], [1.0, 0.5]), BREADCRUMBS)
     for select in (BREADCRUMBS, TIES, DELLA):

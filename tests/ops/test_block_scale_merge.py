@@ -13,6 +13,8 @@ from contract import assert_close, assert_same_bits
 from samples import weights
 
 import taskloom
+from taskloom import _native
+from taskloom.ops import _library
 from taskloom.ops.masked import block_scale_merge_backward
 
 SHAPES = ((17, 31), (9,), (5, 2, 3))
@@ -141,6 +143,56 @@ def test_gradients(grouped: bool) -> None:
     with taskloom.backend("native"):
         assert torch.autograd.gradcheck(merge, (coef, *tensors))
         assert torch.autograd.gradgradcheck(merge, (coef, *tensors))
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_gradients_of_the_coefficients_alone(grouped: bool) -> None:
+    partition = [random_partition(*shape, groups=3) for shape in SHAPES] if grouped else None
+    base, deltas = _blocks(0, torch.float64), _pool(2, torch.float64)
+    coef = weights(2, 3, 3 if grouped else 1, dtype=torch.float64, seed=9).requires_grad_()
+
+    def merge(coef: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(taskloom.block_scale_merge(base, deltas, coef, partition))
+
+    with taskloom.backend("native"):
+        assert torch.autograd.gradcheck(merge, (coef,))
+        assert torch.autograd.gradgradcheck(merge, (coef,))
+        slopes = [weights(*shape, dtype=torch.float64, seed=5) for shape in SHAPES]
+        (alone,) = torch.autograd.grad(merge(coef), coef, slopes)
+        base[1].requires_grad_()
+        among, _ = torch.autograd.grad(merge(coef), (coef, base[1]), slopes)
+    assert_same_bits(alone, among)
+
+
+def test_a_changed_delta_is_noticed() -> None:
+    base, deltas, coef = _blocks(0), _pool(2), weights(2, 3).requires_grad_()
+    merged = taskloom.block_scale_merge(base, deltas, coef)
+    deltas[1][0].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(merged[0].sum(), coef)
+
+
+@pytest.mark.usefixtures("restored_level")
+@pytest.mark.parametrize("groups", [1, 10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_tasks_over_several_pieces(dtype: torch.dtype, groups: int) -> None:
+    """More tasks than are read side by side, whose sums wait in memory; large blocks, and small ones that one thread takes together."""
+    sizes = (40_000, 7, 0, 33_000, 129)
+    base = [weights(size, seed=place) for place, size in enumerate(sizes)]
+    deltas = [[weights(size, seed=100 * task + place, dtype=dtype) for place, size in enumerate(sizes)] for task in range(1, 15)]
+    coef = weights(14, len(sizes), groups)
+    partition = [random_partition(size, groups=groups, seed=size) for size in sizes]
+    with taskloom.backend("reference"):
+        expected = taskloom.block_scale_merge(base, deltas, coef, partition)
+        products = block_scale_merge_backward(base, deltas, partition, groups)
+    found = []
+    for level in (level for level in _native.build_info()["levels"] if level <= _native.detected_cpu_level()):
+        _library.force_cpu_level(level)
+        for got, one in zip(taskloom.block_scale_merge(base, deltas, coef, partition), expected, strict=True):
+            assert_same_bits(got, one)
+        found.append(block_scale_merge_backward(base, deltas, partition, groups))
+        assert torch.allclose(found[-1], products, rtol=1e-10, atol=1e-10)
+        assert_same_bits(found[-1], found[0])
 
 
 def test_products_gradients() -> None:

@@ -185,6 +185,16 @@ def test_at_least_one_keeps_one_of_a_small_tensor() -> None:
     assert kept.tolist() == [0.0, -3.0, 0.0]
 
 
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+def test_ranks_in_place_of_a_density(scope: Any) -> None:
+    base, tuned = checkpoints(37, 29)
+    length = 29 if scope == "row" else 37 * 29
+    bands = [(0, length // 3), (length // 9, length // 2), (length, length)]
+    got = taskloom.sparse_merge(base, tuned, 0.5, select="magnitude", scope=scope, rank=[bands[0][1], *bands[1:]])
+    masks = [taskloom.magnitude_mask(task, base, rank=band, scope=scope) for task, band in zip(tuned, bands, strict=True)]
+    assert_same_bits(got, taskloom.sparse_merge(base, tuned, 0.5, select="mask", masks=masks))
+
+
 def test_negative_zero_becomes_zero_and_an_election_drops_nan() -> None:
     base = torch.tensor([-0.0, 0.0, 1.0])
     tuned = [torch.tensor([-0.0, torch.nan, 1.0]), torch.tensor([-0.0, 2.0, 1.0])]
@@ -336,12 +346,22 @@ X, Y = normal(3), normal(3, seed=1)
         (ValueError, "select: expected one of all", lambda: taskloom.sparse_merge(X, [Y], select="top")),
         (ValueError, "density: has no meaning with select='all'", lambda: taskloom.sparse_merge(X, [Y], density=0.5)),
         (ValueError, "gamma: has no meaning", lambda: taskloom.sparse_merge(X, [Y], select="dropout", density=0.5, gamma=0.1)),
-        (ValueError, "density: .*needs density or threshold", lambda: taskloom.sparse_merge(X, [Y], select="magnitude")),
+        (ValueError, "density: .*needs density, rank or threshold", lambda: taskloom.sparse_merge(X, [Y], select="magnitude")),
         (
             ValueError,
             "threshold: expected no density",
             lambda: taskloom.sparse_merge(X, [Y], select="magnitude", gamma=0.1, threshold=[taskloom.magnitude_threshold(X, rank=1)]),
         ),
+        (ValueError, r"rank: .*per task \(1\), got 2", lambda: taskloom.sparse_merge(X, [Y], select="magnitude", rank=[(0, 1), (0, 1)])),
+        (ValueError, "rank: .*per task.*got int", lambda: taskloom.sparse_merge(X, [Y], select="magnitude", rank=1)),
+        (
+            ValueError,
+            r"rank: expected begin <= end, got \(2, 1\)",
+            lambda: taskloom.sparse_merge(X, [Y], select="magnitude", rank=[(2, 1)]),
+        ),
+        (ValueError, "rank: expected 0 <= rank <= 3", lambda: taskloom.sparse_merge(X, [Y], select="magnitude", rank=[4])),
+        (ValueError, "rank: expected no density", lambda: taskloom.sparse_merge(X, [Y], select="magnitude", density=0.5, rank=[1])),
+        (ValueError, "rank: has no meaning", lambda: taskloom.sparse_merge(X, [Y], rank=[1])),
         (ValueError, "threshold: .*per task", lambda: taskloom.sparse_merge(X, [Y], select="magnitude", threshold=[])),
         (ValueError, "epsilon: .*needs", lambda: taskloom.sparse_merge(X, [Y], select="rank_dropout", density=0.5)),
         (ValueError, "epsilon: .*inside", lambda: taskloom.sparse_merge(X, [Y], select="rank_dropout", density=0.5, epsilon=0.5)),

@@ -69,23 +69,26 @@ void block_scale_case(int64_t tasks, int64_t groups, DType base_dtype, int64_t n
   const Placement placement = random.pick(placements);
   const int64_t begin = random.below(20), total = begin + n;
   const bool partitioned = groups > 1 || random.below(2) == 0;
+  // Tasks of one dtype are read side by side, and entries that are all of known groups are looked up in registers.
+  const bool alike = tasks > 5 || random.below(2) == 0, too_many = random.below(2) == 0;
+  const DType delta_dtype = random.pick(dtypes);
   begin_case("block_scale_merge tasks=%ld groups=%ld partitioned=%d base=%s n=%ld begin=%ld placement=%d", tasks, groups, partitioned,
              dtype_name(base_dtype), n, begin, static_cast<int>(placement));
   std::vector<Buffer> tensors;
   std::vector<Elements> deltas;
   bool wide = base_dtype == DType::f64;
   for (int64_t t = 0; t < tasks; ++t) {
-    const DType dtype = random.pick(dtypes);
+    const DType dtype = alike ? delta_dtype : random.pick(dtypes);
     tensors.push_back(values(dtype, total, random.pick(kinds), placement, random));
     deltas.push_back({tensors.back().data(), dtype});
     wide = wide || dtype == DType::f64;
   }
   const Buffer base = values(base_dtype, total, Kind::plain, placement, random);
   Buffer partition(total, placement);
-  // One group too many among them: the loop counts it as the last and tells.
+  // Where there is one group too many among them, the loop counts it as the last and tells.
   int64_t largest = 0;
   for (int64_t i = 0; i < total; ++i) {
-    partition.u8()[i] = static_cast<uint8_t>(random.below(std::min<int64_t>(256, groups + 1)));
+    partition.u8()[i] = static_cast<uint8_t>(random.below(std::min<int64_t>(256, groups + (too_many ? 1 : 0))));
     if (partitioned && i >= begin) largest = std::max<int64_t>(largest, partition.u8()[i]);
   }
   // Coefficients and sums are the wrapper's own, at addresses of whole numbers of their size.
@@ -95,10 +98,12 @@ void block_scale_case(int64_t tasks, int64_t groups, DType base_dtype, int64_t n
   agree(base_dtype, total, placement, [&](char* out) {
     std::memset(out, 0, static_cast<size_t>(begin * element_size(base_dtype)));
     block.out = out;
-    EXPECT(block_scale_merge_loops().merge(wide, block, begin, n) == largest);
+    const Buffer scratch(scale_merge_scratch(tasks), Placement::page);
+    scratch.fill(0x33);
+    EXPECT(block_scale_merge_loops().merge(wide, block, begin, n, scratch.data()) == largest);
   });
   agree(DType::f64, tasks * groups, Placement::page, [&](char* out) {
-    const Buffer scratch(groups > 1 ? 8 * tasks * scale_lanes * groups : 0, Placement::page);
+    const Buffer scratch(8 * scale_dots_scratch(tasks), Placement::page);
     scratch.fill(0x33);
     EXPECT(block_scale_merge_loops().dots(block, begin, n, reinterpret_cast<double*>(out), reinterpret_cast<double*>(scratch.data())) ==
            largest);
@@ -139,9 +144,10 @@ void block_scales() {
   Random random(7);
   for (const int64_t n : sizes_and_chunks()) {
     for (const DType base : dtypes) {
-      for (const int64_t tasks : {1, 2, 5}) {
-        for (const int64_t groups : {1, 2, 7, 256}) {
-          if (n > 5000 && (tasks == 5 || groups == 256)) continue;
+      for (const int64_t tasks : {1, 2, 5, 14, 25}) {
+        for (const int64_t groups : {1, 2, 7, 16, 17, 32, 33, 256}) {
+          if (n > 5000 && (tasks > 2 || groups > 16)) continue;
+          if (tasks > 5 && groups > 7) continue;
           block_scale_case(tasks, groups, base, n, random);
         }
       }

@@ -14,10 +14,10 @@ from taskloom.merge.errors import RecipeError
 from taskloom.merge.float_range import check_range
 from taskloom.merge.header import TensorEntry
 from taskloom.merge.locate import locate
-from taskloom.merge.parameters import Position, layer_positions
+from taskloom.merge.parameters import Position, layer_positions, resolve
 from taskloom.merge.plan import MergePlan, Stages, TensorJob, TensorSource, TensorTarget
 from taskloom.merge.recipe import ModelInput, Recipe
-from taskloom.merge.resolve import Task, check_uniform_selection, tensor_stages
+from taskloom.merge.resolve import Task, check_uniform_selection, segment_length, tensor_stages
 from taskloom.merge.shards import PlannedTensor, lay_out
 
 
@@ -230,6 +230,26 @@ def _emptied(jobs: Sequence[TensorJob]) -> list[str]:
     ]
 
 
+def _clipped(recipe: Recipe, jobs: Sequence[TensorJob]) -> list[str]:
+    """A note on the tensors of which fewer entries are kept than density says, because gamma leaves no room for them."""
+    method = recipe.method
+    shared = {name: method.parameter(name) for name in ("on_overflow", "outliers_first")}
+    values = {name: resolve(parameter, (recipe.settings,), "", 0.0) for name, parameter in shared.items() if parameter is not None}
+    if values != {"on_overflow": "drop", "outliers_first": True}:
+        return []
+    merged = [(job, job.stages) for job in jobs if job.stages is not None]
+    model_numel = sum(prod(job.shape) for job, _ in merged)
+    names = []
+    for job, stages in merged:
+        length = segment_length(stages.scope, job.shape, model_numel)
+        bands = zip(stages.rank_begin, stages.rank_end, stages.density, strict=False)
+        if any(end == length and end - begin < int(share * length) for begin, end, share in bands):
+            names.append(job.name)
+    if not names:
+        return []
+    return [f"fewer entries than density says are kept in {len(names)} tensors, because gamma removes too many: {some(names)}"]
+
+
 def plan_merge(recipe: Recipe, cast: Cast, *, shard_size: int, seed: int = 0, allow_nonfinite: bool = False) -> PlannedMerge:
     """Plan a merge completely: headers, offsets and every tensor's stages.
 
@@ -269,4 +289,4 @@ def plan_merge(recipe: Recipe, cast: Cast, *, shard_size: int, seed: int = 0, al
         weight_map=layout.weight_map,
         total_size=layout.total_size,
     )
-    return PlannedMerge(plan, cast, (*recipe.notes, *alignment.notes, *_emptied(jobs)))
+    return PlannedMerge(plan, cast, (*recipe.notes, *alignment.notes, *_emptied(jobs), *_clipped(recipe, jobs)))

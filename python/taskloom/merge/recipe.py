@@ -157,7 +157,9 @@ def _compile(method: Method, raw: Mapping[str, Any] | None, where: str, of_model
             raise _unknown_parameter(method, name, where)
         if of_model and not parameter.per_model:
             raise RecipeError(f"{where}: {name!r} holds for the whole merge; put it under the recipe's own 'parameters'")
-        settings[name] = compile_setting(parameter, value, f"{where}.{name}")
+        if parameter.name in settings:
+            raise RecipeError(f"{where}: {parameter.name} and {parameter.alias} are two names of one parameter; give one of them")
+        settings[parameter.name] = compile_setting(parameter, value, f"{where}.{name}")
         note = f"{name} has no effect in {method.name}"
         if parameter.inert and note not in notes:
             notes.append(note)

@@ -66,18 +66,16 @@ def segment_length(scope: Scope, shape: tuple[int, ...], model_numel: int) -> in
     return prod(shape) if scope == "tensor" or not shape else shape[-1]
 
 
-def _band(method: Method, values: TensorValues, task: int, length: int) -> tuple[int, int]:
+def _band(method: Method, values: TensorValues, task: int, length: int, in_a_row: bool) -> tuple[int, int]:
     density = values.of_tasks["density"][task]
     if not method.band:
         return band_ranks(length, density, at_least_one=True)
-    gamma = values.of_tasks["gamma"][task]
-    overflow: Literal["drop", "density"] = values.shared["on_overflow"]
-    if not values.shared["outliers_first"]:
-        begin, end = int(gamma * length), int(density * length)
-        return begin, max(begin, end)
-    if overflow == "density" and density >= 1:
+    # The official code masks along the last dimension, so it leaves what has none as it is.
+    if not in_a_row and density > 0:
         return 0, length
-    return band_ranks(length, density, gamma, on_overflow=overflow)
+    overflow: Literal["drop", "density"] = values.shared["on_overflow"]
+    first: bool = values.shared["outliers_first"]
+    return band_ranks(length, density, values.of_tasks["gamma"][task], on_overflow=overflow, outliers_first=first)
 
 
 def _check_della(density: Sequence[float], epsilon: Sequence[float], tasks: Sequence[Task], name: str) -> None:
@@ -99,7 +97,8 @@ def _selection(
     if method.select == "magnitude":
         scope: Scope = values.shared["scope"]
         length = segment_length(scope, shape, model_numel)
-        bands = [_band(method, values, task, length) for task in range(len(tasks))]
+        in_a_row = bool(shape) or scope != "row"
+        bands = [_band(method, values, task, length, in_a_row) for task in range(len(tasks))]
         if all(band == (0, length) for band in bands):
             return {}
         return {

@@ -28,7 +28,7 @@ class Parameter:
     """One parameter of a method.
 
     ``per_model`` ones may be set under a model as well as globally; ``constant`` ones have one value for the whole merge, so no
-    gradient and no filter; ``inert`` ones are read for compatibility and change nothing.
+    gradient and no filter; ``inert`` ones are read for compatibility and change nothing. ``alias`` is a second name that is taken for it.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Parameter:
     low: float | None = None
     high: float | None = None
     above: float | None = None
+    alias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class Method:
         return ", ".join(part for part in parts if part)
 
     def parameter(self, name: str) -> Parameter | None:
-        return next((parameter for parameter in self.parameters if parameter.name == name), None)
+        """The parameter of a name or an alias."""
+        return next((parameter for parameter in self.parameters if name in (parameter.name, parameter.alias)), None)
 
 
 _WEIGHT = Parameter("weight", "number", REQUIRED, "factor of a model's delta (of its values in linear)", per_model=True)
@@ -109,6 +111,7 @@ _INT8_MASK = Parameter("int8_mask", "flag", False, "accepted from mergekit recip
 _SCOPE = Parameter(
     "scope", "choice", "tensor", "what entries are ranked against: tensor, row or model", constant=True, choices=("tensor", "row", "model")
 )
+_GRANULARITY = replace(_SCOPE, alias="granularity", help=f"{_SCOPE.help}; also granularity")
 _ELECT = Parameter("elect", "choice", "sum", "majority sign by weighted sum or by count of signs", constant=True, choices=("sum", "count"))
 _ZERO_SIGN = Parameter(
     "zero_sign",
@@ -209,7 +212,7 @@ METHODS: dict[str, Method] = {
             "breadcrumbs",
             "Model Breadcrumbs",
             "https://arxiv.org/abs/2312.06795",
-            _delta(_DENSITY, _GAMMA, _SCOPE, _ON_OVERFLOW, _OUTLIERS_FIRST),
+            _delta(_DENSITY, _GAMMA, _GRANULARITY, _ON_OVERFLOW, _OUTLIERS_FIRST),
             select="magnitude",
             band=True,
         ),
@@ -217,7 +220,7 @@ METHODS: dict[str, Method] = {
             "breadcrumbs_ties",
             "Model Breadcrumbs with TIES sign election",
             "https://arxiv.org/abs/2312.06795",
-            _delta(_DENSITY, _GAMMA, _SCOPE, _ON_OVERFLOW, _OUTLIERS_FIRST, *_ELECTION),
+            _delta(_DENSITY, _GAMMA, _GRANULARITY, _ON_OVERFLOW, _OUTLIERS_FIRST, *_ELECTION),
             select="magnitude",
             band=True,
             elected=True,

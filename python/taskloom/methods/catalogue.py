@@ -85,6 +85,18 @@ _add(
 
 _add(
     Method(
+        name="breadcrumbs",
+        wing="merging",
+        title="Model Breadcrumbs",
+        paper="Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks, 2023, arXiv 2312.06795",
+        family="masked",
+        claim="Task vectors without their largest and small entries merge better; settings found on few tasks serve for more.",
+        needs=(("sklearn", "scikit-learn"),),
+    )
+)
+
+_add(
+    Method(
         name="controllable_mtl",
         wing="channels",
         title="Controllable multi-task networks (ECMT)",

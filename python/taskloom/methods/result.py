@@ -80,10 +80,14 @@ class MethodResult:
 
     @property
     def verdict(self) -> str:
-        """What the run says of the claim; a quick run says nothing."""
+        """What the run says of the claims, by name where it is not the same of all; a quick run says nothing."""
         if self.quick:
             return QUICK
-        return REPRODUCED if self.held else NOT_REPRODUCED
+        held = [claim.name for claim in self.claims if claim.held]
+        if self.held or not held:
+            return REPRODUCED if self.held else NOT_REPRODUCED
+        missed = [claim.name for claim in self.claims if not claim.held]
+        return f"{', '.join(held)} {REPRODUCED}; {', '.join(missed)} {NOT_REPRODUCED}"
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``result.json``."""

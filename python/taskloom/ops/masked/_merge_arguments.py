@@ -65,6 +65,27 @@ def tensor_key(key: int | str) -> int:
     return signed_word(key)
 
 
+def _given_thresholds(
+    base: Tensor | None, tuned: Sequence[Tensor], scope: Scope, threshold: Sequence[MagnitudeThreshold]
+) -> tuple[Tensor, Tensor]:
+    """The cuts of all tasks as the kernels take them."""
+    if len(threshold) != len(tuned) or not all(isinstance(cut, MagnitudeThreshold) for cut in threshold):
+        raise ValueError(f"{OP}: threshold: expected a list of one MagnitudeThreshold per task ({len(tuned)}), got {len(threshold)}")
+    if scope != "tensor":
+        raise ValueError(f"{OP}: threshold: expected scope 'tensor' with it, got {scope!r}")
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in (base, *tuned))
+    bands = [given_band(OP, cut, wide) for cut in threshold]
+    return torch.stack([cut for cut, _ in bands]), torch.stack([kept for _, kept in bands])
+
+
+def _given_ranks(rank: Sequence[int | tuple[int, int]], tasks: int, length: int, scope: Scope) -> list[tuple[int, int]]:
+    """The kept range of descending ranks of each task."""
+    if not isinstance(rank, Sequence) or len(rank) != tasks:
+        got = len(rank) if isinstance(rank, Sequence) else type(rank).__name__
+        raise ValueError(f"{OP}: rank: expected a list of one int or (begin, end) per task ({tasks}), got {got}")
+    return [rank_band(OP, length, scope, rank=own, density=None, gamma=0.0, at_least_one=False, on_overflow="density") for own in rank]
+
+
 def _magnitude_arguments(
     base: Tensor | None,
     tuned: Sequence[Tensor],
@@ -72,28 +93,29 @@ def _magnitude_arguments(
     density: float | Sequence[float] | None,
     gamma: float | Sequence[float],
     at_least_one: bool,
+    rank: Sequence[int | tuple[int, int]] | None,
     threshold: Sequence[MagnitudeThreshold] | None,
     on_overflow: OnOverflow,
 ) -> dict[str, Any]:
-    tasks = len(tuned)
+    tasks, length = len(tuned), segment_length(tuned[0], scope)
+    for name, value in (("threshold", threshold), ("rank", rank)):
+        if value is not None and (density is not None or gamma != 0 or at_least_one):
+            raise ValueError(f"{OP}: {name}: expected no density, gamma or at_least_one beside it")
     if threshold is not None:
-        if density is not None or gamma != 0 or at_least_one:
-            raise ValueError(f"{OP}: threshold: expected no density, gamma or at_least_one beside it")
-        if len(threshold) != tasks or not all(isinstance(cut, MagnitudeThreshold) for cut in threshold):
-            raise ValueError(f"{OP}: threshold: expected a list of one MagnitudeThreshold per task ({tasks}), got {len(threshold)}")
-        if scope != "tensor":
-            raise ValueError(f"{OP}: threshold: expected scope 'tensor' with it, got {scope!r}")
-        wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in (base, *tuned))
-        bands = [given_band(OP, cut, wide) for cut in threshold]
-        return {"threshold": torch.stack([cut for cut, _ in bands]), "equal_kept": torch.stack([kept for _, kept in bands])}
-    if density is None:
-        raise ValueError(f"{OP}: density: select='magnitude' needs density or threshold, got neither")
-    length = segment_length(tuned[0], scope)
-    ranks = [
-        rank_band(OP, length, scope, rank=None, density=share, gamma=top, at_least_one=at_least_one, on_overflow=on_overflow)
-        for share, top in zip(per_task("density", density, tasks, 0, 1), per_task("gamma", gamma, tasks, 0, 1), strict=True)
-    ]
-    return {"by_row": scope == "row", "rank_begin": [begin for begin, _ in ranks], "rank_end": [end for _, end in ranks]}
+        if rank is not None:
+            raise ValueError(f"{OP}: threshold: expected no rank beside it")
+        cuts, equal_kept = _given_thresholds(base, tuned, scope, threshold)
+        return {"threshold": cuts, "equal_kept": equal_kept}
+    if rank is not None:
+        bands = _given_ranks(rank, tasks, length, scope)
+    elif density is None:
+        raise ValueError(f"{OP}: density: select='magnitude' needs density, rank or threshold, got none of them")
+    else:
+        bands = [
+            rank_band(OP, length, scope, rank=None, density=share, gamma=top, at_least_one=at_least_one, on_overflow=on_overflow)
+            for share, top in zip(per_task("density", density, tasks, 0, 1), per_task("gamma", gamma, tasks, 0, 1), strict=True)
+        ]
+    return {"by_row": scope == "row", "rank_begin": [begin for begin, _ in bands], "rank_end": [end for _, end in bands]}
 
 
 def _mask_arguments(tuned: Sequence[Tensor], masks: Sequence[Tensor] | None) -> dict[str, Any]:
@@ -138,6 +160,7 @@ def selection_arguments(
     density: float | Sequence[float] | None,
     gamma: float | Sequence[float],
     at_least_one: bool,
+    rank: Sequence[int | tuple[int, int]] | None,
     threshold: Sequence[MagnitudeThreshold] | None,
     masks: Sequence[Tensor] | None,
     epsilon: float | Sequence[float] | None,
@@ -150,12 +173,13 @@ def selection_arguments(
         "density": density is not None,
         "gamma": gamma != 0,
         "at_least_one": at_least_one,
+        "rank": rank is not None,
         "threshold": threshold is not None,
         "masks": masks is not None,
         "epsilon": epsilon is not None,
     }
     uses = {
-        "magnitude": ("density", "gamma", "at_least_one", "threshold"),
+        "magnitude": ("density", "gamma", "at_least_one", "rank", "threshold"),
         "mask": ("masks",),
         "dropout": ("density",),
         "rank_dropout": ("density", "epsilon"),
@@ -174,7 +198,7 @@ def selection_arguments(
         "epsilon": [],
     }
     if select == "magnitude":
-        arguments |= _magnitude_arguments(base, tuned, scope, density, gamma, at_least_one, threshold, on_overflow)
+        arguments |= _magnitude_arguments(base, tuned, scope, density, gamma, at_least_one, rank, threshold, on_overflow)
     elif select == "mask":
         arguments |= _mask_arguments(tuned, masks)
     elif select != "all":

@@ -97,6 +97,7 @@ def sparse_merge(
     density: float | Sequence[float] | None = None,
     gamma: float | Sequence[float] = 0.0,
     at_least_one: bool = False,
+    rank: Sequence[int | tuple[int, int]] | None = None,
     threshold: Sequence[MagnitudeThreshold] | None = None,
     masks: Sequence[Tensor] | None = None,
     epsilon: float | Sequence[float] | None = None,
@@ -128,6 +129,7 @@ def sparse_merge(
     density: float | Sequence[float] | None = None,
     gamma: float | Sequence[float] = 0.0,
     at_least_one: bool = False,
+    rank: Sequence[int | tuple[int, int]] | None = None,
     threshold: Sequence[MagnitudeThreshold] | None = None,
     masks: Sequence[Tensor] | None = None,
     epsilon: float | Sequence[float] | None = None,
@@ -158,6 +160,7 @@ def sparse_merge(
     density: float | Sequence[float] | None = None,
     gamma: float | Sequence[float] = 0.0,
     at_least_one: bool = False,
+    rank: Sequence[int | tuple[int, int]] | None = None,
     threshold: Sequence[MagnitudeThreshold] | None = None,
     masks: Sequence[Tensor] | None = None,
     epsilon: float | Sequence[float] | None = None,
@@ -202,6 +205,8 @@ def sparse_merge(
         With ``"magnitude"``: share of the largest entries that is removed (Breadcrumbs).
     at_least_one
         With ``"magnitude"``: keep one entry of a segment where a positive density rounds to none (mergekit's TIES).
+    rank
+        With ``"magnitude"``, in place of a density: per task k for the k largest of a segment, or ``(begin, end)``.
     threshold
         With ``"magnitude"``, in place of a density: one :class:`MagnitudeThreshold` per task, of shape ``[]`` or ``[2]`` for the ranks
         ``[begin, end]``, such as this tensor's share (:func:`split_threshold`) of a whole model's.
@@ -283,6 +288,7 @@ def sparse_merge(
         density=density,
         gamma=gamma,
         at_least_one=at_least_one,
+        rank=rank,
         threshold=threshold,
         masks=masks,
         epsilon=epsilon,
