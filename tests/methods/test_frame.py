@@ -84,7 +84,11 @@ def test_a_claim_that_does_not_hold_is_said_so(claims: list[Claim]) -> None:
 
 
 def test_a_verdict_names_the_claims_where_some_hold(claims: list[Claim]) -> None:
-    claims[:] = [_claim(OURS_IS_SMALLER), replace(_claim(OURS_IS_SMALLER, scale=2.0), name="C2"), replace(_claim(MEAN_IS_SMALLER), name="C3")]
+    claims[:] = [
+        _claim(OURS_IS_SMALLER),
+        replace(_claim(OURS_IS_SMALLER, scale=2.0), name="C2"),
+        replace(_claim(MEAN_IS_SMALLER), name="C3"),
+    ]
     assert run_method(TOY, seeds=1).verdict == "C1, C3 reproduced; C2 not reproduced at this size"
 
 

@@ -18,8 +18,8 @@ from taskloom.methods.merging.atlas.claim_adaptation import ADAPTATION
 from taskloom.methods.merging.atlas.claim_lowrank import MATRICES, low_rank_vectors
 from taskloom.methods.merging.atlas.claim_negation import NEGATION
 from taskloom.methods.merging.atlas.claim_shots import PARTITIONS
-from taskloom.methods.merging.atlas.claim_training import compose, task_name, task_vectors, train
-from taskloom.methods.merging.projected_digits import ProjectedDigits, Split, SplitName
+from taskloom.methods.merging.atlas.claim_training import compose, task_vectors, train
+from taskloom.methods.merging.projected_digits import ProjectedDigits, Split, SplitName, task_name
 from taskloom.methods.result import REPRODUCED, read_result
 from taskloom.methods.threads import one_thread
 

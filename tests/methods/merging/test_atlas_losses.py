@@ -141,6 +141,12 @@ def test_ufm_loss_is_the_weighted_mean_of_the_formula() -> None:
     torch.testing.assert_close(ufm_loss(weak, strong, pseudo, trusted, 0.9), (w * _cross_entropy(strong, q)).sum() / w.sum())
 
 
+def test_ufm_loss_shows_a_weak_view_that_is_no_number() -> None:
+    weak, strong = _random(7, 3), _random(7, 3, seed=1)
+    weak[3] = torch.nan
+    assert ufm_loss(weak, strong, _labels(7, 3), torch.arange(7) < 2).isnan()
+
+
 def test_ufm_loss_sends_no_gradient_through_the_weak_view() -> None:
     weak, strong = (8 * _random(9, 3)).requires_grad_(), _random(9, 3, seed=1).requires_grad_()
     loss = ufm_loss(weak, strong, _labels(9, 3), torch.arange(9) < 2, 0.5)
@@ -177,6 +183,14 @@ def test_best_coefficients_are_kept_and_come_back() -> None:
     assert best.score == 0.6
     assert torch.equal(coef, torch.full((2, 3), 3.0))
     assert coef.requires_grad
+
+
+def test_a_score_that_is_written_to_later_does_not_change_what_was_kept() -> None:
+    running = torch.tensor(0.7)
+    best = BestCoefficients(torch.ones(1), 0.5)
+    assert best.update(running)
+    running.fill_(0.1)
+    assert not best.update(0.6)
 
 
 def test_coefficients_that_never_beat_the_base_come_back_as_zeros() -> None:
@@ -224,8 +238,12 @@ def test_normalised_accuracy() -> None:
         normalised_accuracy({"a": 0.5}, {"b": 0.5})
     with pytest.raises(ValueError, match="expected 1 accuracies, got 2"):
         normalised_accuracy([0.5], [0.5, 0.5])
-    with pytest.raises(ValueError, match="expected accuracies above 0, got 0"):
+    with pytest.raises(ValueError, match="expected finite accuracies above 0, got 0"):
         normalised_accuracy([0.5], [0.0])
+    with pytest.raises(ValueError, match="finetuned: expected finite accuracies above 0, got inf"):
+        normalised_accuracy([0.5], [float("inf")])
+    with pytest.raises(ValueError, match="accuracies: expected a finite number, got nan"):
+        normalised_accuracy([float("nan")], [0.5])
     with pytest.raises(ValueError, match="expected one or more tasks, got none"):
         normalised_accuracy([], [])
     with pytest.raises(TypeError, match="expected a mapping or a sequence as accuracies is"):

@@ -91,6 +91,14 @@ def test_a_head_as_a_module_is_the_frozen_one() -> None:
     assert float(right.double().mean()) == digits.accuracy(digits.tuned[1], 1)
 
 
+def test_accuracies_and_names_of_the_tasks() -> None:
+    digits = _tiny()
+    first, second = digits.accuracies(digits.base, "val")
+    assert digits.mean_accuracy(digits.base, "val") == mean([first, second])
+    assert digits.mean_accuracy(digits.base, "val", [1]) == second
+    assert digits.tuned_by_task == {"task-0": digits.tuned[0], "task-1": digits.tuned[1]}
+
+
 def test_the_number_of_threads_does_not_matter_and_is_left_alone() -> None:
     before = torch.get_num_threads()
     try:

@@ -96,7 +96,7 @@ def _error(got: Tensor, expected: Tensor) -> float:
 
 def _at(model: nn.Module, vector: TaskVector, x: Tensor) -> Tensor:
     """The ordinary model with a vector added to its weights."""
-    changed: Tensor = vector.apply_to(model).eval()(x)
+    changed: Tensor = vector.as_regime("nonlinear").apply_to(model).eval()(x)
     return changed
 
 
@@ -273,7 +273,7 @@ def test_post_hoc_linearisation() -> None:
     base, x = _network(), _inputs()
     finetuned = copy.deepcopy(base)
     vector = _direction(base, 1)
-    vector.apply_to_(finetuned)
+    vector.as_regime("nonlinear").apply_to_(finetuned)
     nn.init.constant_(finetuned.get_buffer("norm.running_mean"), 5)
     linear = LinearizedModel.from_pretrained_pair(base, finetuned)
     expected = LinearizedModel(base).apply_task_vector_(vector)
@@ -337,6 +337,36 @@ def test_decay_of_whole_weights_is_that_of_ordinary_training(make: Callable[[lis
     assert torch.equal(unused, torch.ones(2))
 
 
+def test_closures_are_refused_where_they_would_lose_the_decay() -> None:
+    linear, x = LinearizedModel(nn.Linear(4, 3)), torch.randn(5, 4)
+
+    def loss() -> float:
+        linear.zero_grad()
+        outputs: Tensor = linear(x).square().sum()
+        outputs.backward()
+        return float(outputs.detach())
+
+    added = _sgd(list(linear.parameters()))
+    linear.decay_whole_weights(added)
+    loss()
+    with pytest.raises(RuntimeError, match="a closure computes the gradients after the base's decay was added"):
+        added.step(loss)
+    assert linear.task_vector().norm() == 0
+    # Where the decay comes after the step, a closure is no different.
+    found = []
+    for closure in (loss, None):
+        with torch.no_grad():
+            for parameter in linear.parameters():
+                parameter.zero_()
+        optimizer = _adamw(list(linear.parameters()))
+        linear.decay_whole_weights(optimizer)
+        loss()
+        optimizer.step(closure)
+        found.append(linear.task_vector()["weight"])
+    assert found[0].any()
+    assert torch.equal(*found)
+
+
 def test_optimizers_whose_decay_is_not_known_are_asked_about() -> None:
     linear = LinearizedModel(nn.Linear(2, 2))
 
@@ -349,6 +379,8 @@ def test_optimizers_whose_decay_is_not_known_are_asked_about() -> None:
 
     linear.decay_whole_weights(Own(linear.parameters()))
     linear.decay_whole_weights(_adafactor(list(linear.parameters())))
+    with pytest.raises(TypeError, match="optimizer: ASGD is not known here"):
+        linear.decay_whole_weights(torch.optim.ASGD(linear.parameters(), weight_decay=0.1))
     with pytest.raises(TypeError, match="optimizer: Other is not known here; say decoupled=True"):
         linear.decay_whole_weights(Other())
     linear.decay_whole_weights(Other(), decoupled=True)
@@ -392,7 +424,7 @@ def test_bad_vectors_are_refused_and_change_nothing() -> None:
         with pytest.raises(error, match=message):
             linear.apply_task_vector_(TaskVector.from_deltas({**good, name: delta}, regime="linear"))
     assert linear.task_vector().norm() == 0
-    whole = TaskVector(model, good.apply_to(model), regime="linear")
+    whole = TaskVector(model.state_dict(), good.apply_to(model.state_dict()), regime="linear")
     assert "norm.running_mean" in whole.names
     torch.testing.assert_close(linear.apply_task_vector_(whole, 2.0).task_vector()["conv.bias"], 2 * good["conv.bias"])
 

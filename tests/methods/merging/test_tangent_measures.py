@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -186,6 +187,14 @@ def test_bad_input_of_the_error() -> None:
         disentanglement_error(lambda vector, x, task: predict(vector, x, task).argmax(1), vectors, loaders, 1.0)
     with pytest.raises(ValueError, match=r"predict: expected outputs \[N, classes, ...\], got shape \(5,\)"):
         disentanglement_error(lambda vector, x, task: predict(vector, x, task)[:, 0], vectors, loaders, 1.0)
+    for wrong in (float("nan"), [0.0, float("inf")]):
+        with pytest.raises(ValueError, match=r"alphas: expected finite numbers, got (nan|inf)"):
+            disentanglement_error(predict, vectors, loaders, wrong)
+    with pytest.raises(ValueError, match="predict: expected outputs that are numbers, got NaN"):
+        disentanglement_error(lambda vector, x, task: predict(vector, x, task) * torch.nan, vectors, loaders, 1.0)
+    sizes = cycle([5, 1])
+    with pytest.raises(ValueError, match=r"predict: expected outputs of one shape for a batch, got \(5, 3\) and \(1, 3\)"):
+        disentanglement_error(lambda vector, x, task: predict(vector, x, task)[: next(sizes)], vectors, loaders, 1.0)
     with pytest.raises(TypeError, match="only a LinearizedModel's outputs add up"):
         predict.changes(vectors, _points(3, 1), 0)
 
@@ -199,6 +208,8 @@ def test_alpha_with_the_best_normalised_mean_wins_and_the_first_of_equals() -> N
     assert table[1].values == (0.5, 0.5)
     assert search_alpha(lambda alpha: -((alpha - 0.35) ** 2))[0] == 0.35
     assert len(search_alpha(lambda alpha: alpha)[1]) == 21
+    as_tensors: Any = (lambda alpha: torch.tensor(alpha), lambda alpha: torch.tensor([alpha, 1.0]))
+    assert [search_alpha(evaluate, [0.0, 0.5])[0] for evaluate in as_tensors] == [0.5, 0.5]
 
 
 def test_negation_keeps_its_control() -> None:
@@ -218,6 +229,8 @@ def test_bad_input_of_the_search() -> None:
         search_alpha(lambda alpha: alpha, [])
     with pytest.raises(ValueError, match=r"evaluate\(0.0\): expected a finite number, got nan"):
         search_alpha(lambda alpha: float("nan"))
+    with pytest.raises(ValueError, match=r"evaluate\(0.5\): expected 1 values, got 2"):
+        search_alpha(lambda alpha: [alpha] * (1 + (alpha >= 0.5)))
     with pytest.raises(ValueError, match=r"evaluate\(0.0\): expected 2 values, got 1"):
         search_alpha(lambda alpha: [alpha], normalise=[1.0, 1.0])
     with pytest.raises(ValueError, match=r"normalise: expected accuracies above 0, got 0\.0"):
@@ -345,12 +358,25 @@ def test_local_energy_of_a_local_kernel() -> None:
     torch.testing.assert_close(by_size.eigenvalues, values.flip(0))
 
 
+def test_equal_eigenvalues_are_warned_of_where_they_matter() -> None:
+    groups, f = [0, 0, 1, 1], torch.tensor([1.0, 0.0, 0.0, 0.0])
+    twice = torch.diag(torch.tensor([3.0, 3.0, 2.0, 1.0]))
+    with pytest.warns(UserWarning, match="1 of 2 eigenvectors of the eigenvalue 3 were chosen"):
+        local_energy(twice, groups, f)
+    assert local_energy(twice, groups, energy=0.6).energy.tolist() == [1, 1, 0, 0]
+    assert local_energy(torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0])), groups, f).energy.tolist() == [1, 0, 0, 0]
+
+
 def test_bad_input_of_local_energy() -> None:
     kernel, groups = _block_kernel()
     with pytest.raises(ValueError, match=r"K: expected shape \[n, n\], got \(6, 5\)"):
         local_energy(kernel[:, :5], groups)
     with pytest.raises(ValueError, match="K: expected a finite symmetric matrix"):
         local_energy(kernel.triu(), groups)
+    with pytest.raises(TypeError, match=r"groups: expected integers, got torch\.float32"):
+        local_energy(kernel, torch.zeros(6))
+    with pytest.raises(ValueError, match=r"K: expected shape \[n, n\], got \(\)"):
+        local_energy(torch.tensor(1.0), groups)
     with pytest.raises(ValueError, match=r"groups: expected 6 numbers from 0, got \(5,\)"):
         local_energy(kernel, groups[:5])
     with pytest.raises(ValueError, match=r"f: expected shape \(6,\), got \(5,\)"):

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from taskloom.merge import TaskVector
-from taskloom.methods.merging.tangent_arithmetic import LinearizedModel
+from taskloom.methods.merging.tangent_arithmetic import EditedModel, LinearizedModel, ntk_matrix
 
 
 def _vector(model: nn.Module, scale: float = 0.05) -> TaskVector:
@@ -103,7 +103,7 @@ def test_attention_of_torch(no_fused_layers: None) -> None:
         for step in (2e-2, 1e-2):
             vector = step * _vector(layer, 1.0)
             edited = copy.deepcopy(linear).apply_task_vector_(vector)
-            gaps.append(float((vector.apply_to(layer).eval()(x) - edited(x)).detach().norm()))
+            gaps.append(float((vector.as_regime("nonlinear").apply_to(layer).eval()(x) - edited(x)).detach().norm()))
     assert 3 < gaps[0] / gaps[1] < 5
 
 
@@ -231,6 +231,9 @@ def test_inference_mode_and_gradients_of_inputs() -> None:
         expected = linear(x)
     with torch.inference_mode():
         assert torch.equal(linear(x.detach()), expected)
+        built = LinearizedModel(model).apply_task_vector_(_vector(model))
+        assert torch.equal(built(x.detach()), expected)
+    built(x.detach()).sum().backward()
     linear(x).sum().backward()
     assert x.grad is not None
     moved = linear((x + 1e-3 * x.grad).detach()).sum() - linear(x.detach()).sum()
@@ -315,3 +318,43 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     for name, value in linear.state_dict().items():
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
         torch.testing.assert_close(first[name], value)
+
+
+class Listed(nn.Module):
+    """A layer whose weight is used from a list of the module's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+        self.weights = [self.second.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.first(x)) @ self.weights[0].T + self.second.bias
+
+
+def test_a_weight_that_is_used_past_its_name_is_found() -> None:
+    model, x = Listed(), torch.randn(6, 3)
+    linear = LinearizedModel(model)
+    with pytest.warns(UserWarning, match=r"no output depends on second\.weight; a tensor that the model uses past its parameter's name"):
+        linear.check_derivatives(x)
+    with pytest.warns(UserWarning, match=r"ntk_matrix: no output depends on second\.weight; a tensor that the model uses past"):
+        ntk_matrix(model, x)
+    model.second.weight.requires_grad_(False)
+    LinearizedModel(model).check_derivatives(x)
+    ntk_matrix(model, x)
+    vector = _vector(model).as_regime("nonlinear")
+    assert torch.equal(EditedModel(model)(vector, x, 0), vector.apply_to(model)(x))
+
+
+def test_linear_vectors_are_not_added_to_ordinary_modules() -> None:
+    model = _small()
+    vector, before = _vector(model), copy.deepcopy(model.state_dict())
+    for add in (vector.apply_to, vector.apply_to_):
+        with pytest.raises(
+            ValueError, match=r"apply_to_?: expected a nonlinear task vector for an ordinary model, got a linear one.*as_regime"
+        ):
+            add(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    changed = vector.apply_to(model.state_dict())
+    expected = vector.as_regime("nonlinear").apply_to(model).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in changed.items())

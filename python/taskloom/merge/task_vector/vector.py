@@ -42,6 +42,15 @@ def _refuse_vector(model: object, argument: str) -> None:
         raise TypeError(f"TaskVector: {argument}: expected a model's weights, got a task vector; add vectors with +")
 
 
+def _refuse_linear(regime: str, doing: str) -> None:
+    """The likeliest mistake with a vector of a linearised model, whose results look plausible."""
+    if regime == "linear":
+        raise ValueError(
+            f"TaskVector: {doing}: expected a nonlinear task vector for an ordinary model, got a linear one, which belongs to a linearised "
+            "model; vector.as_regime('nonlinear') takes it as such"
+        )
+
+
 class TaskVector(Combination):
     """A task vector ``finetuned - base`` over the floating-point tensors of a model, by name.
 
@@ -212,10 +221,12 @@ class TaskVector(Combination):
             If the target lacks a name that the vector has.
         TypeError, ValueError
             If a tensor has another shape or no floating-point dtype, or a result is not finite; for a module also if names that are one
-            tensor have different deltas.
+            tensor have different deltas, or the vector is linear: such a one is added to a linearised model
+            (``LinearizedModel.apply_task_vector_``), or taken as an ordinary one by ``as_regime("nonlinear")``.
         """
         factor = check_number(alpha, "alpha")
         if isinstance(target, nn.Module):
+            _refuse_linear(self._regime, "apply_to")
             changed = copy.deepcopy(target)
             change_module(changed, self._terms, self._slots, factor)
             return changed
@@ -231,6 +242,7 @@ class TaskVector(Combination):
         factor = check_number(alpha, "alpha")
         if not isinstance(module, nn.Module):
             raise TypeError(f"TaskVector: apply_to_: expected an nn.Module, got {type(module).__name__}")
+        _refuse_linear(self._regime, "apply_to_")
         change_module(module, self._terms, self._slots, factor)
         return module
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 import torch
@@ -71,6 +72,11 @@ class Encoder(nn.Module):
         for layer in self.layers:
             inputs = layer(inputs)
         return inputs
+
+
+def task_name(task: int) -> str:
+    """What a task's model, vector or folder is called where it goes by a name."""
+    return f"task-{task}"
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -269,6 +275,15 @@ class ProjectedDigits:
         """Accuracy of one encoder on every task."""
         return [self.accuracy(encoder, task, split) for task in range(len(self.tasks))]
 
+    def mean_accuracy(self, encoder: State, split: SplitName = "test", tasks: Iterable[int] | None = None) -> float:
+        """Mean accuracy of one encoder on some tasks, or on all of them."""
+        return fmean(self.accuracy(encoder, task, split) for task in (range(len(self.tasks)) if tasks is None else tasks))
+
+    @property
+    def tuned_by_task(self) -> dict[str, State]:
+        """The fine-tuned encoders by :func:`task_name`."""
+        return {task_name(task): tuned for task, tuned in enumerate(self.tuned)}
+
     @cached_property
     def single_task(self) -> list[float]:
         """Test accuracy of each fine-tuned encoder on its own task: the ceiling of a merge, and the unit of normalised accuracy."""
@@ -277,10 +292,10 @@ class ProjectedDigits:
     def save(self, folder: Path) -> None:
         """Write ``base/`` and ``task-0/`` ... with a model.safetensors each, ``heads.safetensors`` and ``projected_digits.json``."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name, state in {"base": self.base, **{f"task-{task}": tuned for task, tuned in enumerate(self.tuned)}}.items():
+        for name, state in {"base": self.base, **self.tuned_by_task}.items():
             (folder / name).mkdir(exist_ok=True)
             save_file(state, folder / name / "model.safetensors", metadata={"format": "pt"})
-        heads = {f"task-{task}.{name}": value for task, head in enumerate(self.heads) for name, value in head.items()}
+        heads = {f"{task_name(task)}.{name}": value for task, head in enumerate(self.heads) for name, value in head.items()}
         save_file(heads, folder / "heads.safetensors", metadata={"format": "pt"})
         settings = {"seed": self.seed, "tasks": len(self.tasks), "width": self.width}
         (folder / "projected_digits.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
@@ -295,7 +310,7 @@ def load(folder: Path) -> ProjectedDigits:
         If the folder lacks one of the files.
     """
     settings = json.loads((folder / "projected_digits.json").read_text(encoding="utf-8"))
-    names = [f"task-{task}" for task in range(settings["tasks"])]
+    names = [task_name(task) for task in range(settings["tasks"])]
     heads = load_file(folder / "heads.safetensors")
     return ProjectedDigits(
         seed=settings["seed"],

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from taskloom.methods.claim import Claim, Inequality, Trial, Values
-from taskloom.methods.merging.atlas.claim_training import build_digits, compose, task_name, task_vectors, train
+from taskloom.methods.merging.atlas.claim_training import build_digits, compose, task_vectors, train
 from taskloom.methods.merging.atlas.few_shot import pool_without
 from taskloom.methods.merging.atlas.losses import ufm_loss
 from taskloom.methods.merging.atlas.trusted import TrustedBatches, TrustedSamples, select_trusted
-from taskloom.methods.merging.projected_digits import ProjectedDigits, State, load_encoder
+from taskloom.methods.merging.projected_digits import ProjectedDigits, State, load_encoder, task_name
 from taskloom.methods.threads import one_thread
 
 

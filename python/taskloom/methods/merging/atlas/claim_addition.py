@@ -10,11 +10,11 @@ from torch import Tensor
 
 from taskloom.merge import TaskVector
 from taskloom.methods.claim import Claim, Inequality, Trial, Values
-from taskloom.methods.merging.atlas.claim_training import build_digits, compose, draw, mean_accuracy, task_name, task_vectors, train
+from taskloom.methods.merging.atlas.claim_training import build_digits, compose, draw, task_vectors, train
 from taskloom.methods.merging.atlas.coefficients import Coefficients
 from taskloom.methods.merging.atlas.losses import Batch, Encoder, multi_task_loss
 from taskloom.methods.merging.atlas.selection import BestCoefficients, normalised_accuracy
-from taskloom.methods.merging.projected_digits import ProjectedDigits, State
+from taskloom.methods.merging.projected_digits import ProjectedDigits, State, task_name
 from taskloom.methods.threads import one_thread
 
 
@@ -46,14 +46,13 @@ def learn_addition(digits: ProjectedDigits, atlas: Coefficients, trial: Trial) -
 def search_addition(digits: ProjectedDigits, vector: TaskVector, values: int) -> State:
     """Task arithmetic with the coefficient in (0, 1] that does best on the validation splits."""
     states = [vector.apply_to(digits.base, (place + 1) / values) for place in range(values)]
-    return max(states, key=lambda state: mean_accuracy(digits, state, range(len(digits.tasks)), "val"))
+    return max(states, key=lambda state: digits.mean_accuracy(state, "val"))
 
 
 @one_thread()
 def _measure(trial: Trial) -> Values:
     digits = build_digits(trial.seed, trial.config["finetune_steps"])
     vectors = task_vectors(digits)
-    everything = range(len(digits.tasks))
     trial.progress(0.4)
     states = {
         "base": digits.base,
@@ -61,7 +60,7 @@ def _measure(trial: Trial) -> Values:
         "learned isotropic": learn_addition(digits, compose(digits, vectors, granularity="vector"), trial),
         "aTLAS": learn_addition(digits, compose(digits, vectors), trial),
     }
-    accuracies = {arm: mean_accuracy(digits, state, everything) for arm, state in states.items()}
+    accuracies = {arm: digits.mean_accuracy(state) for arm, state in states.items()}
     return {**accuracies, "eight fine-tuned models": sum(digits.single_task) / len(digits.single_task)}
 
 

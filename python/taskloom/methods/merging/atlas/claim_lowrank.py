@@ -8,7 +8,7 @@ from functools import reduce
 
 from taskloom.methods.claim import Claim, Inequality, Trial, Values
 from taskloom.methods.merging.atlas.claim_addition import ADDITION_CONFIG, ADDITION_QUICK, learn_addition, search_addition
-from taskloom.methods.merging.atlas.claim_training import build_digits, mean_accuracy, task_name
+from taskloom.methods.merging.atlas.claim_training import build_digits
 from taskloom.methods.merging.atlas.coefficients import Granularity
 from taskloom.methods.merging.atlas.lowrank import LowRankTaskVector
 from taskloom.methods.merging.atlas.lowrank_model import LowRankAtlasModel
@@ -21,10 +21,9 @@ MATRICES = ("layers.0.linear.weight", "layers.1.linear.weight")
 
 def low_rank_vectors(digits: ProjectedDigits, rank: int) -> dict[str, LowRankTaskVector]:
     """The fine-tunings' changes of the two matrices, cut to a rank; biases and norms stay the base's."""
-    tuned = {task_name(task): state for task, state in enumerate(digits.tuned)}
     return {
         name: LowRankTaskVector({f"{layer}.weight": (right, left, 1.0) for layer, (left, right) in adapter.items()})
-        for name, adapter in from_checkpoints(digits.base, tuned, rank, names=MATRICES).items()
+        for name, adapter in from_checkpoints(digits.base, digits.tuned_by_task, rank, names=MATRICES).items()
     }
 
 
@@ -35,8 +34,7 @@ def _adapter(digits: ProjectedDigits, vectors: Mapping[str, LowRankTaskVector], 
 @one_thread()
 def _measure(trial: Trial) -> Values:
     digits = build_digits(trial.seed, trial.config["finetune_steps"])
-    everything = range(len(digits.tasks))
-    values = {"base": mean_accuracy(digits, digits.base, everything)}
+    values = {"base": digits.mean_accuracy(digits.base)}
     for place, rank in enumerate(trial.config["ranks"]):
         trial.progress((1 + place) / (1 + len(trial.config["ranks"])))
         vectors = low_rank_vectors(digits, rank)
@@ -46,7 +44,7 @@ def _measure(trial: Trial) -> Values:
             "learned isotropic": learn_addition(digits, _adapter(digits, vectors, "vector"), trial),
             "aTLAS": learn_addition(digits, _adapter(digits, vectors, "block"), trial),
         }
-        values |= {f"{arm}, rank {rank}": mean_accuracy(digits, state, everything) for arm, state in states.items()}
+        values |= {f"{arm}, rank {rank}": digits.mean_accuracy(state) for arm, state in states.items()}
     return values
 
 

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from taskloom.methods.claim import Claim, Inequality, Trial, Values
 from taskloom.methods.merging.atlas.claim_addition import ADDITION_CONFIG, ADDITION_QUICK, addition_loss, learn_addition
-from taskloom.methods.merging.atlas.claim_training import build_digits, compose, mean_accuracy, task_name, task_vectors
+from taskloom.methods.merging.atlas.claim_training import build_digits, compose, task_vectors
 from taskloom.methods.merging.atlas.mixing import Ranking, block_gradients, mix_blocks
-from taskloom.methods.merging.projected_digits import load_encoder
+from taskloom.methods.merging.projected_digits import load_encoder, task_name
 from taskloom.methods.threads import one_thread
 
 _RANKINGS: dict[str, Ranking] = {"random vectors": "random", "whole vectors": "vector", "mixed blocks": "block"}
@@ -26,14 +26,14 @@ def _measure(trial: Trial) -> Values:
         return loss(encoder, batches)
 
     grads = block_gradients(load_encoder(digits.base), vectors, whole_loss)
-    values = {"base": mean_accuracy(digits, digits.base, range(len(digits.tasks)))}
+    values = {"base": digits.mean_accuracy(digits.base)}
     arms = [(budget, arm) for budget in trial.config["budgets"] for arm in _RANKINGS]
     for place, (budget, arm) in enumerate(arms):
         trial.progress((1 + place) / (1 + len(arms)))
         mixed = mix_blocks(vectors, grads, budget, by=_RANKINGS[arm], seed=trial.seed)
         pool = {f"mixed-{number}": vector for number, vector in enumerate(mixed)}
         state = learn_addition(digits, compose(digits, pool), trial)
-        values[f"{arm}, budget {budget}"] = mean_accuracy(digits, state, range(len(digits.tasks)))
+        values[f"{arm}, budget {budget}"] = digits.mean_accuracy(state)
     return values
 
 

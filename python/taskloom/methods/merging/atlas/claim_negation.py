@@ -9,18 +9,18 @@ from torch import Tensor
 
 from taskloom.merge import TaskVector
 from taskloom.methods.claim import Claim, Inequality, Trial, Values
-from taskloom.methods.merging.atlas.claim_training import build_digits, compose, draw, mean_accuracy, task_name, task_vectors, train
+from taskloom.methods.merging.atlas.claim_training import build_digits, compose, draw, task_vectors, train
 from taskloom.methods.merging.atlas.coefficients import Granularity
 from taskloom.methods.merging.atlas.losses import negation_loss
 from taskloom.methods.merging.atlas.selection import Negation
-from taskloom.methods.merging.projected_digits import ProjectedDigits, SplitName, State
+from taskloom.methods.merging.projected_digits import ProjectedDigits, SplitName, State, task_name
 from taskloom.methods.threads import one_thread
 
 
 def _pair(digits: ProjectedDigits, state: State, task: int, split: SplitName) -> tuple[float, float]:
     """Accuracy on the target, and the mean of the seven others."""
     others = [other for other in range(len(digits.tasks)) if other != task]
-    return digits.accuracy(state, task, split), mean_accuracy(digits, state, others, split)
+    return digits.accuracy(state, task, split), digits.mean_accuracy(state, split, others)
 
 
 def _searched(digits: ProjectedDigits, vector: TaskVector, task: int, largest: float, values: int) -> State:

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from taskloom.methods.claim import Claim, Inequality, Trial, Values
-from taskloom.methods.merging.atlas.claim_training import Pool, build_digits, compose, task_name, task_vectors, train
+from taskloom.methods.merging.atlas.claim_training import Pool, build_digits, compose, task_vectors, train
 from taskloom.methods.merging.atlas.coefficients import Granularity
 from taskloom.methods.merging.atlas.few_shot import choose_shots, pool_without
 from taskloom.methods.merging.atlas.losses import Batch
-from taskloom.methods.merging.projected_digits import ProjectedDigits, State, load_encoder
+from taskloom.methods.merging.projected_digits import ProjectedDigits, State, load_encoder, task_name
 from taskloom.methods.threads import one_thread
 
 

@@ -1,10 +1,9 @@
-"""What the experiments share: the digits of a seed, coefficients trained by a loss, and accuracies."""
+"""What the experiments share: the digits of a seed, its task vectors, and coefficients trained by a loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from taskloom.methods.merging import projected_digits
 from taskloom.methods.merging.atlas.coefficients import Coefficients, Granularity
 from taskloom.methods.merging.atlas.losses import Batch
 from taskloom.methods.merging.atlas.model import AtlasModel
-from taskloom.methods.merging.projected_digits import ProjectedDigits, Split, SplitName, State
+from taskloom.methods.merging.projected_digits import ProjectedDigits, Split
 
 WEIGHT_DECAY = 0.1
 CLIP = 1.0
@@ -28,14 +27,9 @@ def build_digits(seed: int, finetune_steps: int, pretrain_steps: int = 4) -> Pro
     return projected_digits.build(seed, pretrain_steps=pretrain_steps, finetune_steps=finetune_steps)
 
 
-def task_name(task: int) -> str:
-    """The name of a task's vector and head."""
-    return f"task-{task}"
-
-
 def task_vectors(digits: ProjectedDigits) -> dict[str, TaskVector]:
     """Every task's vector."""
-    return {task_name(task): TaskVector(digits.base, tuned) for task, tuned in enumerate(digits.tuned)}
+    return {name: TaskVector(digits.base, tuned) for name, tuned in digits.tuned_by_task.items()}
 
 
 def compose(
@@ -74,8 +68,3 @@ def draw(split: Split, size: int, generator: torch.Generator) -> Batch:
     """A random batch as the losses take it."""
     batch = projected_digits.draw_batch(split, size, generator)
     return batch.inputs, batch.labels
-
-
-def mean_accuracy(digits: ProjectedDigits, encoder: State, tasks: Sequence[int], split: SplitName = "test") -> float:
-    """Mean accuracy of one encoder on some tasks."""
-    return fmean(digits.accuracy(encoder, task, split) for task in tasks)

@@ -152,7 +152,8 @@ def ufm_loss(weak: Tensor, strong: Tensor, pseudo: Tensor, trusted: Tensor, thre
     strong = strong.to(torch.promote_types(strong.dtype, torch.float32))
     guessed = weak.detach().to(strong.dtype).softmax(1)
     targets = torch.where(trusted[:, None], functional.one_hot(labels, classes).to(strong.dtype), guessed)
-    confident = targets.amax(1) > threshold
+    # Written so that NaN counts and shows in the loss.
+    confident = ~(targets.amax(1) <= threshold)
     losses = functional.cross_entropy(strong, targets, reduction="none")
     return torch.where(confident, losses, 0).sum() / confident.sum().clamp(min=1)
 

@@ -28,7 +28,7 @@ def normalised_accuracy(accuracies: Sequence[float] | Mapping[str, float], finet
     TypeError
         If one is a mapping and the other is not.
     ValueError
-        If the tasks are not the same, there is none, or a fine-tuned accuracy is not above 0.
+        If the tasks are not the same, there is none, an accuracy is not finite, or a fine-tuned one is not above 0.
     """
     if isinstance(accuracies, Mapping) and isinstance(finetuned, Mapping):
         if set(accuracies) != set(finetuned):
@@ -43,8 +43,10 @@ def normalised_accuracy(accuracies: Sequence[float] | Mapping[str, float], finet
     if not pairs:
         raise ValueError("normalised_accuracy: accuracies: expected one or more tasks, got none")
     for _, own in pairs:
-        if not own > 0:
-            raise ValueError(f"normalised_accuracy: finetuned: expected accuracies above 0, got {own}")
+        if not (own > 0 and math.isfinite(own)):
+            raise ValueError(f"normalised_accuracy: finetuned: expected finite accuracies above 0, got {own}")
+    for accuracy, _ in pairs:
+        _check_number("normalised_accuracy", "accuracies", accuracy)
     return fmean(accuracy / own for accuracy, own in pairs)
 
 
@@ -75,7 +77,8 @@ class BestCoefficients:
         _check_number("BestCoefficients", "base_score", base_score)
         self._coef = coef
         self._best = torch.zeros_like(coef, requires_grad=False)
-        self.score = base_score
+        # A copy: a running score may be a tensor that is written to.
+        self.score = float(base_score)
         self.improved = False
 
     def update(self, score: float) -> bool:
@@ -83,7 +86,7 @@ class BestCoefficients:
         _check_number("BestCoefficients", "score", score)
         if score <= self.score:
             return False
-        self.score, self.improved = score, True
+        self.score, self.improved = float(score), True
         self._best.copy_(self._coef.detach())
         return True
 

@@ -41,11 +41,11 @@ class _Models:
     def validated(self, tasks: Sequence[int], settings: Settings) -> float:
         """Mean validation accuracy of some tasks, merged alone."""
         encoder = self.merged(tasks, settings)
-        return fmean(self.digits.accuracy(encoder, task, "val") for task in tasks)
+        return self.digits.mean_accuracy(encoder, "val", tasks)
 
     def tested(self, settings: Settings) -> float:
         """Mean test accuracy of all tasks, merged."""
-        return fmean(self.digits.accuracies(self.merged(range(len(self.tuned)), settings)))
+        return self.digits.mean_accuracy(self.merged(range(len(self.tuned)), settings))
 
 
 def _models(trial: Trial) -> _Models:

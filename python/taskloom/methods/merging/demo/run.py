@@ -25,7 +25,7 @@ from taskloom.methods.merging.demo.folder import DemoFolder
 from taskloom.methods.merging.demo.recipes import ALPHAS, METHODS, DemoMethod
 from taskloom.methods.merging.demo.results import DemoResults, Row, make_row
 from taskloom.methods.merging.demo.tall import TallCompression, compress
-from taskloom.methods.merging.projected_digits import ProjectedDigits, build
+from taskloom.methods.merging.projected_digits import ProjectedDigits, build, task_name
 from taskloom.methods.threads import one_thread
 
 _WEIGHTS = "model.safetensors"
@@ -48,7 +48,7 @@ class _Clock:
 
 
 def _task_names(digits: ProjectedDigits) -> list[str]:
-    return [f"task-{task}" for task in range(len(digits.tasks))]
+    return [task_name(task) for task in range(len(digits.tasks))]
 
 
 def _mean(values: Sequence[float]) -> float:

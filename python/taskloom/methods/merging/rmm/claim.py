@@ -51,11 +51,10 @@ def _measure(trial: Trial) -> Values:
     coefficients = [step / config["coefficients"] for step in range(1, config["coefficients"] + 1)]
     digits = projected_digits.build(trial.seed, tasks=config["tasks"], finetune_steps=config["finetune_steps"])
     trial.progress(0.5)
-    tuned = {f"task-{place}": state for place, state in enumerate(digits.tuned)}
     # The networks are trained and evaluated on the CPU; what the method itself computes runs where the trial says.
     adapters = {
         task: {layer: (a.to(trial.device), b.to(trial.device)) for layer, (a, b) in adapter.items()}
-        for task, adapter in from_checkpoints(digits.base, tuned, config["rank"], names=_LAYERS).items()
+        for task, adapter in from_checkpoints(digits.base, digits.tuned_by_task, config["rank"], names=_LAYERS).items()
     }
     values = {"low-rank models": _mean_accuracy(digits, [_products(adapter) for adapter in adapters.values()], "test")}
     for p in (*config["p"], config["tasks"] - 1):

@@ -39,7 +39,7 @@ class _Models:
         config = trial.config
         self.digits = _digits(trial.seed, config["tasks"], config["finetune_steps"])
         self.base = self._moved(self.digits.base, trial)
-        self.tuned = {f"task-{place}": self._moved(state, trial) for place, state in enumerate(self.digits.tuned)}
+        self.tuned = {task: self._moved(state, trial) for task, state in self.digits.tuned_by_task.items()}
         self._places = {task: place for place, task in enumerate(self.tuned)}
 
     @staticmethod
@@ -99,7 +99,7 @@ def _measure_restored(trial: Trial) -> Values:
 def _measure_size(trial: Trial) -> Values:
     # How long the models were trained changes no size.
     digits = projected_digits.build(trial.seed, tasks=trial.config["tasks"], finetune_steps=1)
-    tuned = {f"task-{place}": state for place, state in enumerate(digits.tuned)}
+    tuned = digits.tuned_by_task
     archive = TallArchive.build(digits.base, tuned)
     bits = 8 / archive.info.parameters
     with TemporaryDirectory() as folder:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,8 +39,11 @@ def _cotangents(changes: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def check_derivatives(function: Callable[[Mapping[str, Tensor]], Any], bases: dict[str, Tensor]) -> None:
-    """Raise RuntimeError unless ``<g, J u>`` by forward mode is ``<J^T g, u>`` by reverse mode; g and u are random."""
+def check_derivatives(function: Callable[[Mapping[str, Tensor]], Any], bases: dict[str, Tensor], trained: Collection[str]) -> None:
+    """Raise RuntimeError unless ``<g, J u>`` by forward mode is ``<J^T g, u>`` by reverse mode; g and u are random.
+
+    Warns of trained parameters that no output depends on.
+    """
     directions = _directions(bases)
     with torch.no_grad():
         changes = expand(function, bases, directions).changes
@@ -50,7 +54,7 @@ def check_derivatives(function: Callable[[Mapping[str, Tensor]], Any], bases: di
         reached = [place for place, output in enumerate(outputs) if output.requires_grad]
         if not reached:
             raise RuntimeError("LinearizedModel: check_derivatives: no output depends on a parameter by autograd")
-        gradients = torch.autograd.grad(
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(
             [outputs[place] for place in reached], list(leaves.values()), [cotangents[place] for place in reached], allow_unused=True
         )
     forward, reverse = _inner(cotangents, changes), _inner(gradients, list(directions.values()))
@@ -59,4 +63,12 @@ def check_derivatives(function: Callable[[Mapping[str, Tensor]], Any], bases: di
         raise RuntimeError(
             f"LinearizedModel: check_derivatives: forward mode has {forward:.6g} where reverse mode has {reverse:.6g}; an operation of the "
             "model has no forward-mode derivative and says nothing (one registered with torch.library), or one that is wrong"
+        )
+    unused = [name for name, gradient in zip(bases, gradients, strict=True) if gradient is None and name in trained]
+    if unused:
+        some = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
+        warnings.warn(
+            f"LinearizedModel: check_derivatives: no output depends on {some}; a tensor that the model uses past its parameter's name "
+            "counts as constant",
+            stacklevel=3,
         )

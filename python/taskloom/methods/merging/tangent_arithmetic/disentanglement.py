@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from typing import Any, Literal
@@ -30,6 +31,12 @@ def _distances(distance: Distance, reference: Tensor, edited: Tensor) -> Tensor:
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
             got = outputs.dtype if isinstance(outputs, Tensor) else type(outputs).__name__
             raise TypeError(f"disentanglement_error: predict: expected a floating-point tensor, got {got}")
+        # The largest of NaNs is the same class for both.
+        if bool(outputs.isnan().any()):
+            raise ValueError("disentanglement_error: predict: expected outputs that are numbers, got NaN")
+    if reference.shape != edited.shape:
+        shapes = f"{tuple(reference.shape)} and {tuple(edited.shape)}"
+        raise ValueError(f"disentanglement_error: predict: expected outputs of one shape for a batch, got {shapes}")
     found = distance(reference, edited)
     if tuple(found.shape) != (len(reference),):
         raise ValueError(f"disentanglement_error: dist: expected shape {(len(reference),)}, got {tuple(found.shape)}")
@@ -92,9 +99,12 @@ def _linear_errors(
 
 def _points(alphas: float | Sequence[float], tasks: int) -> tuple[list[Alphas], tuple[int, ...]]:
     """The coefficients to look at, and the shape of the result."""
+    numbers = [float(alphas)] if isinstance(alphas, (int, float)) else [float(alpha) for alpha in alphas]
+    for alpha in numbers:
+        if not math.isfinite(alpha):
+            raise ValueError(f"disentanglement_error: alphas: expected finite numbers, got {alpha}")
     if isinstance(alphas, (int, float)):
-        return [(float(alphas),) * tasks], ()
-    numbers = [float(alpha) for alpha in alphas]
+        return [(numbers[0],) * tasks], ()
     if tasks == 2:
         if not numbers:
             raise ValueError("disentanglement_error: alphas: expected at least one alpha, got none")
@@ -140,7 +150,8 @@ def disentanglement_error(
     TypeError
         If outputs are no floating-point tensors, or a loader can be gone through only once.
     ValueError
-        If there is no task vector, regimes are mixed, a loader is empty, or lengths or shapes do not fit.
+        If there is no task vector, regimes are mixed, a loader is empty, outputs are NaN, an alpha is not finite, or lengths or
+        shapes do not fit.
 
     Notes
     -----

@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from taskloom.merge import TaskVector
-from taskloom.methods.merging.places import one_a_place
 from taskloom.methods.merging.tangent_arithmetic.linearized import LinearizedModel
 
 Head = Callable[[Any], Tensor]
@@ -31,33 +29,28 @@ class EditedModel:
 
     Notes
     -----
-    Outputs are computed without a gradient and in eval mode. An ordinary model keeps the weights of the last two vectors it was asked
-    for, a linearised one nothing.
+    Outputs are computed without a gradient and in eval mode. Of an ordinary model, copies with the last two vectors it was asked for
+    are kept, of a linearised one nothing.
     """
 
     def __init__(self, model: nn.Module, heads: Sequence[Head] | None = None) -> None:
         self.linear = model if isinstance(model, LinearizedModel) else None
         self._model = copy.deepcopy(model).eval() if self.linear is None else model
         self._heads = heads
-        self._swapped = one_a_place(self._model, list(self._model.state_dict())) if self.linear is None else ()
-        self._edited: list[tuple[TaskVector, dict[str, Tensor]]] = []
+        self._kept: list[tuple[TaskVector, nn.Module]] = []
 
     def _head(self, outputs: Any, task: int) -> Tensor:
         found: Tensor = outputs if self._heads is None else self._heads[task](outputs)
         return found
 
-    def _weights(self, vector: TaskVector) -> dict[str, Tensor]:
-        for known, weights in self._edited:
+    def _at(self, vector: TaskVector) -> nn.Module:
+        """A copy of the ordinary model with the vector added, changed in place so that weights held in other ways are changed too."""
+        for known, edited in self._kept:
             if known is vector:
-                return weights
-        if vector.regime != "nonlinear":
-            raise ValueError(
-                f"EditedModel: expected a nonlinear task vector for an ordinary model, got a {vector.regime} one; "
-                "convert it with vector.as_regime('nonlinear') if that is meant"
-            )
-        weights = vector.apply_to(self._model.state_dict())
-        self._edited = [*self._edited[1 - _KEPT :], (vector, weights)]
-        return weights
+                return edited
+        edited = vector.apply_to(self._model)
+        self._kept = [*self._kept[1 - _KEPT :], (vector, edited)]
+        return edited
 
     @torch.no_grad()
     def __call__(self, vector: TaskVector, inputs: Any, task: int) -> Tensor:
@@ -71,9 +64,7 @@ class EditedModel:
         if self.linear is not None:
             at_p0, change = self.linear.expand_along(vector, inputs)
             return self._head(at_p0 + change, task)
-        weights = self._weights(vector)
-        swapped = {name: weights[name] for name in self._swapped}
-        return self._head(functional_call(self._model, swapped, (inputs,), tie_weights=False), task)
+        return self._head(self._at(vector)(inputs), task)
 
     @torch.no_grad()
     def changes(self, vectors: Sequence[TaskVector], inputs: Any, task: int) -> Callable[[Sequence[float]], Tensor]:

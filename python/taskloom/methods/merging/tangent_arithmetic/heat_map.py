@@ -61,6 +61,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=25, help="points of the grid in each direction")
     given = parser.parse_args()
+    if given.steps < 2:
+        parser.error(f"--steps: expected 2 or more, got {given.steps}")
     found = errors(given.seed, grid(given.steps))
     for arm, error in found.items():
         print(f"{arm}: mean {float(error.mean()):.3f}, largest {float(error.max()):.3f}")

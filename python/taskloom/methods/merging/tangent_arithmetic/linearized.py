@@ -59,6 +59,8 @@ class LinearizedModel(nn.Module):
     that of the weights.
     """
 
+    # What is made in inference mode cannot be trained afterwards.
+    @torch.inference_mode(False)
     def __init__(self, model: nn.Module, init_model: nn.Module | None = None) -> None:
         super().__init__()
         start = model if init_model is None else init_model
@@ -154,8 +156,14 @@ class LinearizedModel(nn.Module):
         ------
         RuntimeError
             If the two differ by more than rounding, or no output depends on a parameter.
+
+        Warns
+        -----
+        UserWarning
+            If the outputs do not depend on a parameter that is trained. It is unused on these inputs; or the model uses its tensor past
+            its name (in a list of its own, or by ``.data``), and is then taken as constant in it.
         """
-        check_derivatives(self._function(args, kwargs), self._bases())
+        check_derivatives(self._function(args, kwargs), self._bases(), {name for name, tau in self._taus().items() if tau.requires_grad})
 
     def task_vector(self) -> TaskVector:
         """A copy of tau, of regime ``"linear"``; tied parameters are in it under all their names, as in a state dict."""
@@ -247,7 +255,12 @@ class LinearizedModel(nn.Module):
         ValueError
             If none of its parameters is this model's, as where a sharding wrapper has replaced them.
         RuntimeError
-            At a step, under a fused optimizer with a GradScaler.
+            At a step: under a fused optimizer with a GradScaler, or with a closure where the decay is added to the gradient.
+
+        Notes
+        -----
+        Call it once per optimizer and model; twice is twice the decay. What an optimizer makes of the weights besides (Adafactor's steps
+        are of the size of the tensor, ASGD has a decay of its own, which is why it has to be asked for) it makes of tau.
         """
 
         def bases() -> dict[nn.Parameter, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
@@ -40,19 +41,22 @@ def _blocks(parameters: Mapping[str, Tensor]) -> list[list[str]]:
     return blocks
 
 
-def _jacobian(model: nn.Module, block: Mapping[str, Tensor], inputs: Tensor, output: int | None, batch_size: int) -> Tensor:
-    """Derivatives [n, outputs, size of the block] of every point's outputs by the parameters of a block."""
+def _jacobian(
+    model: nn.Module, block: Mapping[str, Tensor], inputs: Tensor, output: int | None, batch_size: int
+) -> tuple[Tensor, set[str]]:
+    """Derivatives [n, outputs, size of the block] of every point's outputs by the parameters of a block, and which are not all zero."""
 
     def one(parameters: Mapping[str, Tensor], point: Tensor) -> Tensor:
         outputs: Tensor = call_with(model, parameters, (point[None],))[0]
         return outputs if output is None else outputs[output : output + 1]
 
     rows = vmap(jacrev(one), in_dims=(None, 0))
-    parts = []
+    parts, used = [], set[str]()
     for points in inputs.split(batch_size):
         derivatives = rows(dict(block), points)
+        used |= {name for name, derivative in derivatives.items() if bool(derivative.any())}
         parts.append(torch.cat([derivative.flatten(2) for derivative in derivatives.values()], 2))
-    return torch.cat(parts)
+    return torch.cat(parts), used
 
 
 def _outputs(model: nn.Module, inputs: Tensor, argument: str) -> int:
@@ -96,6 +100,12 @@ def ntk_matrix(model: nn.Module, x1: Tensor, x2: Tensor | None = None, reduce: R
     ValueError
         If the outputs are not [n, C], there is no point or no trainable parameter, or ``reduce`` or ``batch_size`` is out of range.
 
+    Warns
+    -----
+    UserWarning
+        If the outputs at all points have no derivative by a trainable parameter: it is unused, or used past its name (from a list of the
+        module's own, or by ``.data``).
+
     Notes
     -----
     The Jacobian of all points is never formed: it is computed for a block of parameters at a time, no larger than the largest parameter,
@@ -119,13 +129,21 @@ def ntk_matrix(model: nn.Module, x1: Tensor, x2: Tensor | None = None, reduce: R
             raise ValueError(f"ntk_matrix: reduce: expected an output from 0 to {count - 1}, got {output}")
         form = "icp,jdp->ijcd" if reduce == "none" else "icp,jcp->ij"
         total: Tensor | None = None
+        unused: list[str] = []
         for names in _blocks(parameters):
             block = {name: parameters[name] for name in names}
-            first = _jacobian(model, block, x1, output, batch_size)
-            second = first if x2 is None else _jacobian(model, block, x2, output, batch_size)
+            first, used = _jacobian(model, block, x1, output, batch_size)
+            second, others = (first, used) if x2 is None else _jacobian(model, block, x2, output, batch_size)
+            unused += [name for name in names if name not in used | others]
             product = torch.einsum(form, first, second).double()
             total = product if total is None else total.add_(product)
     assert total is not None
+    if unused:
+        some = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
+        warnings.warn(
+            f"ntk_matrix: no output depends on {some}; a tensor that the model uses past its parameter's name counts as constant",
+            stacklevel=2,
+        )
     if x2 is None:
         total = (total + (total.transpose(0, 1) if reduce != "none" else total.permute(1, 0, 3, 2))) / 2
     return (total / count if reduce == "trace" else total).to(next(iter(parameters.values())).dtype)
@@ -169,18 +187,30 @@ def local_energy(K: Tensor, groups: Sequence[int] | Tensor, f: Tensor | None = N
 
     Raises
     ------
+    TypeError
+        If ``groups`` are no integers.
     ValueError
         If shapes do not fit, K is not symmetric or not finite, f is zero, or ``energy`` is out of range.
 
+    Warns
+    -----
+    UserWarning
+        If some are chosen of eigenvectors whose eigenvalues are equal up to rounding, and others are not.
+
     Notes
     -----
+    Eigenvectors of equal eigenvalues are any basis of their space: their ``shares`` are one choice of many. ``energy`` does not depend on
+    it as long as all of them are chosen, or none.
+
     Source: Ortiz-Jimenez et al., NeurIPS 2023, arXiv 2305.12827, section 6; that eigenvectors are chosen by the function they carry is
     inferred.
     """
-    count = len(K)
-    member = torch.as_tensor(groups, dtype=torch.int64)
-    if K.ndim != 2 or K.shape[1] != count or not count:
+    if K.ndim != 2 or K.shape[0] != K.shape[1] or not len(K):
         raise ValueError(f"local_energy: K: expected shape [n, n], got {tuple(K.shape)}")
+    count, member = len(K), torch.as_tensor(groups).cpu()
+    if member.is_floating_point() or member.is_complex():
+        raise TypeError(f"local_energy: groups: expected integers, got {member.dtype}")
+    member = member.long()
     if tuple(member.shape) != (count,) or int(member.min()) < 0:
         raise ValueError(f"local_energy: groups: expected {count} numbers from 0, got {tuple(member.shape)}")
     if not 0 < energy <= 1:
@@ -191,8 +221,9 @@ def local_energy(K: Tensor, groups: Sequence[int] | Tensor, f: Tensor | None = N
     ascending, vectors = torch.linalg.eigh(kernel)
     eigenvalues, vectors = ascending.flip(0), vectors.flip(1)
     squares = vectors.square()
-    shares = torch.zeros(count, int(member.max()) + 1, dtype=torch.float64).index_add_(1, member.cpu(), squares.T.contiguous())
+    shares = torch.zeros(count, int(member.max()) + 1, dtype=torch.float64).index_add_(1, member, squares.T.contiguous())
     chosen = _chosen(eigenvalues.clamp(min=0) if f is None else _carried(vectors, f), energy)
+    _warn_of_equals(eigenvalues, chosen, count * torch.finfo(K.dtype).eps)
     return LocalEnergy(squares[:, chosen].sum(1), shares, eigenvalues, chosen)
 
 
@@ -200,6 +231,21 @@ def _carried(vectors: Tensor, f: Tensor) -> Tensor:
     if tuple(f.shape) != (len(vectors),):
         raise ValueError(f"local_energy: f: expected shape {(len(vectors),)}, got {tuple(f.shape)}")
     return (vectors.T @ f.detach().double().cpu()).square()
+
+
+def _warn_of_equals(eigenvalues: Tensor, chosen: Tensor, rounding: float) -> None:
+    """Warn if the choice goes through a run of eigenvalues that are as good as equal."""
+    steps = eigenvalues[:-1] - eigenvalues[1:] > rounding * float(eigenvalues.abs().max())
+    run = torch.cat([torch.zeros(1, dtype=torch.int64), steps.cumsum(0)])
+    sizes, taken = run.bincount(), run[chosen].bincount(minlength=int(run[-1]) + 1)
+    parted = ((taken > 0) & (taken < sizes)).nonzero()
+    if len(parted):
+        value = float(eigenvalues[run == parted[0]][0])
+        warnings.warn(
+            f"local_energy: {int(taken[parted[0]])} of {int(sizes[parted[0]])} eigenvectors of the eigenvalue {value:.6g} were chosen: "
+            "they are any basis of their space, and the energy depends on which",
+            stacklevel=3,
+        )
 
 
 def _chosen(weights: Tensor, energy: float) -> Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 GRID = tuple(step / 20 for step in range(21))
 
-Evaluate = Callable[[float], float | Sequence[float]]
+Evaluate = Callable[[float], float | Iterable[float]]
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,16 @@ def _finite(value: float, where: str) -> float:
     return number
 
 
+def _numbers(measured: float | Iterable[float]) -> list[float]:
+    # An array or a tensor without dimensions calls itself iterable, and is one number.
+    if isinstance(measured, Iterable) and getattr(measured, "ndim", None) != 0:
+        return [float(value) for value in measured]
+    number: Any = measured
+    return [float(number)]
+
+
 def _row(alpha: float, evaluate: Evaluate, normalise: Sequence[float] | None, constraint: Control | None) -> AlphaRow:
-    measured = evaluate(alpha)
-    found = tuple(measured) if isinstance(measured, Sequence) else (measured,)
-    values = tuple(_finite(value, f"evaluate({alpha})") for value in found)
+    values = tuple(_finite(value, f"evaluate({alpha})") for value in _numbers(evaluate(alpha)))
     units = [1.0] * len(values) if normalise is None else list(normalise)
     if not values or len(units) != len(values):
         raise ValueError(f"search_alpha: evaluate({alpha}): expected {len(units) or 'one or more'} values, got {len(values)}")
@@ -84,8 +90,8 @@ def search_alpha(
     Raises
     ------
     ValueError
-        If the grid is empty, a value is not finite, ``normalise`` holds a number that is not above 0 or is of another length, or the
-        control allows no coefficient.
+        If the grid is empty, a value is not finite, coefficients have different numbers of values, ``normalise`` holds a number that is
+        not above 0 or is of another length, or the control allows no coefficient.
 
     Warns
     -----
@@ -105,6 +111,9 @@ def search_alpha(
         if _finite(unit, "normalise") <= 0:
             raise ValueError(f"search_alpha: normalise: expected accuracies above 0, got {unit}")
     table = [_row(alpha, evaluate, normalise, constraint) for alpha in alphas]
+    for row in table:
+        if len(row.values) != len(table[0].values):
+            raise ValueError(f"search_alpha: evaluate({row.alpha}): expected {len(table[0].values)} values, got {len(row.values)}")
     allowed = [row for row in table if row.allowed]
     if not allowed:
         assert constraint is not None

@@ -21,7 +21,6 @@ _COUPLED = (
     torch.optim.Adamax,
     torch.optim.Adagrad,
     torch.optim.Adadelta,
-    torch.optim.ASGD,
     torch.optim.RMSprop,
 )
 
@@ -65,7 +64,12 @@ def decay_whole_weights(optimizer: Optimizer, bases: Bases, decoupled: bool | No
             tau.sub_(group["lr"] * group["weight_decay"] * base.to(tau.dtype))
 
     @torch.no_grad()
-    def pull(stepped: Optimizer, args: object, kwargs: object) -> None:
+    def pull(stepped: Optimizer, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+        # The arguments begin with the optimizer.
+        if kwargs.get("closure") is not None or any(argument is not None for argument in args[1:]):
+            raise RuntimeError(
+                "decay_whole_weights: a closure computes the gradients after the base's decay was added to them; call step() without one"
+            )
         for group, tau, base in _decayed(stepped, bases()):
             sign = -1 if group.get("maximize", False) else 1
             assert tau.grad is not None
