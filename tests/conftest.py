@@ -12,6 +12,11 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes a minute in one test begins first, so that no process is left alone with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fresh tensors hold NaN (integers their largest value), also those that kernels allocate, so unwritten elements show."""

@@ -8,6 +8,7 @@ import pytest
 from processes import run_checks
 
 
+@pytest.mark.long
 def test_each_kernel_compiles(tmp_path: Path) -> None:
     run_checks("ahead_of_time", TRITON_CACHE_DIR=str(tmp_path))
 

@@ -6,6 +6,7 @@ import pytest
 from processes import run_checks
 
 
+@pytest.mark.long
 def test_interpreted() -> None:
     run_checks("interpreted", TRITON_INTERPRET="1")
 

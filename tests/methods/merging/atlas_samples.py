@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from taskloom.methods.merging.atlas.coefficients import Coefficients
+
 
 def encoder(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
     """A small network with matrices, biases and gains of odd sizes."""
@@ -56,3 +58,17 @@ def error(got: Tensor, expected: Tensor) -> float:
     reference = expected.detach().double()
     difference, size = (float(torch.linalg.vector_norm(one)) for one in (got.detach().double() - reference, reference))
     return difference / size if size else difference
+
+
+def check_compiled(adapter: Coefficients, x: Tensor, tolerance: float) -> None:
+    """Outputs and the coefficients' gradient of an adapter compiled as one graph are those without."""
+    expected = adapter(x)
+    expected.square().sum().backward()
+    gradient, adapter.coef.grad = adapter.coef.grad, None
+    torch.compiler.reset()
+    got = torch.compile(adapter, fullgraph=True, backend="aot_eager")(x)
+    got.square().sum().backward()
+    assert gradient is not None
+    assert adapter.coef.grad is not None
+    assert error(got, expected) <= tolerance
+    assert error(adapter.coef.grad, gradient) <= tolerance

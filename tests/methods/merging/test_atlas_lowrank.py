@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from atlas_samples import encoder, error, rows, spread, vectors, with_state
+from atlas_samples import check_compiled, encoder, error, rows, spread, vectors, with_state
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -115,16 +115,7 @@ def test_compiled() -> None:
     model, x = encoder(), rows()
     adapter = LowRankAtlasModel(model, _pool(model))
     spread(adapter.coef)
-    expected = adapter(x)
-    expected.square().sum().backward()
-    gradient, adapter.coef.grad = adapter.coef.grad, None
-    torch.compiler.reset()
-    got = torch.compile(adapter, fullgraph=True, backend="aot_eager")(x)
-    got.square().sum().backward()
-    assert gradient is not None
-    assert adapter.coef.grad is not None
-    assert error(got, expected) <= 1e-5
-    assert error(adapter.coef.grad, gradient) <= 1e-5
+    check_compiled(adapter, x, 1e-5)
 
 
 def test_checkpointed_and_under_autocast() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from atlas_samples import encoder, error, rows, spread, tuned, vectors
+from atlas_samples import check_compiled, encoder, error, rows, spread, tuned, vectors
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -153,16 +153,7 @@ def test_compiled(settings: dict[str, Any]) -> None:
     model, x = encoder(), rows()
     adapter = AtlasModel(model, vectors(model), **settings)
     spread(adapter.coef)
-    expected = adapter(x)
-    expected.square().sum().backward()
-    gradient, adapter.coef.grad = adapter.coef.grad, None
-    torch.compiler.reset()
-    got = torch.compile(adapter, fullgraph=True, backend="aot_eager")(x)
-    got.square().sum().backward()
-    assert gradient is not None
-    assert adapter.coef.grad is not None
-    assert error(got, expected) <= 1e-6
-    assert error(adapter.coef.grad, gradient) <= 1e-6
+    check_compiled(adapter, x, 1e-6)
 
 
 def test_autocast_and_half_precision_models() -> None:
