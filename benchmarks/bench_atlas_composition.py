@@ -86,10 +86,10 @@ def _figures(taken: list[float], processor: list[float], ours: list[float], copi
     }
 
 
-def measure(case: str, width: int, rounds: int, compiled: bool) -> dict[str, Any]:
+def measure(case: str, width: int, layers: int, rounds: int, compiled: bool) -> dict[str, Any]:
     """Seconds of every arm and pass, their ratio to ours in the same round, and the memory that each takes."""
     tasks, dtype, groups, small = CASES[case]
-    pool = Pool.make(SMALL if small else vision_transformer(width), tasks, dtype, groups)
+    pool = Pool.make(SMALL if small else vision_transformer(width, layers), tasks, dtype, groups)
     found = arms(pool, compiled)
     calls = {name: passes(arm, pool) for name, arm in found.items()}
     gate(found, calls, pool)
@@ -146,7 +146,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--width", type=int, default=384, help="of the vision transformer; 768 is ViT-B/32")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes a minute or two a case")
+    parser.add_argument("--layers", type=int, default=12, help="of the vision transformer")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes minutes with many layers and vectors")
     options = parser.parse_args()
     # The backward that is measured alone is run more than once on one graph.
     functorch_config.donated_buffer = False
@@ -155,11 +156,12 @@ def main() -> None:
         "versions": environment.versions(),
         "threads": torch.get_num_threads(),
         "width": options.width,
+        "layers": options.layers,
         **environment.commit(),
     }
     rows = []
     for case in options.cases:
-        row = measure(case, options.width, options.rounds, not options.no_compile)
+        row = measure(case, options.width, options.layers, options.rounds, not options.no_compile)
         rows.append(row)
         report(row)
         torch.compiler.reset()
