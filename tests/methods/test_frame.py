@@ -42,7 +42,7 @@ def claims(monkeypatch: pytest.MonkeyPatch) -> list[Claim]:
     """The toy method's claims, which a test may change."""
     found: list[Claim] = [_claim(OURS_IS_SMALLER, MEAN_IS_SMALLER)]
     module = ModuleType(f"{TOY.package}.claim")
-    module.CLAIMS = found  # type: ignore[attr-defined]
+    module.CLAIMS = found
     monkeypatch.setitem(sys.modules, TOY.package, ModuleType(TOY.package))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(METHODS, TOY.name, TOY)
@@ -169,7 +169,7 @@ def test_progress_rises_over_the_seeds(claims: list[Claim]) -> None:
 )
 def test_bad_arguments(claims: list[Claim], arguments: dict[str, object], message: str) -> None:
     with pytest.raises(MethodError, match=message):
-        run_method(TOY, **arguments)  # type: ignore[arg-type]
+        run_method(TOY, **arguments)
 
 
 def test_a_missing_package_is_named_before_anything_runs(claims: list[Claim], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def test_routes_itself() -> None:
     x = torch.randn(2, 7, 16)
     weight, ids = layer.router(x.reshape(-1, 16))[:2]
     torch.testing.assert_close(weight.sum(-1), torch.ones(14))
-    expected = eager(layer, x.reshape(-1, 16), weight, ids) + layer.shared(x.reshape(-1, 16))  # type: ignore[misc]
+    expected = eager(layer, x.reshape(-1, 16), weight, ids) + layer.shared(x.reshape(-1, 16))
     torch.testing.assert_close(layer(x), expected.reshape(x.shape))
     layer(x).square().sum().backward()
     assert all(parameter.grad is not None and bool(parameter.grad.isfinite().all()) for parameter in layer.parameters())
@@ -170,27 +170,21 @@ def _mixtral() -> nn.Module:
     from transformers.models.mixtral import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    return MixtralSparseMoeBlock(
-        MixtralConfig(hidden_size=32, intermediate_size=24, num_local_experts=6, num_experts_per_tok=2)  # type: ignore[call-arg]
-    )
+    return MixtralSparseMoeBlock(MixtralConfig(hidden_size=32, intermediate_size=24, num_local_experts=6, num_experts_per_tok=2))
 
 
 def _olmoe() -> nn.Module:
     from transformers.models.olmoe import OlmoeConfig
     from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
-    return OlmoeSparseMoeBlock(
-        OlmoeConfig(hidden_size=32, intermediate_size=24, num_experts=8, num_experts_per_tok=3)  # type: ignore[call-arg]
-    )
+    return OlmoeSparseMoeBlock(OlmoeConfig(hidden_size=32, intermediate_size=24, num_experts=8, num_experts_per_tok=3))
 
 
 def _qwen3() -> nn.Module:
     from transformers.models.qwen3_moe import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-    config = Qwen3MoeConfig(  # type: ignore[call-arg]
-        hidden_size=32, moe_intermediate_size=20, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True
-    )
+    config = Qwen3MoeConfig(hidden_size=32, moe_intermediate_size=20, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True)
     return Qwen3MoeSparseMoeBlock(config)
 
 
@@ -198,7 +192,7 @@ def _qwen2() -> nn.Module:
     from transformers.models.qwen2_moe import Qwen2MoeConfig
     from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
-    config = Qwen2MoeConfig(  # type: ignore[call-arg]
+    config = Qwen2MoeConfig(
         hidden_size=32, moe_intermediate_size=20, shared_expert_intermediate_size=28, num_experts=8, num_experts_per_tok=2
     )
     return Qwen2MoeSparseMoeBlock(config)
@@ -208,7 +202,7 @@ def _deepseek_v3() -> nn.Module:
     from transformers.models.deepseek_v3 import DeepseekV3Config
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
-    config = DeepseekV3Config(  # type: ignore[call-arg]
+    config = DeepseekV3Config(
         hidden_size=32, moe_intermediate_size=20, n_routed_experts=16, num_experts_per_tok=3, n_group=4, topk_group=2, n_shared_experts=2
     )
     return DeepseekV3MoE(config)
@@ -218,7 +212,7 @@ def _deepseek_v2() -> nn.Module:
     from transformers.models.deepseek_v2 import DeepseekV2Config
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
-    config = DeepseekV2Config(  # type: ignore[call-arg]
+    config = DeepseekV2Config(
         hidden_size=32,
         moe_intermediate_size=20,
         n_routed_experts=16,
@@ -297,7 +291,7 @@ def test_blocks_that_compute_something_else() -> None:
     block.jitter_noise = 0.1
     with pytest.raises(ValueError, match="jitter_noise"):
         ExpertMLP.from_transformers(block)
-    config = GptOssConfig(hidden_size=32, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2)  # type: ignore[call-arg]
+    config = GptOssConfig(hidden_size=32, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2)
     with pytest.raises(ValueError, match=r"ExpertMLP: block: expected one of DeepseekV2Moe, .*, got GptOssMLP"):
         ExpertMLP.from_transformers(GptOssMLP(config))
     del block.gate
@@ -310,9 +304,7 @@ def test_a_block_with_the_same_parts_and_another_forward_is_refused() -> None:
     from transformers.models.hunyuan_v1_moe import HunYuanMoEV1Config
     from transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe import HunYuanMoEV1Moe
 
-    config = HunYuanMoEV1Config(  # type: ignore[call-arg]
-        hidden_size=32, intermediate_size=24, num_experts=4, moe_topk=2, num_hidden_layers=1
-    )
+    config = HunYuanMoEV1Config(hidden_size=32, intermediate_size=24, num_experts=4, moe_topk=2, num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"expected one of DeepseekV2Moe, .*, got HunYuanMoEV1Moe"):
         ExpertMLP.from_transformers(HunYuanMoEV1Moe(config))
 

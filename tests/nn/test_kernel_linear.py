@@ -100,7 +100,7 @@ def test_dropout_is_of_the_branch_alone_and_in_training_alone() -> None:
     with torch.no_grad():
         adapted.A.zero_()
         adapted.B.zero_()
-        adapted.alpha.zero_()  # type: ignore[union-attr]
+        adapted.alpha.zero_()
     assert torch.allclose(adapted.train()(x), adapted.base_layer(x))
 
 
@@ -195,7 +195,7 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
 
 def test_only_linear_layers() -> None:
     with pytest.raises(TypeError, match=r"linear: expected nn\.Linear, got Conv2d"):
-        KernelLinear.from_linear(nn.Conv2d(3, 3, 1), KernelConfig())  # type: ignore[arg-type]
+        KernelLinear.from_linear(nn.Conv2d(3, 3, 1), KernelConfig())
 
 
 def test_from_linear_takes_a_configuration() -> None:

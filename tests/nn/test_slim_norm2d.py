@@ -235,9 +235,9 @@ def test_wrong_settings(arguments: dict[str, Any], message: str) -> None:
 
 def test_settings_of_wrong_types() -> None:
     with pytest.raises(TypeError, match="SlimNorm2d: groups: expected an integer, got float"):
-        SlimNorm2d(16, "group", groups=2.0)  # type: ignore[arg-type]
+        SlimNorm2d(16, "group", groups=2.0)
     with pytest.raises(TypeError, match="SlimNorm2d: widths: expected a sequence of ratios or integers, got float"):
-        SlimNorm2d(16, widths=0.5)  # type: ignore[arg-type]
+        SlimNorm2d(16, widths=0.5)
 
 
 def test_more_channels_than_there_are() -> None:

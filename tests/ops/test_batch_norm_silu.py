@@ -188,4 +188,4 @@ def test_numbers_have_no_gradient() -> None:
         with pytest.raises(TypeError, match=f"batch_norm_silu: {name}: expected a number, got a tensor that requires grad"):
             taskloom.batch_norm_silu(z, None, None, mean, var, training=True, **{name: torch.tensor(0.1, requires_grad=True)})
     with pytest.raises(TypeError, match="batch_norm_silu: momentum: expected a number, got None"):
-        taskloom.batch_norm_silu(z, None, None, mean, var, training=True, momentum=None)  # type: ignore[arg-type]
+        taskloom.batch_norm_silu(z, None, None, mean, var, training=True, momentum=None)

@@ -450,7 +450,7 @@ def test_bad_base_input_and_bias() -> None:
     with pytest.raises(ValueError, match=r"kernel_linear: bias: expected shape \(5,\), .*, got \(6,\)"):
         taskloom.kernel_linear(weights(2, 6), A, B, coef, bias=weights(6))
     with pytest.raises(ValueError, match="kernel_quantile: gate: expected magnitude, soft or hard, got None"):
-        taskloom.kernel_quantile(A, B, coef, gate=None)  # type: ignore[arg-type]
+        taskloom.kernel_quantile(A, B, coef, gate=None)
 
 
 _PEAK = """

@@ -53,7 +53,7 @@ def test_is_the_loss_of_transformers(layers: int) -> None:
     expected = load_balancing_loss_func(tuple(logits), 8, 2)
     gates = [taskloom.topk_gate(one, 2, statistics=True) for one in logits]
     counts, sums = [gate.counts for gate in gates], [gate.prob_sum for gate in gates]
-    loss = taskloom.load_balance_loss(counts, sums, 40, 2, convention="transformers")  # type: ignore[arg-type]
+    loss = taskloom.load_balance_loss(counts, sums, 40, 2, convention="transformers")
     torch.testing.assert_close(loss, expected)
     for ours, theirs in zip(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -147,7 +147,7 @@ def test_errors_of_the_balance_loss(arguments: tuple[Any, ...], error: type[Exce
 
 def test_other_errors() -> None:
     with pytest.raises(ValueError, match="convention: expected 'switch' or 'transformers', got 'mixtral'"):
-        taskloom.load_balance_loss(COUNTS, SUMS, 3, 2, convention="mixtral")  # type: ignore[arg-type]
+        taskloom.load_balance_loss(COUNTS, SUMS, 3, 2, convention="mixtral")
     with pytest.raises(ValueError, match="router_z_loss: lse: expected at least one layer"):
         taskloom.router_z_loss([])
     with pytest.raises(TypeError, match=r"router_z_loss: lse\[0\]: expected float32"):
@@ -162,7 +162,7 @@ def test_other_errors() -> None:
         ({"temperature": 0.0}, ValueError, "temperature: expected a finite number above 0, got 0.0"),
     ):
         with pytest.raises(error, match=f"gate_probabilities: {message}"):
-            taskloom.gate_probabilities(**{"logits": logits} | arguments)  # type: ignore[arg-type]
+            taskloom.gate_probabilities(**{"logits": logits} | arguments)
     with pytest.raises(IndexError):
         taskloom.gate_probabilities(logits, torch.tensor([4]))
 
@@ -172,7 +172,7 @@ def test_what_is_no_statistic() -> None:
     forgotten = "got None; topk_gate gives it with statistics=True"
     for given, name in ((None, "lse"), ([sums, None], r"lse\[1\]")):
         with pytest.raises(TypeError, match=f"router_z_loss: {name}: expected a tensor.*, {forgotten}"):
-            taskloom.router_z_loss(given)  # type: ignore[arg-type]
+            taskloom.router_z_loss(given)
     wrong: list[tuple[Any, Any, int, type[Exception], str]] = [
         (None, sums, 4, TypeError, f"counts: expected a tensor or a list of them, {forgotten}"),
         ([counts], ["a"], 4, TypeError, r"prob_sum\[0\]: expected a tensor, got str"),

@@ -147,7 +147,7 @@ def test_unselected_logits_have_no_influence() -> None:
     assert_same_bits(gate.weight.detach(), again.weight)
     torch.testing.assert_close(gate.weight.sum(1), torch.ones(11))
     for options in ({"renormalize": True}, {"score": "sigmoid"}, {"score": "sigmoid", "renormalize": True, "eps": 1e-20}):
-        gate = taskloom.topk_gate(logits, 6, **options)  # type: ignore[arg-type]
+        gate = taskloom.topk_gate(logits, 6, **options)
         (slopes,) = torch.autograd.grad(gate.weight.square().sum(), logits)
         assert not slopes.scatter(1, gate.ids.long(), 0.0).any()
     (slopes,) = torch.autograd.grad(taskloom.topk_gate(logits, 6).weight.square().sum(), logits)
@@ -219,9 +219,9 @@ def test_groups_keep_their_best(groups: int, biased: bool) -> None:
 def test_a_row_does_not_depend_on_its_batch() -> None:
     logits, bias = weights(300, 160), weights(160, seed=1, scale=0.1)
     for options in ({}, {"bias": bias, "renormalize": True, "n_group": 8, "topk_group": 3}):
-        whole = taskloom.topk_gate(logits, 6, **options)  # type: ignore[arg-type]
+        whole = taskloom.topk_gate(logits, 6, **options)
         for row in (0, 123, 299):
-            alone = taskloom.topk_gate(logits[row], 6, **options)  # type: ignore[arg-type]
+            alone = taskloom.topk_gate(logits[row], 6, **options)
             assert torch.equal(alone.ids, whole.ids[row])
             assert_same_bits(alone.weight, whole.weight[row])
 

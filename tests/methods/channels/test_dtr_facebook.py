@@ -120,7 +120,7 @@ class WithContext(DiTBlock):
     def __init__(self) -> None:
         super().__init__(C, 4)
 
-    def forward(self, x: Tensor, c: Tensor, context: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, c: Tensor, context: Tensor) -> Tensor:
         return super().forward(x + context, c)
 
 

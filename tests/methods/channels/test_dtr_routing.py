@@ -264,7 +264,7 @@ def test_schedules() -> None:
         (("linear", 20), "num_timesteps: expected more than 20"),
     ]:
         with pytest.raises(ValueError, match=message):
-            betas(*bad)  # type: ignore[arg-type]
+            betas(*bad)
 
 
 def test_respaced_timesteps_reach_both_ends() -> None:

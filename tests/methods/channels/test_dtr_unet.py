@@ -200,7 +200,7 @@ def test_conversion_with_random_channels(attention: bool) -> None:
 
 
 class Renamed(UNet):
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return super().forward(x, t)
 
 
@@ -229,7 +229,7 @@ def test_bad_blocks() -> None:
     with pytest.raises(ValueError, match="window: expected one of 12 channels, got 8"):
         RoutedResBlock(12, EMB, window=dtr_window(TASKS, 8, 0.6), groups=GROUPS)
     with pytest.raises(ValueError, match="updown: expected 'up', 'down' or None, got 'left'"):
-        RoutedResBlock(12, EMB, window=dtr_window(TASKS, 12, 0.6), groups=GROUPS, updown="left")  # type: ignore[arg-type]
+        RoutedResBlock(12, EMB, window=dtr_window(TASKS, 12, 0.6), groups=GROUPS, updown="left")
     routed = RoutedResBlock(12, EMB, window=dtr_window(TASKS, 12), groups=GROUPS).double()
     x, emb, t = _inputs(12)
     with pytest.raises(ValueError, match=r"RoutedResBlock: t: expected shape \(4,\), one for each sample, got \(\)"):

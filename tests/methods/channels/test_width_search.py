@@ -277,7 +277,7 @@ def test_what_is_no_preference(preference: Any) -> None:
 def test_numbers_of_numpy_are_taken() -> None:
     least, most = _costs()
     expected = _search().find((0.7, 0.3), (least + most) // 2)
-    assert _search().find(np.array([0.7, 0.3]), np.int64((least + most) // 2)) == expected  # type: ignore[arg-type]
+    assert _search().find(np.array([0.7, 0.3]), np.int64((least + most) // 2)) == expected
     assert _search().find((0.7, 0.3), np.float32(0.5)) == _search().find((0.7, 0.3), 0.5)
 
 
@@ -332,7 +332,7 @@ def test_bad_evolution(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="Evolution: "):
         Evolution(**options)
     with pytest.raises(TypeError, match=r"Evolution: population: expected an integer, got 4\.5"):
-        Evolution(population=4.5)  # type: ignore[arg-type]
+        Evolution(population=4.5)
 
 
 def test_networks_are_counted_once_per_width() -> None:

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from atlas_samples import encoder, tuned
 from torch import Tensor, nn
@@ -19,8 +18,6 @@ from taskloom.methods.threads import one_thread
 PAGE = Path(__file__).parents[3] / "docs" / "methods" / "atlas.md"
 TASKS = ("cars", "dtd", "svhn")
 CLASSES = 3
-
-pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason="the documentation is not beside the tests")
 
 
 def _names() -> dict[str, Any]:

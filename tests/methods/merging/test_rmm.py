@@ -187,7 +187,7 @@ def test_peft_files_go_in_and_come_out(tmp_path: Path) -> None:
 def test_scaling_is_folded_in(config: dict[str, object], factor: float) -> None:
     b, a = torch.randn(4, 9), torch.randn(7, 4)
     state = {"base_model.model.w.lora_A.weight": b, "base_model.model.w.lora_B.weight": a}
-    (read,) = from_peft({"t": state}, **config).values()  # type: ignore[arg-type]
+    (read,) = from_peft({"t": state}, **config).values()
     torch.testing.assert_close(read["w"][0], factor * a)
 
 
@@ -287,7 +287,7 @@ def test_checkpoints_that_are_not_finite() -> None:
     with pytest.raises(ValueError, match=r"tuned: task 'a': 'w.weight' differs from the base by values that are not finite"):
         from_checkpoints(base, {"a": {"w.weight": torch.full((4, 4), torch.nan)}}, 2)
     with pytest.raises(TypeError, match="rank: expected an integer, got float"):
-        from_checkpoints(base, {"a": {"w.weight": torch.ones(4, 4)}}, 2.0)  # type: ignore[arg-type]
+        from_checkpoints(base, {"a": {"w.weight": torch.ones(4, 4)}}, 2.0)
 
 
 def test_checkpoints_are_cut_to_a_rank(tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_baselines() -> None:
     dropped = merge_separate(adapters, "dare", density=0.5, seed=1)["up"][0]
     assert torch.equal(dropped, merge_separate(adapters, "dare", density=0.5, seed=1)["up"][0])
     with pytest.raises(ValueError, match="method: expected"):
-        merge_separate(adapters, "median")  # type: ignore[arg-type]
+        merge_separate(adapters, "median")
     for merge in (merge_separate, merge_products):
         with pytest.raises(ValueError, match="adapters: expected at least one task, got none"):
             merge({})
@@ -349,7 +349,7 @@ def _with(adapters: Adapters, task: str, layer: str, factors: Factors) -> Adapte
 )
 def test_bad_adapters(adapters: Adapters, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fit_rmm(adapters, **options)  # type: ignore[arg-type]
+        fit_rmm(adapters, **options)
 
 
 @pytest.mark.parametrize(

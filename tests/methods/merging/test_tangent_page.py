@@ -42,8 +42,6 @@ def _names() -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore:search_alpha. alpha 0 won")
 def test_the_code_of_the_page() -> None:
-    if not PAGE.is_file():
-        pytest.skip("the documentation is not beside the tests")
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 2
     names = _names()
@@ -81,7 +79,6 @@ def _cells(row: str) -> list[str]:
     return [cell.strip() for cell in lines[0].strip("|").split("|")][1:]
 
 
-@pytest.mark.skipif(not PAGE.is_file(), reason="the documentation is not beside the tests")
 def test_the_table_is_the_shipped_result() -> None:
     addition, interference, negation, kernel = read_result(find_method("tangent_arithmetic").shipped_result()).claims
     rows = {

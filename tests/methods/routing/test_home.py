@@ -32,7 +32,7 @@ def _rows(rows: int = 16, features: int = 7, seed: int = 0, dtype: torch.dtype =
 
 def _small(**options: object) -> HoME:
     torch.manual_seed(0)
-    return HoME(7, TWO, 6, (2, 1), (3, 2), 1, (4,), rank=2, **options)  # type: ignore[arg-type]
+    return HoME(7, TWO, 6, (2, 1), (3, 2), 1, (4,), rank=2, **options)
 
 
 def _randomised(model: nn.Module) -> nn.Module:
@@ -76,7 +76,7 @@ def _rows_of_gate(level: nn.Module) -> Callable[[int, bool], Tensor]:
 
 
 def _weighted(weights: Tensor, experts: list[Tensor]) -> Tensor:
-    return sum(weights[:, place, None] * one for place, one in enumerate(experts))  # type: ignore[return-value]
+    return sum(weights[:, place, None] * one for place, one in enumerate(experts))
 
 
 def _self_gate(rows: Tensor, x: Tensor, experts: list[Tensor]) -> Tensor:
@@ -306,7 +306,7 @@ def test_loss_leaves_out_rows_without_a_label() -> None:
     loss = multi_task_loss(logits, labels)
     torch.testing.assert_close(loss, expected)
     loss.backward()
-    assert not logits["b"].grad.any()  # type: ignore[union-attr]
+    assert not logits["b"].grad.any()
     for wrong in (math.inf, -math.inf, math.nan):
         said = torch.tensor([0.3, wrong, 2.0], requires_grad=True)
         loss = multi_task_loss({"a": said}, {"a": labels["a"]})
@@ -341,8 +341,8 @@ def test_area_under_the_curve_counts_pairs() -> None:
         (lambda: HoME(7, {"watch": ["a", "a"]}, 6), ValueError, "'a' twice in 'watch'"),
         (lambda: HoME(7, TWO, 0), ValueError, "expert_dim: expected at least 1, got 0"),
         (lambda: HoME(7, TWO, 6, n_shared=0), ValueError, "n_shared of level 1"),
-        (lambda: HoME(7, TWO, 6, n_shared=1.5), TypeError, "expected an integer, got 1.5"),  # type: ignore[arg-type]
-        (lambda: HoME(7, TWO, 6, n_shared=(1, 2, 3)), ValueError, r"n_shared: .* one for each of 2 levels, got \(1, 2, 3\)"),  # type: ignore[arg-type]
+        (lambda: HoME(7, TWO, 6, n_shared=1.5), TypeError, "expected an integer, got 1.5"),
+        (lambda: HoME(7, TWO, 6, n_shared=(1, 2, 3)), ValueError, r"n_shared: .* one for each of 2 levels, got \(1, 2, 3\)"),
         (lambda: HoME(7, TWO, 6, tower_dims=(4, 0)), ValueError, r"tower_dims\[1\]: expected at least 1, got 0"),
         (lambda: MMoE(7, ["a"], 6)(_rows(4, 6)), ValueError, r"MMoE: x: expected shape \[B, 7\], got \(4, 6\)"),
         (lambda: PLE(7, ["a"], 6)(_rows(4, 6)), ValueError, r"PLE: x: expected shape \[B, 7\], got \(4, 6\)"),

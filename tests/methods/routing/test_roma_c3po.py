@@ -126,7 +126,7 @@ def test_linear_gates_and_routers_of_the_library() -> None:
     model = nn.Sequential(router)
     with RoutingOverride(model, r, "all"):
         gate = router.gate(torch.log(r), statistics=True)
-        model.forward = lambda rows: router(rows, statistics=True)  # type: ignore[method-assign]
+        model.forward = lambda rows: router(rows, statistics=True)
         found = model(x)
     for one, other in zip(found, gate, strict=True):
         assert one is not None

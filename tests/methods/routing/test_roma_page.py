@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -50,8 +49,6 @@ def _names() -> dict[str, Any]:
 
 
 def test_the_code_of_the_page() -> None:
-    if not PAGE.is_file():
-        pytest.skip("the documentation is not beside the tests")
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 3
     names = _names()

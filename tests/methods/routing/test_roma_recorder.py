@@ -64,7 +64,7 @@ class OlmoeTopKRouter(nn.Module):
 def _with_gate(gate: nn.Module) -> nn.Module:
     model = nn.Module()
     model.gate, model.experts = gate, nn.ModuleList()
-    model.forward = lambda x: gate(x)  # type: ignore[method-assign]
+    model.forward = lambda x: gate(x)
     return model
 
 

@@ -339,4 +339,4 @@ def test_gradients_have_to_be_there() -> None:
     with pytest.raises(ValueError, match="t: expected at least 0, got -1"):
         allocator.step(-1)
     with pytest.raises(TypeError, match="t: expected an integer, got float"):
-        allocator.step(1.0)  # type: ignore[arg-type]
+        allocator.step(1.0)
